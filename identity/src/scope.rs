@@ -1,0 +1,135 @@
+//! Task lifetimes: every task belongs to a [`Scope`], which is drained and joined.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use std::panic::AssertUnwindSafe;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// A set of tasks that start together with their owner and end before it does.
+///
+/// Two kinds of task: a *connection*, whose panic ends that connection alone, and a *critical* task
+/// (an accept loop, the identity watch), whose end before the drain stops the whole scope: a process
+/// that lost one of those must fall over and be restarted rather than live on half dead.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    tracker: TaskTracker,
+    draining: CancellationToken,
+    failure: Arc<std::sync::OnceLock<String>>,
+    panics: Arc<AtomicU64>,
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Scope {
+    /// An empty scope.
+    pub fn new() -> Self {
+        Self {
+            tracker: TaskTracker::new(),
+            draining: CancellationToken::new(),
+            failure: Arc::default(),
+            panics: Arc::default(),
+        }
+    }
+
+    /// Runs a task whose end concerns nobody else.
+    pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let panics = Arc::clone(&self.panics);
+        self.tracker.spawn(async move {
+            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+                panics.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(task = name, "task panicked; its connection is closed, the process lives on");
+            }
+        });
+    }
+
+    /// Runs a task without which the process is not whole: if it ends or panics before the drain,
+    /// the scope drains and [`Scope::finished`] reports it.
+    pub fn spawn_critical(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let scope = self.clone();
+        self.tracker.spawn(async move {
+            let outcome = AssertUnwindSafe(task).catch_unwind().await;
+            if !scope.draining.is_cancelled() {
+                let how = if outcome.is_err() { "panicked" } else { "ended early" };
+                tracing::error!(task = name, how, "a critical task is gone; stopping the process");
+                scope.fail(format!("{name} {how}"));
+            }
+        });
+    }
+
+    /// Stops the scope because of `reason`; the first reason is the one reported.
+    pub fn fail(&self, reason: String) {
+        // Losing the race is fine: the first failure is the cause, later ones are its consequences.
+        if self.failure.set(reason).is_err() {
+            tracing::debug!("scope had already failed");
+        }
+        self.draining.cancel();
+    }
+
+    /// Asks every task to finish: listeners stop accepting, connections end after their requests.
+    pub fn drain(&self) {
+        self.draining.cancel();
+    }
+
+    /// Whether the scope has been asked to finish.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Completes when the scope has been asked to finish.
+    pub async fn draining(&self) {
+        self.draining.cancelled().await;
+    }
+
+    /// How many tasks have panicked since the start.
+    pub fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the scope is asked to finish, then for its tasks, at most `bound`.
+    ///
+    /// Returns the reason if the scope ended because something critical failed.
+    pub async fn finished(&self, bound: Duration) -> Result<(), String> {
+        self.draining.cancelled().await;
+        self.tracker.close();
+        if tokio::time::timeout(bound, self.tracker.wait()).await.is_err() {
+            tracing::warn!(left = self.tracker.len(), "drain bound reached; closing what is left");
+        }
+        match self.failure.get() {
+            Some(reason) => Err(reason.clone()),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_panics_ends_alone() {
+        let scope = Scope::new();
+        scope.spawn("connection", async { panic!("on purpose") });
+        while scope.panics() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!scope.is_draining());
+        scope.drain();
+        assert_eq!(scope.finished(Duration::from_secs(5)).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_critical_task_that_panics_stops_the_scope_and_is_named() {
+        let scope = Scope::new();
+        scope.spawn_critical("accept loop", async { panic!("on purpose") });
+        assert_eq!(scope.finished(Duration::from_secs(5)).await, Err("accept loop panicked".into()));
+    }
+}
