@@ -1,1 +1,36 @@
-//! sidecar
+//! The data plane: one proxy beside each service.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`inbound`] | the mTLS listener: who, for whom, what, may they, forward. Start reading here. |
+//! | [`outbound`] | one loopback listener a called service: finds on whose behalf, calls on over mTLS |
+//! | [`upstream`] | the client half: pooled mTLS connections to exactly one SPIFFE ID |
+//! | [`app`] | the loopback connection to the app this sidecar stands before |
+//! | [`correlate`] | which transaction a call of the app belongs to |
+//! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
+//! | [`headers`] | what must never pass from one hop to the next |
+//! | [`admin`] | `/ready`, `/live` and `/metrics` |
+
+pub mod headers;
+pub mod server;
+pub mod upstream;
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+
+/// Any error of a body.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The one body type at module seams: boxed, so that hyper's and our own bodies look alike.
+pub type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+/// A body that is already here.
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    http_body_util::Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// No body.
+pub fn empty() -> Body {
+    http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync()
+}

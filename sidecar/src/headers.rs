@@ -1,0 +1,299 @@
+//! What must never pass from one hop to the next, and what makes a request ambiguous.
+
+use std::fmt::Write as _;
+
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use http::request::Parts;
+use http::{Method, Version};
+
+/// The verified user's id, as the app sees it: data for the app, never a credential.
+pub const FORWARDED_USER: &str = "x-forwarded-user";
+/// The verified peer, in Envoy's form (`By=…;URI=…`), as the app sees it.
+pub const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
+/// W3C trace context.
+pub const TRACEPARENT: &str = "traceparent";
+
+/// Headers by which some backend somewhere learns who is calling or what was asked. A client that sets
+/// one is lying or misled: they are dropped at every hop, and set again only by the hop that verified.
+/// Compared with `_` read as `-`, because CGI-style servers fold the two.
+const IDENTITY_HEADERS: &[&str] = &[
+    "forwarded",
+    "txn-token",
+    "remote-user",
+    "x-remote-user",
+    "x-remote-group",
+    "x-authenticated-user",
+    "x-authenticated-groups",
+    "x-original-url",
+    "x-original-uri",
+    "x-rewrite-url",
+    "x-original-method",
+    "x-http-method",
+    "x-http-method-override",
+    "x-method-override",
+    "x-real-ip",
+    "x-user",
+    "x-user-id",
+    "x-client-cert",
+    "x-ssl-client-cert",
+    "x-ssl-client-dn",
+    "x-ssl-client-verify",
+    "ssl-client-cert",
+    "x-goog-authenticated-user-email",
+    "x-envoy-original-path",
+    "x-envoy-original-dst-host",
+    "x-envoy-external-address",
+    "x-envoy-internal",
+    "l5d-client-id",
+    "proxy",
+];
+
+/// Families of the same kind.
+const IDENTITY_PREFIXES: &[&str] = &["x-forwarded-", "x-palisade-", "x-auth-request-", "x-pomerium-", "x-amzn-oidc-"];
+
+/// Whether a header claims who calls or what is asked, in any spelling.
+pub fn is_identity(name: &HeaderName) -> bool {
+    // HeaderName is already lower case.
+    let name = name.as_str();
+    if name.contains('_') {
+        return is_identity_text(&name.replace('_', "-"));
+    }
+    is_identity_text(name)
+}
+
+fn is_identity_text(name: &str) -> bool {
+    IDENTITY_HEADERS.contains(&name) || IDENTITY_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Drops every identity header, however it is spelt.
+pub fn strip_identity(headers: &mut HeaderMap) {
+    let doomed: Vec<HeaderName> = headers.keys().filter(|name| is_identity(name)).cloned().collect();
+    for name in doomed {
+        headers.remove(name);
+    }
+}
+
+/// Drops what belongs to one connection only (RFC 9110 §7.6.1), including whatever `Connection` names.
+///
+/// Call it before identity headers are *set*, so that `Connection: x-forwarded-user` cannot take one away.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    // gRPC needs `TE: trailers` to pass; anything else in it is between two neighbours.
+    let wants_trailers = headers.get(TE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    let fixed = [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
+    for name in fixed {
+        headers.remove(name);
+    }
+    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
+        headers.remove(name);
+    }
+    if wants_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+/// Refuses requests that two parsers could frame or route differently. Returns the rule that is broken.
+///
+/// hyper has already refused what is malformed on the wire; this refuses what it lets through.
+pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
+    let headers = &parts.headers;
+    if !matches!(parts.version, Version::HTTP_11 | Version::HTTP_2) {
+        return Err("request.http_version");
+    }
+    if parts.method == Method::CONNECT || parts.method == Method::TRACE {
+        return Err("request.method");
+    }
+    check_body_length(headers)?;
+    check_authority(parts)?;
+    if headers.contains_key(UPGRADE) || headers.contains_key("http2-settings") {
+        return Err("request.upgrade");
+    }
+    let printable = |value: &HeaderValue| value.as_bytes().iter().all(|byte| matches!(byte, b'\t' | 0x20..=0x7e));
+    if !headers.values().all(printable) {
+        return Err("request.header_bytes");
+    }
+    Ok(())
+}
+
+fn check_body_length(headers: &HeaderMap) -> Result<(), &'static str> {
+    let lengths = headers.get_all(CONTENT_LENGTH).iter().count();
+    let mut encodings = headers.get_all(TRANSFER_ENCODING).iter();
+    let encoding = encodings.next();
+    if lengths > 1 || encodings.next().is_some() || (lengths == 1 && encoding.is_some()) {
+        return Err("request.ambiguous_length");
+    }
+    if encoding.is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        return Err("request.transfer_encoding");
+    }
+    Ok(())
+}
+
+fn check_authority(parts: &Parts) -> Result<(), &'static str> {
+    let mut hosts = parts.headers.get_all(HOST).iter();
+    let (host, second) = (hosts.next(), hosts.next());
+    if second.is_some() {
+        return Err("request.host");
+    }
+    match (parts.version, host, parts.uri.authority()) {
+        (Version::HTTP_2, None, Some(_)) => Ok(()),
+        (Version::HTTP_2, Some(host), Some(authority)) if host.as_bytes() == authority.as_str().as_bytes() => Ok(()),
+        // An absolute-form target on HTTP/1.1 names a second authority: refused rather than compared.
+        (Version::HTTP_11, Some(host), None) if !host.is_empty() => Ok(()),
+        _ => Err("request.host"),
+    }
+}
+
+/// A trace context: which trace, and which span of it called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceParent {
+    /// 128-bit trace id, never zero.
+    pub trace_id: u128,
+    /// 64-bit id of the calling span, never zero.
+    pub span_id: u64,
+    /// Trace flags; bit 0 is "sampled".
+    pub flags: u8,
+}
+
+impl TraceParent {
+    /// Reads version 00 of the header (W3C Trace Context §3.2); anything else is as good as absent.
+    pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
+        let mut values = headers.get_all(TRACEPARENT).iter();
+        let (value, second) = (values.next()?, values.next());
+        if second.is_some() {
+            return None;
+        }
+        let text = value.to_str().ok()?;
+        let mut fields = text.split('-');
+        let (version, trace, span, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+        if version != "00" || fields.next().is_some() {
+            return None;
+        }
+        let hex = |text: &str, len: usize| {
+            let lower = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+            (text.len() == len && lower).then(|| u128::from_str_radix(text, 16).ok()).flatten()
+        };
+        let trace_id = hex(trace, 32).filter(|id| *id != 0)?;
+        let span_id = u64::try_from(hex(span, 16)?).ok().filter(|id| *id != 0)?;
+        Some(Self { trace_id, span_id, flags: u8::try_from(hex(flags, 2)?).ok()? })
+    }
+
+    /// The header's value.
+    pub fn header_value(&self) -> HeaderValue {
+        let mut text = String::with_capacity(55);
+        // Writing to a String cannot fail, and hexadecimal digits are a valid header value.
+        let _infallible = write!(text, "00-{:032x}-{:016x}-{:02x}", self.trace_id, self.span_id, self.flags);
+        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+    }
+
+    /// The trace id in the header's form.
+    pub fn trace_id_text(&self) -> String {
+        format!("{:032x}", self.trace_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parts(build: impl FnOnce(http::request::Builder) -> http::request::Builder) -> Parts {
+        build(Request::builder().uri("/a")).body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn gateway_29_identity_headers_go_in_every_spelling_and_connection_named_ones_too() {
+        let mut headers = HeaderMap::new();
+        for name in [
+            "X-Forwarded-User", "x_forwarded_user", "X-Forwarded_Client-Cert", "Txn-Token", "txn_token",
+            "Forwarded", "Remote_User", "X-Envoy-Original-Path", "X-HTTP-Method-Override", "X-Palisade-Anything",
+        ] {
+            headers.insert(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("x"));
+        }
+        headers.insert("x-custom", HeaderValue::from_static("kept"));
+        headers.insert("x-secret-hop", HeaderValue::from_static("dropped"));
+        headers.insert(CONNECTION, HeaderValue::from_static("close, X-Secret-Hop"));
+        strip_hop_by_hop(&mut headers);
+        strip_identity(&mut headers);
+        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-custom"]);
+    }
+
+    #[test]
+    fn policy_21_26_29_30_ambiguous_framing_and_authority_are_refused() {
+        let host = |b: http::request::Builder| b.header(HOST, "a");
+        assert_eq!(check_framing(&parts(host)), Ok(()));
+        let te = TRANSFER_ENCODING;
+        let cases: Vec<(Parts, &str)> = vec![
+            (parts(|b| host(b).header(CONTENT_LENGTH, "1").header(&te, "chunked")), "request.ambiguous_length"),
+            (parts(|b| host(b).header(CONTENT_LENGTH, "1").header(CONTENT_LENGTH, "1")), "request.ambiguous_length"),
+            (parts(|b| host(b).header(&te, "chunked").header(&te, "chunked")), "request.ambiguous_length"),
+            (parts(|b| host(b).header(&te, "gzip, chunked")), "request.transfer_encoding"),
+            (parts(|b| b), "request.host"),
+            (parts(|b| host(b).header(HOST, "b")), "request.host"),
+            (parts(|b| host(b).uri("http://b/a")), "request.host"),
+            (parts(|b| host(b).method("CONNECT")), "request.method"),
+            (parts(|b| host(b).header(UPGRADE, "h2c")), "request.upgrade"),
+            (parts(|b| host(b).header("x", HeaderValue::from_bytes(b"\xff").unwrap())), "request.header_bytes"),
+            (parts(|b| host(b).version(Version::HTTP_10)), "request.http_version"),
+            (
+                parts(|b| b.version(Version::HTTP_2).uri("http://a/a").header(HOST, "b")),
+                "request.host",
+            ),
+        ];
+        for (parts, rule) in cases {
+            assert_eq!(check_framing(&parts), Err(rule), "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_trace_parent_reads_back_and_malformed_ones_are_absent() {
+        let read = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(TRACEPARENT, HeaderValue::try_from(text).unwrap());
+            TraceParent::from_headers(&headers)
+        };
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(read(good).unwrap().header_value(), good);
+        for bad in [
+            "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0AF7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
+            "",
+        ] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_that_folds_to_an_identity_header_survives(
+            which in 0..IDENTITY_HEADERS.len(), folds in proptest::collection::vec(any::<bool>(), 40)
+        ) {
+            let spelt: String = IDENTITY_HEADERS[which]
+                .chars()
+                .zip(folds)
+                .map(|(c, fold)| match (c, fold) { ('-', true) => '_', (c, true) => c.to_ascii_uppercase(), (c, false) => c })
+                .collect();
+            let mut headers = HeaderMap::new();
+            headers.insert(HeaderName::try_from(spelt).unwrap(), HeaderValue::from_static("x"));
+            strip_identity(&mut headers);
+            prop_assert!(headers.is_empty());
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Accepting connections: limits, handshakes, draining. Shared by the sidecar's listeners, its admin
+//! port and the gateway's front door.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use identity::clock::SharedClock;
+use identity::{Peer, Scope};
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+
+use crate::Body;
+
+/// First byte of a TLS handshake record (RFC 8446 §5.1).
+const TLS_HANDSHAKE: u8 = 0x16;
+/// How long to wait before accepting again when the process is out of file descriptors: long enough for
+/// some connection to end, short enough that nobody notices.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// How long a connection whose peer's certificate has expired may take to finish its last requests.
+const EXPIRY_GRACE: Duration = Duration::from_secs(5);
+
+/// Bounds of one listener. Defaults are for a listener that strangers can reach.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections at once; more wait in the kernel's backlog.
+    pub max_connections: usize,
+    /// From accept to the end of the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// For a request's head on HTTP/1.1; also how long a kept-alive connection may idle.
+    pub header_timeout: Duration,
+    /// Bytes of a request's head.
+    pub max_header_bytes: usize,
+    /// Headers of a request.
+    pub max_headers: usize,
+    /// Concurrent streams of an HTTP/2 connection.
+    pub max_streams: u32,
+    /// HTTP/2 keep-alive ping interval; a peer that does not answer within as long again is gone.
+    pub ping_interval: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 10_000,
+            handshake_timeout: Duration::from_secs(5),
+            header_timeout: Duration::from_secs(30),
+            // Room for a transaction token of eight links beside ordinary headers.
+            max_header_bytes: 64 * 1024,
+            max_headers: 100,
+            max_streams: 200,
+            ping_interval: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Bytes of flow control a stream and a connection may have outstanding. The connection's window is
+/// several times a stream's, so that one stalled stream cannot starve the others.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
+
+/// What is known of a connection before its first request.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// Who the other end proved to be; `None` on listeners that do not ask.
+    pub peer: Option<Peer>,
+    /// Where it comes from.
+    pub remote: SocketAddr,
+}
+
+/// Why a connection never became one.
+#[derive(Debug)]
+pub enum RefusedConnection {
+    /// The first bytes are not TLS.
+    PlainText,
+    /// The handshake failed: no certificate, a bad one, an unknown authority, an old protocol.
+    Handshake(io::Error),
+    /// It took longer than [`Limits::handshake_timeout`].
+    Timeout,
+}
+
+impl RefusedConnection {
+    /// The rule that refused it.
+    pub fn rule(&self) -> &'static str {
+        match self {
+            Self::PlainText => "tls.plain_text",
+            Self::Timeout => "tls.handshake_timeout",
+            Self::Handshake(error) => handshake_rule(error),
+        }
+    }
+
+    /// The operator's explanation.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::PlainText => "the connection does not speak TLS".to_owned(),
+            Self::Timeout => "the TLS handshake took too long".to_owned(),
+            Self::Handshake(error) => format!("the TLS handshake failed: {error}"),
+        }
+    }
+}
+
+fn handshake_rule(error: &io::Error) -> &'static str {
+    use rustls::{CertificateError, Error};
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
+    match cause {
+        Some(Error::NoCertificatesPresented) => "tls.no_client_certificate",
+        Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
+            "tls.expired_svid"
+        }
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => "tls.unknown_trust_domain",
+        Some(Error::InvalidCertificate(_)) => "tls.invalid_svid",
+        Some(Error::PeerIncompatible(_)) => "tls.protocol_version",
+        _ => "tls.handshake",
+    }
+}
+
+/// What a listener does with what arrives.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers one request.
+    fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Incoming>)
+    -> BoxFuture<'static, Response<Body>>;
+
+    /// Hears of a connection that was refused before any request.
+    fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
+        tracing::info!(%remote, rule = refused.rule(), reason = refused.reason(), "connection refused");
+    }
+}
+
+/// Accepts until `scope` drains, then lets every connection finish its requests.
+///
+/// With `tls`, a connection that does not begin with a TLS handshake is refused. Runs as a critical task
+/// of `scope`; returns at once.
+pub fn serve(
+    name: &'static str,
+    listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
+    limits: Limits,
+    scope: &Scope,
+    clock: SharedClock,
+    handler: Arc<impl Handler>,
+) {
+    let listen = Listen { tls: tls.map(TlsAcceptor::from), limits: Arc::new(limits), clock, scope: scope.clone() };
+    scope.spawn_critical(name, accept_loop(listener, listen, handler));
+}
+
+#[derive(Clone)]
+struct Listen {
+    tls: Option<TlsAcceptor>,
+    limits: Arc<Limits>,
+    clock: SharedClock,
+    scope: Scope,
+}
+
+async fn accept_loop(listener: TcpListener, listen: Listen, handler: Arc<impl Handler>) {
+    let slots = Arc::new(Semaphore::new(listen.limits.max_connections));
+    loop {
+        let slot = tokio::select! {
+            slot = Arc::clone(&slots).acquire_owned() => slot,
+            () = listen.scope.draining() => return,
+        };
+        // The semaphore is never closed; if it were, nothing could be accepted any more.
+        let Ok(slot) = slot else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = listen.scope.draining() => return,
+        };
+        let (stream, remote) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or a connection that was gone before we took it: go on.
+                tracing::warn!(%error, "accept failed");
+                listen.clock.sleep(ACCEPT_BACKOFF).await;
+                continue;
+            }
+        };
+        let (listen, handler) = (listen.clone(), Arc::clone(&handler));
+        listen.scope.clone().spawn("connection", async move {
+            let _slot = slot;
+            if let Err(refused) = connection(stream, remote, &listen, &handler).await {
+                handler.refused(remote, &refused);
+            }
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    remote: SocketAddr,
+    listen: &Listen,
+    handler: &Arc<impl Handler>,
+) -> Result<(), RefusedConnection> {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "no TCP_NODELAY");
+    }
+    let Some(acceptor) = &listen.tls else {
+        let connection = Connection { peer: None, remote };
+        requests(TokioIo::new(stream), connection, None, listen, handler).await;
+        return Ok(());
+    };
+    let handshake = async {
+        let mut first = [0];
+        match stream.peek(&mut first).await {
+            Ok(1) if first == [TLS_HANDSHAKE] => {}
+            // Connected and gone, as a port check does: nothing was asked, nothing is refused.
+            Ok(0) => return Ok(None),
+            Ok(_) => return Err(RefusedConnection::PlainText),
+            Err(error) => return Err(RefusedConnection::Handshake(error)),
+        }
+        acceptor.accept(stream).await.map(Some).map_err(RefusedConnection::Handshake)
+    };
+    let stream = tokio::select! {
+        stream = handshake => stream?,
+        () = listen.clock.sleep(listen.limits.handshake_timeout) => return Err(RefusedConnection::Timeout),
+        () = listen.scope.draining() => return Ok(()),
+    };
+    let Some(stream) = stream else { return Ok(()) };
+    let (_, session) = stream.get_ref();
+    let peer = match Peer::from_handshake(session.peer_certificates()) {
+        None => None,
+        Some(Ok(peer)) => Some(peer),
+        Some(Err(error)) => {
+            return Err(RefusedConnection::Handshake(io::Error::other(error)));
+        }
+    };
+    let http2 = session.alpn_protocol() == Some(identity::tls::ALPN_H2);
+    let connection = Connection { peer, remote };
+    requests(TokioIo::new(stream), connection, Some(http2), listen, handler).await;
+    Ok(())
+}
+
+/// Serves requests until the connection ends, the scope drains, or the peer's certificate expires.
+async fn requests<S>(
+    stream: S,
+    connection: Connection,
+    http2: Option<bool>,
+    listen: &Listen,
+    handler: &Arc<impl Handler>,
+) where
+    S: Read + Write + Unpin + Send + 'static,
+{
+    let builder = http_builder(&listen.limits, http2, &listen.scope);
+    let expires = connection.peer.as_ref().map(Peer::not_after);
+    let connection = Arc::new(connection);
+    let service = service_fn(|request| {
+        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request);
+        async move { Ok::<_, std::convert::Infallible>(answer.await) }
+    });
+    let mut serving = pin!(builder.serve_connection(stream, service));
+    let left = expires.map(|at| at.saturating_sub(listen.clock.now()));
+    let mut expired = pin!(async {
+        match left {
+            Some(left) => listen.clock.sleep(left).await,
+            None => std::future::pending().await,
+        }
+    });
+    let finish = tokio::select! {
+        outcome = serving.as_mut() => return log_end(outcome),
+        () = expired.as_mut() => Some(EXPIRY_GRACE),
+        () = listen.scope.draining() => None,
+    };
+    serving.as_mut().graceful_shutdown();
+    match finish {
+        // While draining, whoever joins the scope holds the bound.
+        None => log_end(serving.await),
+        Some(grace) => tokio::select! {
+            outcome = serving => log_end(outcome),
+            () = listen.clock.sleep(grace) => tracing::info!("closed: the peer's certificate has expired"),
+        },
+    }
+}
+
+fn log_end(outcome: Result<(), crate::BoxError>) {
+    if let Err(error) = outcome {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+fn http_builder(limits: &Limits, http2: Option<bool>, scope: &Scope) -> auto::Builder<ScopeExecutor> {
+    let mut builder = auto::Builder::new(ScopeExecutor(scope.clone()));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(limits.max_header_bytes)
+        .max_headers(limits.max_headers)
+        .half_close(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.max_streams)
+        .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .keep_alive_interval(limits.ping_interval)
+        .keep_alive_timeout(limits.ping_interval);
+    match http2 {
+        Some(true) => builder.http2_only(),
+        Some(false) => builder.http1_only(),
+        None => builder,
+    }
+}
+
+/// Runs hyper's helper tasks inside a scope.
+#[derive(Clone)]
+pub struct ScopeExecutor(pub Scope);
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for ScopeExecutor {
+    fn execute(&self, task: F) {
+        self.0.spawn("http", task);
+    }
+}
