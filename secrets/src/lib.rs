@@ -1,1 +1,5 @@
-//! secrets
+//! The vault.
+pub mod barrier;
+pub mod random;
+pub mod seal;
+pub mod storage;
