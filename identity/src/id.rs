@@ -184,7 +184,8 @@ mod tests {
         for good in ["a", "bank.example", "a_b-c.9", &"x".repeat(255)] {
             assert!(TrustDomain::new(good).is_ok(), "{good}");
         }
-        for bad in ["Bank", "bank:80", "u@bank", "b%61nk", "bank?", "bank#", "b nk", "bank/", "bänk", "b\0"] {
+        for bad in ["Bank", "bank:80", "u@bank", "b%61nk", "bank?", "bank#", "b nk", "bank/", "bänk", "b\0"]
+        {
             assert_eq!(TrustDomain::new(bad), Err(IdError::TrustDomainCharacter), "{bad}");
         }
         assert_eq!(TrustDomain::new(""), Err(IdError::EmptyTrustDomain));

@@ -183,7 +183,9 @@ mod tests {
         assert!(matches!(Compact::parse(&"a".repeat(MAX_TOKEN_BYTES + 1)), Err(JwsError::TooLarge)));
         let wide = format!(r#"{{"alg":"ES256","pad":"{}"}}"#, "x".repeat(MAX_HEADER_BYTES));
         assert!(matches!(Compact::parse(&token(&wide, "{}")), Err(JwsError::TooLarge)));
-        for bad in [format!("{good}.x"), format!("{good}="), good.replace('.', ".."), "a.b".into(), "..".into()] {
+        for bad in
+            [format!("{good}.x"), format!("{good}="), good.replace('.', ".."), "a.b".into(), "..".into()]
+        {
             assert!(Compact::parse(&bad).is_err(), "{bad}");
         }
         // 'QQ' and 'QR' decode to the same byte in a lenient decoder; only the first is canonical.
@@ -197,9 +199,11 @@ mod tests {
 
     #[test]
     fn what_is_signed_verifies_and_nothing_else_does() {
-        let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &SystemRandom::new()).unwrap();
+        let pkcs8 =
+            EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &SystemRandom::new()).unwrap();
         let key =
-            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, pkcs8.as_ref(), &SystemRandom::new()).unwrap();
+            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, pkcs8.as_ref(), &SystemRandom::new())
+                .unwrap();
         let public = ring::signature::KeyPair::public_key(&key).as_ref().to_vec();
         let signed = sign_es256(&json!({"alg":"ES256"}), &json!({"sub":"alice"}), pkcs8.as_ref()).unwrap();
         assert!(Compact::parse(&signed).unwrap().verify_es256(&public).is_ok());

@@ -114,7 +114,8 @@ pub fn check_authority(
         _ => return Err(LeafError::AuthorityId),
     }
     let validity = certificate.validity();
-    if now < since_epoch(validity.not_before.timestamp()) || now > since_epoch(validity.not_after.timestamp()) {
+    if now < since_epoch(validity.not_before.timestamp()) || now > since_epoch(validity.not_after.timestamp())
+    {
         return Err(LeafError::Validity);
     }
     check_key(&certificate)
@@ -164,7 +165,10 @@ fn check_leaf_constraints(certificate: &X509Certificate<'_>) -> Result<(), LeafE
     }
     let usage = certificate.key_usage().map_err(|_| LeafError::Extension)?;
     let usage_fits = usage.is_some_and(|usage| {
-        usage.critical && usage.value.digital_signature() && !usage.value.key_cert_sign() && !usage.value.crl_sign()
+        usage.critical
+            && usage.value.digital_signature()
+            && !usage.value.key_cert_sign()
+            && !usage.value.crl_sign()
     });
     if !usage_fits {
         return Err(LeafError::LeafKeyUsage);

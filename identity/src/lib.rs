@@ -26,6 +26,8 @@ pub mod peer;
 pub mod scope;
 pub mod source;
 pub mod svid;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tls;
 pub mod txn;
 pub mod verify;

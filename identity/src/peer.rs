@@ -22,7 +22,11 @@ impl Peer {
     /// (`rustls::CommonState::peer_certificates`). `None` if it presented none.
     pub fn from_handshake(certificates: Option<&[CertificateDer<'_>]>) -> Option<Result<Self, LeafError>> {
         let leaf = certificates?.first()?;
-        Some(leaf::parse(leaf).map(|leaf| Self { id: leaf.id, serial: leaf.serial, not_after: leaf.not_after }))
+        Some(leaf::parse(leaf).map(|leaf| Self {
+            id: leaf.id,
+            serial: leaf.serial,
+            not_after: leaf.not_after,
+        }))
     }
 
     /// The SPIFFE ID it proved.

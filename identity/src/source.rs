@@ -58,10 +58,10 @@ impl IdentitySource {
         identity.clone()
     }
 
-    /// Waits for the next replacement. `None` if the publisher is gone.
-    pub async fn changed(&mut self) -> Option<Arc<Identity>> {
-        self.0.changed().await.ok()?;
-        self.0.borrow_and_update().clone()
+    /// Waits for the next replacement or withdrawal. `false` if the publisher is gone: nothing will
+    /// change any more.
+    pub async fn changed(&mut self) -> bool {
+        self.0.changed().await.is_ok()
     }
 }
 

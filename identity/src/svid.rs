@@ -99,7 +99,10 @@ impl X509Svid {
 impl fmt::Debug for X509Svid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Never the key.
-        f.debug_struct("X509Svid").field("id", self.id()).field("serial", &self.leaf.serial).finish_non_exhaustive()
+        f.debug_struct("X509Svid")
+            .field("id", self.id())
+            .field("serial", &self.leaf.serial)
+            .finish_non_exhaustive()
     }
 }
 

@@ -172,7 +172,10 @@ impl Chain {
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Never the raw token: it is a credential until it expires.
-        f.debug_struct("Chain").field("transaction", &self.transaction).field("hops", &self.hops).finish_non_exhaustive()
+        f.debug_struct("Chain")
+            .field("transaction", &self.transaction)
+            .field("hops", &self.hops)
+            .finish_non_exhaustive()
     }
 }
 
@@ -499,4 +502,236 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
 
 fn hash_text(text: &str) -> String {
     jws::encode(sha256(text.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TrustDomain;
+    use crate::testing::TestAuthority;
+
+    struct Mesh {
+        authority: TestAuthority,
+        gateway: X509Svid,
+        web: X509Svid,
+        accounts: X509Svid,
+        payments: X509Svid,
+        bundles: BundleSet,
+    }
+
+    const GET: &str = "/accounts/17";
+
+    fn mesh() -> Mesh {
+        let authority = TestAuthority::new("bank.example");
+        Mesh {
+            gateway: authority.issue("/palisade/gateway"),
+            web: authority.issue("/service/web"),
+            accounts: authority.issue("/service/accounts"),
+            payments: authority.issue("/service/payments"),
+            bundles: BundleSet::new([authority.bundle()]),
+            authority,
+        }
+    }
+
+    fn now() -> Duration {
+        crate::testing::ago(0)
+    }
+
+    fn alice() -> User {
+        User {
+            id: "alice".into(),
+            issuer: "https://idp.example".into(),
+            client: "bank-web".into(),
+            scopes: vec!["openid".into(), "bank".into()],
+            groups: vec!["customers".into()],
+            auth_time: 1,
+        }
+    }
+
+    impl Mesh {
+        fn verifier(&self) -> Verifier {
+            Verifier::new(vec![self.gateway.id().clone()])
+        }
+
+        fn arrival<'a>(
+            &'a self,
+            me: &'a X509Svid,
+            presenter: &'a X509Svid,
+            method: &str,
+            target: &str,
+        ) -> Arrival<'a> {
+            Arrival {
+                me: me.id(),
+                presenter: presenter.id(),
+                bundles: &self.bundles,
+                generation: 1,
+                binding: RequestBinding::new(method, target),
+                now: now(),
+            }
+        }
+
+        fn get(&self) -> RequestBinding {
+            RequestBinding::new("GET", GET)
+        }
+
+        fn at_web(&self) -> String {
+            mint(&self.gateway, &alice(), self.web.id(), self.get(), MAX_LIFETIME, now()).unwrap()
+        }
+
+        /// alice's chain gateway → web → accounts.
+        fn at_accounts(&self) -> String {
+            let chain = self
+                .verifier()
+                .verify(&self.at_web(), self.arrival(&self.web, &self.gateway, "GET", GET))
+                .unwrap();
+            extend(&chain, &self.web, self.accounts.id(), self.get(), now()).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_chain_carries_the_user_and_every_hand_it_passed() {
+        let mesh = mesh();
+        let chain = mesh
+            .verifier()
+            .verify(&mesh.at_accounts(), mesh.arrival(&mesh.accounts, &mesh.web, "GET", GET))
+            .unwrap();
+        assert_eq!(**chain.user(), alice());
+        assert_eq!(chain.hops(), [mesh.gateway.id().clone(), mesh.web.id().clone()]);
+        let further = extend(&chain, &mesh.accounts, mesh.payments.id(), mesh.get(), now()).unwrap();
+        let chain = mesh
+            .verifier()
+            .verify(&further, mesh.arrival(&mesh.payments, &mesh.accounts, "GET", GET))
+            .unwrap();
+        assert_eq!(chain.hops().len(), 3);
+    }
+
+    #[test]
+    fn a_stolen_token_is_useless_to_another_workload() {
+        let mesh = mesh();
+        // payments saw web's token pass and presents it to accounts.
+        let stolen = mesh.at_accounts();
+        let outcome =
+            mesh.verifier().verify(&stolen, mesh.arrival(&mesh.accounts, &mesh.payments, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::WrongPresenter)), "{outcome:?}");
+        // accounts presents to payments what was meant for itself.
+        let outcome = mesh.verifier().verify(&stolen, mesh.arrival(&mesh.payments, &mesh.web, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::WrongAudience)), "{outcome:?}");
+        // payments extends a token that names web as its holder.
+        let held_by_web = mesh
+            .verifier()
+            .verify(&mesh.at_web(), mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET))
+            .unwrap();
+        let forged = extend(&held_by_web, &mesh.payments, mesh.accounts.id(), mesh.get(), now()).unwrap();
+        let outcome =
+            mesh.verifier().verify(&forged, mesh.arrival(&mesh.accounts, &mesh.payments, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::BrokenChain)), "{outcome:?}");
+    }
+
+    #[test]
+    fn only_a_gateway_of_this_trust_domain_begins_a_chain() {
+        let mesh = mesh();
+        let by_web = mint(&mesh.web, &alice(), mesh.accounts.id(), mesh.get(), MAX_LIFETIME, now()).unwrap();
+        let outcome = mesh.verifier().verify(&by_web, mesh.arrival(&mesh.accounts, &mesh.web, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::NotFromGateway)), "{outcome:?}");
+
+        let foreign = TestAuthority::new("evil.example");
+        let gateway = foreign.issue("/palisade/gateway");
+        let token = mint(&gateway, &alice(), mesh.web.id(), mesh.get(), MAX_LIFETIME, now()).unwrap();
+        let outcome = mesh.verifier().verify(&token, mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::Signer(VerifyError::UnknownTrustDomain(_)))), "{outcome:?}");
+
+        // The same name under the same domain, but vouched for by an authority we do not know.
+        let impostor = TestAuthority::new("bank.example").issue("/palisade/gateway");
+        let token = mint(&impostor, &alice(), mesh.web.id(), mesh.get(), MAX_LIFETIME, now()).unwrap();
+        let outcome = mesh.verifier().verify(&token, mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET));
+        assert!(matches!(outcome, Err(TxnError::Signer(_))), "{outcome:?}");
+    }
+
+    #[test]
+    fn a_link_cannot_be_dropped_swapped_or_changed() {
+        let mesh = mesh();
+        let verifier = mesh.verifier();
+        let good = mesh.at_accounts();
+        let (token, link) = good.split_once('~').unwrap();
+        let other = mesh.at_accounts();
+        let (other_token, _) = other.split_once('~').unwrap();
+        let arrival = mesh.arrival(&mesh.accounts, &mesh.web, "GET", GET);
+        for (bad, why) in [
+            (token.to_owned(), "dropped link"),
+            (link.to_owned(), "link alone"),
+            (format!("{other_token}~{link}"), "link of another token"),
+            (format!("{good}~{link}"), "link twice"),
+            (format!("{good}~"), "empty part"),
+            (format!("~{good}"), "empty start"),
+            (format!("{link}~{token}"), "turned round"),
+        ] {
+            assert!(verifier.verify(&bad, arrival).is_err(), "{why}");
+        }
+        assert!(verifier.verify(&good, arrival).is_ok());
+        let mut flipped = good.clone().into_bytes();
+        for at in (0..flipped.len()).step_by(7) {
+            let was = flipped[at];
+            flipped[at] = if was == b'A' { b'B' } else { b'A' };
+            let text = String::from_utf8(flipped.clone()).unwrap();
+            assert!(text == good || verifier.verify(&text, arrival).is_err(), "byte {at}");
+            flipped[at] = was;
+        }
+    }
+
+    #[test]
+    fn expired_future_and_overlong_tokens_are_refused() {
+        let mesh = mesh();
+        let verifier = mesh.verifier();
+        let token_at = |issued: Duration| {
+            mint(&mesh.gateway, &alice(), mesh.web.id(), mesh.get(), MAX_LIFETIME, issued).unwrap()
+        };
+        let arrival = mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET);
+        let outcome = verifier.verify(&token_at(arrival.now - Duration::from_secs(31)), arrival);
+        assert!(matches!(outcome, Err(TxnError::Expired)), "{outcome:?}");
+        let outcome = verifier.verify(&token_at(arrival.now + Duration::from_secs(20)), arrival);
+        assert!(matches!(outcome, Err(TxnError::NotYetValid)), "{outcome:?}");
+        // Exactly at `exp` it is over.
+        let token = token_at(Duration::from_secs(arrival.now.as_secs()));
+        let at_end = Arrival { now: Duration::from_secs(arrival.now.as_secs()) + MAX_LIFETIME, ..arrival };
+        assert!(matches!(verifier.verify(&token, at_end), Err(TxnError::Expired)));
+    }
+
+    #[test]
+    fn an_unsafe_request_spends_its_token_and_no_other_request_may() {
+        let mesh = mesh();
+        let verifier = mesh.verifier();
+        let post = RequestBinding::new("POST", "/transfers");
+        let token = mint(&mesh.gateway, &alice(), mesh.web.id(), post, MAX_LIFETIME, now()).unwrap();
+        let elsewhere = verifier.verify(&token, mesh.arrival(&mesh.web, &mesh.gateway, "POST", "/loans"));
+        assert!(matches!(elsewhere, Err(TxnError::WrongRequest)), "{elsewhere:?}");
+        let arrival = mesh.arrival(&mesh.web, &mesh.gateway, "POST", "/transfers");
+        assert!(verifier.verify(&token, arrival).is_ok());
+        assert!(matches!(verifier.verify(&token, arrival), Err(TxnError::Replayed)));
+        let unbound = mesh.at_web();
+        assert!(matches!(verifier.verify(&unbound, arrival), Err(TxnError::WrongRequest)));
+    }
+
+    #[test]
+    fn a_signer_is_checked_again_when_the_bundle_changes_or_its_certificate_ends() {
+        let mesh = mesh();
+        let verifier = mesh.verifier();
+        let token = mesh.at_web();
+        let arrival = mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET);
+        assert!(verifier.verify(&token, arrival).is_ok());
+        let nobody =
+            BundleSet::new([
+                crate::TrustBundle::new(TrustDomain::new("bank.example").unwrap(), vec![]).unwrap()
+            ]);
+        let withdrawn = Arrival { bundles: &nobody, generation: 2, ..arrival };
+        assert!(matches!(verifier.verify(&token, withdrawn), Err(TxnError::Signer(_))));
+        assert_eq!(mesh.authority.bundle().authorities().len(), 1);
+    }
+
+    #[test]
+    fn a_chain_that_is_printed_shows_no_token() {
+        let mesh = mesh();
+        let raw = mesh.at_web();
+        let chain = mesh.verifier().verify(&raw, mesh.arrival(&mesh.web, &mesh.gateway, "GET", GET)).unwrap();
+        assert!(!format!("{chain:?}").contains(&raw[..40]));
+    }
 }

@@ -78,15 +78,7 @@ pub fn verify_chain(
         .map(|(_, anchor)| anchor.clone())
         .collect();
     end_entity
-        .verify_for_usage(
-            algorithms().all,
-            &anchors,
-            intermediates,
-            now,
-            KeyUsage::client_auth(),
-            None,
-            None,
-        )
+        .verify_for_usage(algorithms().all, &anchors, intermediates, now, KeyUsage::client_auth(), None, None)
         .map_err(VerifyError::Chain)?;
     Ok(leaf)
 }
@@ -234,4 +226,142 @@ fn tls_error(error: VerifyError) -> rustls::Error {
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
     rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose};
+
+    use super::*;
+    use crate::TrustBundle;
+    use crate::clock::{Clock as _, SystemClock};
+    use crate::testing::{TestAuthority, ago, ahead, offset, uri};
+
+    fn verify(
+        authority: &TestAuthority,
+        change: impl FnOnce(&mut rcgen::CertificateParams),
+    ) -> Result<Leaf, VerifyError> {
+        let (der, _key) = authority.issue_with("/service/web", change);
+        verify_chain(&der, &[], &BundleSet::new([authority.bundle()]), SystemClock.unix_time())
+    }
+
+    fn leaf_error(outcome: Result<Leaf, VerifyError>) -> LeafError {
+        match outcome {
+            Err(VerifyError::Leaf(error)) => error,
+            other => panic!("expected a broken rule, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_good_leaf_verifies_and_says_who_it_is() {
+        let leaf = verify(&TestAuthority::new("bank.example"), |_| {}).unwrap();
+        assert_eq!(leaf.id.as_str(), "spiffe://bank.example/service/web");
+    }
+
+    #[test]
+    fn identity_20_security_1_exactly_one_uri_name() {
+        let authority = TestAuthority::new("bank.example");
+        let two = verify(&authority, |params| params.subject_alt_names.push(uri("https://bank.example/x")));
+        assert_eq!(leaf_error(two), LeafError::UriCount(2));
+        let none = verify(&authority, |params| params.subject_alt_names.clear());
+        assert_eq!(leaf_error(none), LeafError::UriCount(0));
+        let with_dns = verify(&authority, |params| {
+            params.subject_alt_names.push(rcgen::SanType::DnsName("localhost".try_into().unwrap()));
+        });
+        assert!(with_dns.is_ok());
+    }
+
+    #[test]
+    fn identity_21_a_leaf_has_a_path() {
+        let authority = TestAuthority::new("bank.example");
+        let bare = verify(&authority, |params| params.subject_alt_names = vec![uri("spiffe://bank.example")]);
+        assert_eq!(leaf_error(bare), LeafError::Id(crate::id::IdError::NoPath));
+    }
+
+    #[test]
+    fn identity_22_23_security_4_constraints_and_usages_are_enforced() {
+        let authority = TestAuthority::new("bank.example");
+        let cases: Vec<(Box<dyn FnOnce(&mut rcgen::CertificateParams)>, LeafError)> = vec![
+            (Box::new(|p| p.is_ca = IsCa::NoCa), LeafError::LeafBasicConstraints),
+            (
+                Box::new(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
+                LeafError::LeafBasicConstraints,
+            ),
+            (Box::new(|p| p.key_usages.clear()), LeafError::LeafKeyUsage),
+            (Box::new(|p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]), LeafError::LeafKeyUsage),
+            (Box::new(|p| p.key_usages.push(KeyUsagePurpose::KeyCertSign)), LeafError::LeafKeyUsage),
+            (Box::new(|p| p.key_usages.push(KeyUsagePurpose::CrlSign)), LeafError::LeafKeyUsage),
+            (
+                Box::new(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]),
+                LeafError::LeafExtendedKeyUsage,
+            ),
+        ];
+        for (change, expected) in cases {
+            assert_eq!(leaf_error(verify(&authority, change)), expected);
+        }
+        assert!(verify(&authority, |params| params.extended_key_usages.clear()).is_ok());
+    }
+
+    #[test]
+    fn identity_24_an_authority_is_never_a_peer() {
+        let authority = TestAuthority::new("bank.example");
+        let bundle = authority.bundle();
+        let der = bundle.authorities()[0].clone();
+        let outcome = verify_chain(&der, &[], &BundleSet::new([bundle]), SystemClock.unix_time());
+        assert!(matches!(outcome, Err(VerifyError::Leaf(_))), "{outcome:?}");
+    }
+
+    #[test]
+    fn identity_25_bundles_are_never_pooled() {
+        let (ours, theirs) = (TestAuthority::new("bank.example"), TestAuthority::new("evil.example"));
+        let set = BundleSet::new([ours.bundle(), theirs.bundle()]);
+        // Signed by the authority of evil.example, claiming a name in bank.example.
+        let (der, _key) = theirs.issue_with("/x", |params| {
+            params.subject_alt_names = vec![uri("spiffe://bank.example/service/web")];
+        });
+        let outcome = verify_chain(&der, &[], &set, SystemClock.unix_time());
+        assert!(matches!(outcome, Err(VerifyError::Chain(_))), "{outcome:?}");
+        let only_ours = BundleSet::new([ours.bundle()]);
+        let (der, _key) = theirs.issue_with("/service/web", |_| {});
+        let outcome = verify_chain(&der, &[], &only_ours, SystemClock.unix_time());
+        assert!(matches!(outcome, Err(VerifyError::UnknownTrustDomain(_))), "{outcome:?}");
+    }
+
+    #[test]
+    fn security_5_expired_future_and_expired_root_are_refused() {
+        let authority = TestAuthority::new("bank.example");
+        let expired = verify(&authority, |params| params.not_after = offset(ago(10)));
+        assert!(matches!(expired, Err(VerifyError::Chain(webpki::Error::CertExpired { .. }))), "{expired:?}");
+        let future = verify(&authority, |params| params.not_before = offset(ahead(10)));
+        assert!(
+            matches!(future, Err(VerifyError::Chain(webpki::Error::CertNotValidYet { .. }))),
+            "{future:?}"
+        );
+        let old_root = TestAuthority::valid_between("bank.example", ago(100), ago(10));
+        assert!(matches!(verify(&old_root, |_| {}), Err(VerifyError::Chain(webpki::Error::UnknownIssuer))));
+    }
+
+    #[test]
+    fn security_6_huge_certificates_and_long_chains_are_refused() {
+        let authority = TestAuthority::new("bank.example");
+        let fat = verify(&authority, |params| {
+            params.custom_extensions =
+                vec![CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![0; leaf::MAX_CERTIFICATE_BYTES])];
+        });
+        assert_eq!(leaf_error(fat), LeafError::TooLarge);
+        let (der, _key) = authority.issue_with("/service/web", |_| {});
+        let root = authority.bundle().authorities()[0].clone();
+        let long = vec![root; MAX_INTERMEDIATES + 1];
+        let outcome =
+            verify_chain(&der, &long, &BundleSet::new([authority.bundle()]), SystemClock.unix_time());
+        assert!(matches!(outcome, Err(VerifyError::TooLong)));
+    }
+
+    #[test]
+    fn an_empty_bundle_trusts_nobody() {
+        let authority = TestAuthority::new("bank.example");
+        let (der, _key) = authority.issue_with("/service/web", |_| {});
+        let empty = TrustBundle::new("bank.example".parse().unwrap(), vec![]).unwrap();
+        assert!(verify_chain(&der, &[], &BundleSet::new([empty]), SystemClock.unix_time()).is_err());
+    }
 }

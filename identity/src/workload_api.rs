@@ -76,12 +76,12 @@ pub fn parse_address(address: &str) -> Result<PathBuf, WorkloadApiError> {
 pub fn channel(socket: &Path) -> Channel {
     let socket = socket.to_owned();
     // The URI is required by the API and never used: the connector below decides.
-    Endpoint::from_static("http://agent.invalid").connect_timeout(Duration::from_secs(5)).connect_with_connector_lazy(
-        tower::service_fn(move |_| {
+    Endpoint::from_static("http://agent.invalid")
+        .connect_timeout(Duration::from_secs(5))
+        .connect_with_connector_lazy(tower::service_fn(move |_| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }),
-    )
+        }))
 }
 
 /// A request that carries the security header.
@@ -125,7 +125,8 @@ pub fn watch(socket: PathBuf, clock: SharedClock, scope: &Scope) -> IdentitySour
 
 async fn follow(socket: &Path, publisher: &IdentityPublisher) -> Result<(), WorkloadApiError> {
     let mut client = proto::spiffe_workload_api_client::SpiffeWorkloadApiClient::new(channel(socket));
-    let mut stream = client.fetch_x509svid(request(proto::X509svidRequest {})).await.map_err(Box::new)?.into_inner();
+    let mut stream =
+        client.fetch_x509svid(request(proto::X509svidRequest {})).await.map_err(Box::new)?.into_inner();
     while let Some(message) = stream.next().await {
         let (svid, bundles) = parse(message.map_err(Box::new)?)?;
         tracing::info!(id = %svid.id(), serial = svid.serial(), "identity received");
@@ -137,7 +138,8 @@ async fn follow(socket: &Path, publisher: &IdentityPublisher) -> Result<(), Work
 /// Asks for the identity once: for short-lived commands.
 pub async fn fetch_once(socket: &Path) -> Result<(X509Svid, BundleSet), WorkloadApiError> {
     let mut client = proto::spiffe_workload_api_client::SpiffeWorkloadApiClient::new(channel(socket));
-    let mut stream = client.fetch_x509svid(request(proto::X509svidRequest {})).await.map_err(Box::new)?.into_inner();
+    let mut stream =
+        client.fetch_x509svid(request(proto::X509svidRequest {})).await.map_err(Box::new)?.into_inner();
     let message = stream.next().await.ok_or(WorkloadApiError::Closed)?.map_err(Box::new)?;
     parse(message)
 }
