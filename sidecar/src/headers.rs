@@ -52,7 +52,8 @@ const IDENTITY_HEADERS: &[&str] = &[
 ];
 
 /// Families of the same kind.
-const IDENTITY_PREFIXES: &[&str] = &["x-forwarded-", "x-palisade-", "x-auth-request-", "x-pomerium-", "x-amzn-oidc-"];
+const IDENTITY_PREFIXES: &[&str] =
+    &["x-forwarded-", "x-palisade-", "x-auth-request-", "x-pomerium-", "x-amzn-oidc-"];
 
 /// Whether a header claims who calls or what is asked, in any spelling.
 pub fn is_identity(name: &HeaderName) -> bool {
@@ -91,8 +92,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         headers.remove(name);
     }
     // gRPC needs `TE: trailers` to pass; anything else in it is between two neighbours.
-    let wants_trailers = headers.get(TE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    let fixed = [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
+    let wants_trailers =
+        headers.get(TE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    let fixed =
+        [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
     for name in fixed {
         headers.remove(name);
     }
@@ -120,7 +123,8 @@ pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
     if headers.contains_key(UPGRADE) || headers.contains_key("http2-settings") {
         return Err("request.upgrade");
     }
-    let printable = |value: &HeaderValue| value.as_bytes().iter().all(|byte| matches!(byte, b'\t' | 0x20..=0x7e));
+    let printable =
+        |value: &HeaderValue| value.as_bytes().iter().all(|byte| matches!(byte, b'\t' | 0x20..=0x7e));
     if !headers.values().all(printable) {
         return Err("request.header_bytes");
     }
@@ -148,7 +152,11 @@ fn check_authority(parts: &Parts) -> Result<(), &'static str> {
     }
     match (parts.version, host, parts.uri.authority()) {
         (Version::HTTP_2, None, Some(_)) => Ok(()),
-        (Version::HTTP_2, Some(host), Some(authority)) if host.as_bytes() == authority.as_str().as_bytes() => Ok(()),
+        (Version::HTTP_2, Some(host), Some(authority))
+            if host.as_bytes() == authority.as_str().as_bytes() =>
+        {
+            Ok(())
+        }
         // An absolute-form target on HTTP/1.1 names a second authority: refused rather than compared.
         (Version::HTTP_11, Some(host), None) if !host.is_empty() => Ok(()),
         _ => Err("request.host"),
@@ -218,8 +226,16 @@ mod tests {
     fn gateway_29_identity_headers_go_in_every_spelling_and_connection_named_ones_too() {
         let mut headers = HeaderMap::new();
         for name in [
-            "X-Forwarded-User", "x_forwarded_user", "X-Forwarded_Client-Cert", "Txn-Token", "txn_token",
-            "Forwarded", "Remote_User", "X-Envoy-Original-Path", "X-HTTP-Method-Override", "X-Palisade-Anything",
+            "X-Forwarded-User",
+            "x_forwarded_user",
+            "X-Forwarded_Client-Cert",
+            "Txn-Token",
+            "txn_token",
+            "Forwarded",
+            "Remote_User",
+            "X-Envoy-Original-Path",
+            "X-HTTP-Method-Override",
+            "X-Palisade-Anything",
         ] {
             headers.insert(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("x"));
         }
@@ -237,8 +253,14 @@ mod tests {
         assert_eq!(check_framing(&parts(host)), Ok(()));
         let te = TRANSFER_ENCODING;
         let cases: Vec<(Parts, &str)> = vec![
-            (parts(|b| host(b).header(CONTENT_LENGTH, "1").header(&te, "chunked")), "request.ambiguous_length"),
-            (parts(|b| host(b).header(CONTENT_LENGTH, "1").header(CONTENT_LENGTH, "1")), "request.ambiguous_length"),
+            (
+                parts(|b| host(b).header(CONTENT_LENGTH, "1").header(&te, "chunked")),
+                "request.ambiguous_length",
+            ),
+            (
+                parts(|b| host(b).header(CONTENT_LENGTH, "1").header(CONTENT_LENGTH, "1")),
+                "request.ambiguous_length",
+            ),
             (parts(|b| host(b).header(&te, "chunked").header(&te, "chunked")), "request.ambiguous_length"),
             (parts(|b| host(b).header(&te, "gzip, chunked")), "request.transfer_encoding"),
             (parts(|b| b), "request.host"),
@@ -246,12 +268,12 @@ mod tests {
             (parts(|b| host(b).uri("http://b/a")), "request.host"),
             (parts(|b| host(b).method("CONNECT")), "request.method"),
             (parts(|b| host(b).header(UPGRADE, "h2c")), "request.upgrade"),
-            (parts(|b| host(b).header("x", HeaderValue::from_bytes(b"\xff").unwrap())), "request.header_bytes"),
-            (parts(|b| host(b).version(Version::HTTP_10)), "request.http_version"),
             (
-                parts(|b| b.version(Version::HTTP_2).uri("http://a/a").header(HOST, "b")),
-                "request.host",
+                parts(|b| host(b).header("x", HeaderValue::from_bytes(b"\xff").unwrap())),
+                "request.header_bytes",
             ),
+            (parts(|b| host(b).version(Version::HTTP_10)), "request.http_version"),
+            (parts(|b| b.version(Version::HTTP_2).uri("http://a/a").header(HOST, "b")), "request.host"),
         ];
         for (parts, rule) in cases {
             assert_eq!(check_framing(&parts), Err(rule), "{parts:?}");

@@ -9,15 +9,27 @@
 //! | [`correlate`] | which transaction a call of the app belongs to |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
-//! | [`admin`] | `/ready`, `/live` and `/metrics` |
+//! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 
+pub mod admin;
+mod answer;
+pub mod app;
+pub mod correlate;
 pub mod headers;
+pub mod inbound;
+pub mod metrics;
+pub mod outbound;
+mod sample;
 pub mod server;
+mod sidecar;
+pub mod trace;
 pub mod upstream;
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
+
+pub use sidecar::{Call, Sidecar, SidecarConfig, SidecarError};
 
 /// Any error of a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;

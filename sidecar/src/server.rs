@@ -115,9 +115,9 @@ fn handshake_rule(error: &io::Error) -> &'static str {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
     match cause {
         Some(Error::NoCertificatesPresented) => "tls.no_client_certificate",
-        Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
-            "tls.expired_svid"
-        }
+        Some(Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        )) => "tls.expired_svid",
         Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => "tls.unknown_trust_domain",
         Some(Error::InvalidCertificate(_)) => "tls.invalid_svid",
         Some(Error::PeerIncompatible(_)) => "tls.protocol_version",
@@ -128,8 +128,11 @@ fn handshake_rule(error: &io::Error) -> &'static str {
 /// What a listener does with what arrives.
 pub trait Handler: Send + Sync + 'static {
     /// Answers one request.
-    fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Incoming>)
-    -> BoxFuture<'static, Response<Body>>;
+    fn handle(
+        self: Arc<Self>,
+        connection: Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> BoxFuture<'static, Response<Body>>;
 
     /// Hears of a connection that was refused before any request.
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
@@ -150,7 +153,8 @@ pub fn serve(
     clock: SharedClock,
     handler: Arc<impl Handler>,
 ) {
-    let listen = Listen { tls: tls.map(TlsAcceptor::from), limits: Arc::new(limits), clock, scope: scope.clone() };
+    let listen =
+        Listen { tls: tls.map(TlsAcceptor::from), limits: Arc::new(limits), clock, scope: scope.clone() };
     scope.spawn_critical(name, accept_loop(listener, listen, handler));
 }
 

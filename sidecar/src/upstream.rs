@@ -138,7 +138,8 @@ impl Upstream {
         clock: SharedClock,
         scope: &Scope,
     ) -> Result<Arc<Self>, UpstreamError> {
-        let tls = identity::tls::client_config(&source, config.id.clone(), &[identity::tls::ALPN_H2], &clock)?;
+        let tls =
+            identity::tls::client_config(&source, config.id.clone(), &[identity::tls::ALPN_H2], &clock)?;
         let authority = Authority::try_from(config.service.as_str()).map_err(|_| UpstreamError::Target)?;
         Ok(Arc::new(Self {
             authority,
@@ -181,7 +182,9 @@ impl Upstream {
                 }
             };
             match answer {
-                Ok(response) => return Ok(response.map(|body| Guarded { body, _guard: guard }.boxed_unsync())),
+                Ok(response) => {
+                    return Ok(response.map(|body| Guarded { body, _guard: guard }.boxed_unsync()));
+                }
                 Err(mut refused) => match refused.take_message() {
                     Some(unsent) if attempt < MAX_ATTEMPTS => {
                         request = unsent;
@@ -253,7 +256,11 @@ impl Upstream {
                 }
             }
         }
-        Err(UpstreamError::Connect { service: self.config.service.clone(), id: self.config.id.clone(), cause })
+        Err(UpstreamError::Connect {
+            service: self.config.service.clone(),
+            id: self.config.id.clone(),
+            cause,
+        })
     }
 
     async fn dial_endpoint(&self, endpoint: SocketAddr) -> Result<SendRequest<Body>, BoxError> {
@@ -306,7 +313,10 @@ impl http_body::Body for Guarded {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         Pin::new(&mut self.body).poll_frame(cx).map_err(Into::into)
     }
 

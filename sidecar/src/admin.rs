@@ -1,0 +1,67 @@
+//! The admin port: `/ready`, `/live`, `/metrics`. Loopback only.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use identity::clock::SharedClock;
+use identity::{IdentitySource, Scope, SpiffeId};
+
+use crate::metrics::Metrics;
+use crate::server::{Connection, Handler};
+use crate::{Body, answer, full};
+
+/// What the admin port answers from.
+pub struct Admin {
+    pub(crate) id: SpiffeId,
+    pub(crate) source: IdentitySource,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: SharedClock,
+    pub(crate) scope: Scope,
+}
+
+impl Handler for Admin {
+    fn handle(
+        self: Arc<Self>,
+        _connection: Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> BoxFuture<'static, Response<Body>> {
+        Box::pin(async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET, "/live") => answer::json(StatusCode::OK, r#"{"live":true}"#),
+                (&Method::GET, "/ready") => self.ready(),
+                (&Method::GET, "/metrics") => self.metrics(),
+                _ => answer::json(StatusCode::NOT_FOUND, r#"{"error":"not_found"}"#),
+            }
+        })
+    }
+}
+
+impl Admin {
+    /// Ready: the identity that was configured has arrived and is valid, and no drain has begun.
+    fn ready(&self) -> Response<Body> {
+        let why = if self.scope.is_draining() {
+            Some("draining".to_owned())
+        } else {
+            match self.source.valid_at(self.clock.now()) {
+                None => Some("no valid identity from the agent yet".to_owned()),
+                Some(identity) if *identity.svid.id() != self.id => {
+                    Some(format!("the agent gave {}, expected {}", identity.svid.id(), self.id))
+                }
+                Some(_) => None,
+            }
+        };
+        let status = if why.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let body = serde_json::json!({ "ready": why.is_none(), "spiffe_id": self.id, "why": why });
+        answer::json(status, body.to_string())
+    }
+
+    fn metrics(&self) -> Response<Body> {
+        let mut response = Response::new(full(self.metrics.render()));
+        let openmetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(openmetrics));
+        response
+    }
+}

@@ -1,0 +1,34 @@
+//! Answers that the sidecar gives itself: terse to the peer, full in the log.
+
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, Response, StatusCode};
+
+use crate::{Body, full};
+
+/// A JSON answer that no cache keeps.
+pub fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Body> {
+    let mut response = Response::new(full(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// A failure on the way to `service`. The cause stays in the log, except where the caller is the app
+/// beside us and can do something about it.
+pub fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Display) -> Response<Body> {
+    tracing::info!(service, %cause, status = status.as_u16(), "request failed");
+    let error = match status {
+        StatusCode::FORBIDDEN => "denied",
+        StatusCode::BAD_REQUEST => "bad_request",
+        StatusCode::GATEWAY_TIMEOUT => "timeout",
+        StatusCode::BAD_GATEWAY => "bad_gateway",
+        _ => "unavailable",
+    };
+    let body = serde_json::json!({ "error": error, "service": service });
+    let mut response = json(status, body.to_string());
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}

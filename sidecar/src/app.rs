@@ -1,0 +1,174 @@
+//! The loopback connection to the app this sidecar stands before, and the body that relays to and from it.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::uri::{Authority, Scheme};
+use http::{Request, Response, StatusCode, Uri, Version};
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioTimer;
+use identity::Scope;
+use identity::clock::SharedClock;
+use thiserror::Error;
+
+use crate::headers;
+use crate::server::ScopeExecutor;
+use crate::{Body, BoxError};
+
+/// The app is on this machine: if it does not accept within this, it is down.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Idle connections kept to the app.
+const MAX_IDLE_CONNECTIONS: usize = 64;
+/// Shorter than any server's keep-alive that we know of, so that we close first.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// What the app speaks on loopback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AppProtocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS, by prior knowledge: what gRPC servers speak.
+    H2c,
+}
+
+/// Why the app gave no answer.
+#[derive(Debug, Error)]
+pub enum AppError {
+    /// Not listening, or it broke the connection.
+    #[error("the app cannot be reached: {0}")]
+    Unreachable(#[source] hyper_util::client::legacy::Error),
+    /// No answer in time.
+    #[error("the app did not answer in time")]
+    Timeout,
+    /// The request's target is not in origin form.
+    #[error("the request's target is not in origin form")]
+    Target,
+}
+
+impl AppError {
+    /// The status that the caller gets.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Unreachable(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unreachable(_) => StatusCode::BAD_GATEWAY,
+            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Target => StatusCode::BAD_REQUEST,
+        }
+    }
+}
+
+/// A client to one app.
+#[derive(Debug)]
+pub struct App {
+    authority: Authority,
+    version: Version,
+    client: Client<HttpConnector, Body>,
+    clock: SharedClock,
+    response_timeout: Duration,
+}
+
+impl App {
+    /// A client to the app at `address`.
+    pub fn new(
+        address: SocketAddr,
+        protocol: AppProtocol,
+        response_timeout: Duration,
+        clock: SharedClock,
+        scope: &Scope,
+    ) -> Result<Self, http::uri::InvalidUri> {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let client = Client::builder(ScopeExecutor(scope.clone()))
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
+            .http2_only(protocol == AppProtocol::H2c)
+            // Names of headers are forwarded as they were judged: lower case.
+            .http1_title_case_headers(false)
+            .build(connector);
+        let version = match protocol {
+            AppProtocol::Http1 => Version::HTTP_11,
+            AppProtocol::H2c => Version::HTTP_2,
+        };
+        Ok(Self { authority: address.to_string().parse()?, version, client, clock, response_timeout })
+    }
+
+    /// Sends one request in origin form. `Host` stays what the caller asked for.
+    pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Incoming>, AppError> {
+        let mut uri = http::uri::Parts::default();
+        uri.scheme = Some(Scheme::HTTP);
+        uri.authority = Some(self.authority.clone());
+        uri.path_and_query = Some(request.uri().path_and_query().cloned().ok_or(AppError::Target)?);
+        *request.uri_mut() = Uri::from_parts(uri).map_err(|_| AppError::Target)?;
+        *request.version_mut() = self.version;
+        tokio::select! {
+            answer = self.client.request(request) => answer.map_err(AppError::Unreachable),
+            () = self.clock.sleep(self.response_timeout) => Err(AppError::Timeout),
+        }
+    }
+}
+
+/// A body passed on frame by frame: bounded, its trailers cleaned, something kept alive meanwhile.
+pub struct Relay<G> {
+    body: Incoming,
+    left_bytes: Option<u64>,
+    _guard: G,
+}
+
+impl<G> Relay<G> {
+    /// Passes `body` on; `max_bytes` bounds it, `guard` is dropped with it.
+    pub fn new(body: Incoming, max_bytes: Option<u64>, guard: G) -> Self {
+        Self { body, left_bytes: max_bytes, _guard: guard }
+    }
+}
+
+impl<G: Unpin> http_body::Body for Relay<G> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        let frame = match std::task::ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+            None => return Poll::Ready(None),
+            Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+            Some(Ok(frame)) => frame,
+        };
+        let frame = match frame.into_data() {
+            Ok(data) => {
+                if let Some(left) = &mut this.left_bytes {
+                    match left.checked_sub(data.len() as u64) {
+                        Some(rest) => *left = rest,
+                        None => return Poll::Ready(Some(Err("the body is over its limit".into()))),
+                    }
+                }
+                Frame::data(data)
+            }
+            Err(frame) => {
+                let mut trailers = frame.into_trailers().unwrap_or_default();
+                headers::strip_hop_by_hop(&mut trailers);
+                headers::strip_identity(&mut trailers);
+                Frame::trailers(trailers)
+            }
+        };
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

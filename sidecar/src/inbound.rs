@@ -1,0 +1,525 @@
+//! The inbound half: the mTLS listener in front of the app.
+//!
+//! [`Inbound::request`] is the whole story of a request, top to bottom: one request or several? who is
+//! it, for whom, what do they want, may they, forward. Nothing reaches the app but through
+//! [`Inbound::forward`], which takes a [`Permit`], and the lookups that gather an object's attributes for
+//! the decision, whose answers go nowhere without one.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, IF_NONE_MATCH, RANGE,
+};
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use identity::clock::SharedClock;
+use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
+use identity::{Identity, IdentitySource, Peer};
+use policy::{
+    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Occasion, Permit, Principal,
+    Receipt, Recorder, Refusal, ServicePolicy, Verdict,
+};
+
+use crate::app::{App, AppError, Relay};
+use crate::correlate::{Correlator, Remembered};
+use crate::headers::{self, TraceParent};
+use crate::metrics::{Direction, Metrics, Observation};
+use crate::sample::Sampler;
+use crate::server::{Connection, Handler, RefusedConnection};
+use crate::trace::SharedRandom;
+use crate::{Body, answer, empty, full, trace};
+
+/// Largest answer that is held back while its object's attributes are judged.
+const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
+/// Largest answer of an entities endpoint.
+const MAX_ENTITIES_BYTES: usize = 64 * 1024;
+/// Where a service tells its own sidecar the attributes of objects.
+pub const ENTITIES_PATH: &str = "/.well-known/palisade/entities";
+
+/// Everything the inbound listener needs.
+pub struct Inbound {
+    pub(crate) service: String,
+    pub(crate) policy: Arc<ArcSwap<ServicePolicy>>,
+    pub(crate) verifier: Verifier,
+    pub(crate) app: App,
+    pub(crate) correlator: Arc<Correlator>,
+    pub(crate) source: IdentitySource,
+    pub(crate) recorder: Arc<dyn Recorder>,
+    pub(crate) sampler: Sampler,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: SharedClock,
+    pub(crate) random: SharedRandom,
+    pub(crate) access_log: bool,
+}
+
+/// How a request ended, for the log and the metrics.
+struct Ended {
+    response: Response<Body>,
+    route: String,
+    action: String,
+    objects: String,
+    user: String,
+    verdict: &'static str,
+    rule: String,
+    note: Option<String>,
+}
+
+/// Why a request was not answered by the app.
+enum Stop {
+    Denied(Box<Denial>),
+    App(AppError),
+    /// The app answered, but not with something whose owner can be told.
+    Upstream(StatusCode),
+    NotReady,
+}
+
+impl From<Denial> for Stop {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(Box::new(denial))
+    }
+}
+
+impl From<AppError> for Stop {
+    fn from(error: AppError) -> Self {
+        Self::App(error)
+    }
+}
+
+/// What is understood of a request so far; filled in as the phases pass.
+struct Understood {
+    occasion: Occasion,
+    caller: Option<Caller>,
+    mapped: Option<(String, String, String)>,
+}
+
+impl Handler for Inbound {
+    fn handle(
+        self: Arc<Self>,
+        connection: Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> BoxFuture<'static, Response<Body>> {
+        Box::pin(async move {
+            let started = self.clock.now();
+            let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+            let mut understood = Understood { occasion: self.occasion(&request), caller: None, mapped: None };
+            let outcome = self.request(&connection, request, &mut understood).await;
+            let ended = self.ended(outcome, &understood);
+            let took = self.clock.now().saturating_sub(started);
+            let status = ended.response.status();
+            let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
+            let route = ended.route.as_str();
+            self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
+            if self.access_log {
+                tracing::info!(
+                    target: "access", direction = "inbound", peer, user = ended.user, %method, path,
+                    action = ended.action, objects = ended.objects, verdict = ended.verdict, rule = ended.rule,
+                    receipt = %understood.occasion.receipt, status = status.as_u16(),
+                    took_us = took.as_micros() as u64, note = ended.note,
+                );
+            }
+            ended.response
+        })
+    }
+
+    fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
+        self.metrics.refused_connection(refused.rule());
+        let occasion = Occasion {
+            receipt: Receipt::generate(&*self.random),
+            now: self.clock.now(),
+            layer: Layer::Sidecar,
+            method: String::new(),
+            target: String::new(),
+            transaction: None,
+            trace_id: None,
+        };
+        let denial = policy::refuse_connection(
+            &self.service,
+            refused.rule(),
+            refused.reason(),
+            Some(remote),
+            &occasion,
+        );
+        tracing::info!(%remote, rule = refused.rule(), reason = refused.reason(), receipt = %occasion.receipt, "connection refused");
+        self.recorder.record(denial.record().clone());
+    }
+}
+
+impl Inbound {
+    /// The path of one request.
+    async fn request(
+        &self,
+        connection: &Connection,
+        request: Request<Incoming>,
+        understood: &mut Understood,
+    ) -> Result<(Response<Body>, Permit), Stop> {
+        let (mut parts, body) = request.into_parts();
+        // One policy version judges the whole request, whatever is loaded meanwhile.
+        let policy = self.policy.load_full();
+        let identity = self.source.valid_at(self.clock.now()).ok_or(Stop::NotReady)?;
+
+        // One request or several? What two parsers could read differently is refused unread.
+        if let Err(rule) = headers::check_framing(&parts) {
+            let refusal = Refusal::malformed(rule, "two parsers could read this request differently");
+            return Err(policy.refuse(None, refusal, &understood.occasion).into());
+        }
+
+        // Who is it, and for whom?
+        let Some(peer) = &connection.peer else {
+            let refusal = Refusal::denied("tls.no_client_certificate", "the peer proved no identity");
+            return Err(policy.refuse(None, refusal, &understood.occasion).into());
+        };
+        let chain = match self.transaction(&parts, peer, &identity) {
+            Ok(chain) => chain,
+            Err(error) => {
+                let caller = caller(peer, None, connection.remote);
+                let refusal = Refusal::denied(txn_rule(&error), error.to_string());
+                let denial = policy.refuse(Some(&caller), refusal, &understood.occasion);
+                understood.caller = Some(caller);
+                return Err(denial.into());
+            }
+        };
+        understood.occasion.transaction = chain.as_ref().map(|chain| chain.transaction().to_owned());
+        let caller = &*understood.caller.insert(caller(peer, chain.as_ref(), connection.remote));
+        let occasion = &understood.occasion;
+        let refuse = |refusal: Refusal| Stop::from(policy.refuse(Some(caller), refusal, occasion));
+
+        // What do they want?
+        let mapped = policy.map(&parts).map_err(refuse)?;
+        policy.screen(caller, &mapped, occasion)?;
+        let (mapped, body) = self.body(mapped, &parts, body).await.map_err(refuse)?;
+        understood.mapped = Some(described(&mapped));
+
+        // From here on the app may be asked something, and its calls travel on the user's behalf.
+        let span = trace::child(TraceParent::from_headers(&parts.headers), &self.random);
+        let remembered = self.correlator.remember(span, chain.clone());
+        self.dress(&mut parts, peer, chain.as_ref(), &identity, span);
+
+        // May they? Then forward.
+        match mapped.attributes_from() {
+            AttributeSource::Known => {
+                let permit = permitted(policy.decide(caller, &mapped, &Attributes::default(), occasion))?;
+                let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
+                Ok((response.map(|body| Relay::new(body, None, remembered).boxed_unsync()), permit))
+            }
+            AttributeSource::Entities => {
+                let attributes = self.entities(&mapped, span).await?.map_err(refuse)?;
+                let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
+                let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
+                Ok((response.map(|body| Relay::new(body, None, remembered).boxed_unsync()), permit))
+            }
+            AttributeSource::Response => {
+                let held = self.ask(Request::from_parts(parts, body), remembered).await?;
+                let attributes = held.attributes(&mapped).map_err(refuse)?;
+                let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
+                Ok((held.release(&permit), permit))
+            }
+        }
+    }
+
+    fn occasion(&self, request: &Request<Incoming>) -> Occasion {
+        Occasion {
+            receipt: Receipt::generate(&*self.random),
+            now: self.clock.now(),
+            layer: Layer::Sidecar,
+            method: request.method().to_string(),
+            target: request.uri().path_and_query().map_or("", |target| target.as_str()).to_owned(),
+            transaction: None,
+            trace_id: TraceParent::from_headers(request.headers()).map(|trace| trace.trace_id_text()),
+        }
+    }
+
+    /// The transaction token, verified and bound to this peer and this request. None is fine: policy
+    /// says which calls may come without a user.
+    fn transaction(
+        &self,
+        parts: &Parts,
+        peer: &Peer,
+        identity: &Identity,
+    ) -> Result<Option<Chain>, TxnError> {
+        let mut tokens = parts.headers.get_all(txn::HEADER).iter();
+        let Some(token) = tokens.next() else { return Ok(None) };
+        let token = token.to_str().map_err(|_| TxnError::Form)?;
+        if tokens.next().is_some() {
+            return Err(TxnError::Form);
+        }
+        let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+        let arrival = Arrival {
+            me: identity.svid.id(),
+            presenter: peer.id(),
+            bundles: &identity.bundles,
+            generation: identity.generation,
+            binding: RequestBinding::new(parts.method.as_str(), target),
+            now: self.clock.now(),
+        };
+        self.verifier.verify(token, arrival).map(Some)
+    }
+
+    /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
+    async fn body(&self, mapped: Mapped, parts: &Parts, body: Incoming) -> Result<(Mapped, Body), Refusal> {
+        let has_body = !hyper::body::Body::is_end_stream(&body);
+        match mapped.body() {
+            BodyRule::None if has_body => {
+                let nothing = body.collect().await.is_ok_and(|body| body.to_bytes().is_empty());
+                if nothing {
+                    return Ok((mapped, empty()));
+                }
+                Err(Refusal::malformed("request.body", "this route takes no body"))
+            }
+            BodyRule::None => Ok((mapped, empty())),
+            BodyRule::Opaque { max_bytes } => {
+                Ok((mapped, Relay::new(body, Some(max_bytes as u64), ()).boxed_unsync()))
+            }
+            BodyRule::Json { max_bytes } => {
+                plain_type(parts, "application/json")?;
+                let bytes = collect(body, max_bytes).await?;
+                Ok((mapped.with_body(&bytes)?, full(bytes)))
+            }
+            BodyRule::Form { max_bytes } => {
+                plain_type(parts, "application/x-www-form-urlencoded")?;
+                let bytes = collect(body, max_bytes).await?;
+                Ok((mapped.with_body(&bytes)?, full(bytes)))
+            }
+        }
+    }
+
+    /// Takes off what the caller claims, puts on what was proved.
+    fn dress(
+        &self,
+        parts: &mut Parts,
+        peer: &Peer,
+        chain: Option<&Chain>,
+        identity: &Identity,
+        span: TraceParent,
+    ) {
+        let authority = parts.uri.authority().map(|authority| authority.as_str().to_owned());
+        let headers = &mut parts.headers;
+        headers::strip_hop_by_hop(headers);
+        headers::strip_identity(headers);
+        headers.insert(headers::TRACEPARENT, span.header_value());
+        if let Some(host) = authority.and_then(|authority| HeaderValue::try_from(authority).ok()) {
+            headers.insert(HOST, host);
+        }
+        // Both are restricted alphabets or were header values before; what is not one is left out.
+        let client = format!("By={};URI={}", identity.svid.id(), peer.id());
+        if let Ok(client) = HeaderValue::try_from(client) {
+            headers.insert(headers::FORWARDED_CLIENT_CERT, client);
+        }
+        if let Some(user) = chain.and_then(|chain| HeaderValue::try_from(chain.user().id.as_str()).ok()) {
+            headers.insert(headers::FORWARDED_USER, user);
+        }
+    }
+
+    /// Hands a permitted request to the app.
+    async fn forward(
+        &self,
+        _permit: &Permit,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, AppError> {
+        let mut response = self.app.send(request).await?;
+        headers::strip_hop_by_hop(response.headers_mut());
+        Ok(response)
+    }
+
+    /// Asks the app for the attributes of the request's objects.
+    async fn entities(
+        &self,
+        mapped: &Mapped,
+        span: TraceParent,
+    ) -> Result<Result<Attributes, Refusal>, Stop> {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(ENTITIES_PATH)
+            .header(HOST, self.service.as_str())
+            .header(CONTENT_TYPE, "application/json")
+            .header(headers::TRACEPARENT, span.header_value())
+            .body(full(mapped.entities_request()))
+            .map_err(|_| AppError::Target)?;
+        let response = self.app.send(request).await?;
+        if !response.status().is_success() {
+            return Err(Stop::Upstream(StatusCode::BAD_GATEWAY));
+        }
+        match Limited::new(response.into_body(), MAX_ENTITIES_BYTES).collect().await {
+            Ok(body) => Ok(mapped.attributes_from_entities(&body.to_bytes())),
+            Err(_) => Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
+        }
+    }
+
+    /// Asks the app for a safe request's answer and holds it: whose object it is stands inside.
+    async fn ask(&self, mut request: Request<Body>, remembered: Remembered) -> Result<Held, Stop> {
+        for name in [ACCEPT_ENCODING, RANGE, IF_NONE_MATCH] {
+            // A compressed, partial or absent body could not be judged.
+            request.headers_mut().remove(name);
+        }
+        let head_only = request.method() == Method::HEAD;
+        if head_only {
+            *request.method_mut() = Method::GET;
+        }
+        let response = self.app.send(request).await?;
+        let (mut parts, body) = response.into_parts();
+        headers::strip_hop_by_hop(&mut parts.headers);
+        if parts.status.is_server_error() {
+            return Err(Stop::Upstream(parts.status));
+        }
+        let body = match Limited::new(body, MAX_HELD_RESPONSE_BYTES).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(_) => return Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
+        };
+        Ok(Held { parts, body, head_only, _remembered: remembered })
+    }
+
+    /// Answers, counts and records however the request ended.
+    fn ended(&self, outcome: Result<(Response<Body>, Permit), Stop>, understood: &Understood) -> Ended {
+        let (action, objects, route) = understood.mapped.clone().unwrap_or_default();
+        let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
+        let user = user.map(|user| user.id.clone()).unwrap_or_default();
+        let ended = |response, verdict, rule: String, note| Ended {
+            response,
+            route,
+            action,
+            objects,
+            user,
+            verdict,
+            rule,
+            note,
+        };
+        match outcome {
+            Ok((response, permit)) => {
+                if self.sampler.take(self.clock.now()) {
+                    self.recorder.record(permit.record().clone());
+                }
+                ended(response, "allow", permit.rule().to_string(), None)
+            }
+            Err(Stop::Denied(denial)) => {
+                self.metrics.denied(denial.rule().to_string());
+                self.recorder.record(denial.record().clone());
+                let note = Some(denial.reason().to_owned());
+                ended(
+                    answer::json(denial.status(), denial.response_body()),
+                    "deny",
+                    denial.rule().to_string(),
+                    note,
+                )
+            }
+            Err(Stop::App(error)) => {
+                let response = answer::failed(error.status(), &self.service, &error);
+                ended(response, "error", String::new(), Some(error.to_string()))
+            }
+            Err(Stop::Upstream(status)) => {
+                let cause = "the app's answer could not be judged";
+                ended(
+                    answer::failed(status, &self.service, &cause),
+                    "error",
+                    String::new(),
+                    Some(cause.to_owned()),
+                )
+            }
+            Err(Stop::NotReady) => {
+                let cause = "no valid identity yet";
+                let response = answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &cause);
+                ended(response, "error", String::new(), Some(cause.to_owned()))
+            }
+        }
+    }
+}
+
+/// An answer of the app that nobody has been permitted to see yet.
+struct Held {
+    parts: http::response::Parts,
+    body: Bytes,
+    head_only: bool,
+    _remembered: Remembered,
+}
+
+impl Held {
+    /// What the answer says of its object. An answer that is no success says nothing, and a missing
+    /// attribute denies: so a stranger cannot tell an object that is not theirs from one that is not there.
+    fn attributes(&self, mapped: &Mapped) -> Result<Attributes, Refusal> {
+        let compressed = self.parts.headers.contains_key(CONTENT_ENCODING);
+        if !self.parts.status.is_success() || compressed {
+            return Ok(Attributes::default());
+        }
+        mapped.attributes_from_response(&self.body)
+    }
+
+    fn release(self, _permit: &Permit) -> Response<Body> {
+        let mut parts = self.parts;
+        parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(self.body.len()));
+        let body = if self.head_only { empty() } else { full(self.body) };
+        Response::from_parts(parts, body)
+    }
+}
+
+fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
+    match verdict {
+        Verdict::Permit(permit) => Ok(permit),
+        Verdict::Deny(denial) => Err(denial),
+    }
+}
+
+fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {
+    Caller {
+        principal: Principal::Workload(peer.id().clone()),
+        user: chain.map(|chain| Arc::clone(chain.user())),
+        chain: chain.map(|chain| chain.hops().into()).unwrap_or_default(),
+        address: Some(remote),
+    }
+}
+
+fn described(mapped: &Mapped) -> (String, String, String) {
+    let objects: Vec<String> = mapped.objects().iter().map(ToString::to_string).collect();
+    (mapped.action().to_owned(), objects.join(","), mapped.route().to_owned())
+}
+
+/// A body is judged in one encoding only: its plain type, UTF-8, uncompressed (acceptance policy 20).
+fn plain_type(parts: &Parts, expected: &str) -> Result<(), Refusal> {
+    let refuse = |why| Err(Refusal::malformed("request.content_type", why));
+    if parts.headers.contains_key(CONTENT_ENCODING) {
+        return refuse("a compressed body cannot be judged");
+    }
+    let mut types = parts.headers.get_all(CONTENT_TYPE).iter();
+    let (Some(value), None) = (types.next().and_then(|value| value.to_str().ok()), types.next()) else {
+        return refuse("exactly one content type is needed");
+    };
+    let (essence, parameters) = value.split_once(';').unwrap_or((value, ""));
+    let parameters = parameters.trim();
+    if !essence.trim().eq_ignore_ascii_case(expected) {
+        return refuse("the route takes another content type");
+    }
+    if !(parameters.is_empty() || parameters.eq_ignore_ascii_case("charset=utf-8")) {
+        return refuse("only charset=utf-8 is taken");
+    }
+    Ok(())
+}
+
+async fn collect(body: Incoming, max_bytes: usize) -> Result<Bytes, Refusal> {
+    match Limited::new(body, max_bytes).collect().await {
+        Ok(body) if body.trailers().is_none() => Ok(body.to_bytes()),
+        Ok(_) => Err(Refusal::malformed("request.trailers", "trailers cannot belong to a mapped body")),
+        Err(_) => Err(Refusal::malformed("request.body_size", "the body is over its limit or was cut short")),
+    }
+}
+
+/// The rule that refused a transaction token.
+fn txn_rule(error: &TxnError) -> &'static str {
+    match error {
+        TxnError::Form | TxnError::Jws(identity::jws::JwsError::Form) => "txn.malformed",
+        TxnError::Jws(identity::jws::JwsError::Signature) => "txn.bad_signature",
+        TxnError::Jws(_) | TxnError::Member(_) => "txn.malformed",
+        TxnError::Signer(_) => "txn.unknown_signer",
+        TxnError::NotFromGateway => "txn.not_from_gateway",
+        TxnError::BrokenChain => "txn.broken_chain",
+        TxnError::WrongPresenter => "txn.wrong_presenter",
+        TxnError::WrongAudience => "txn.wrong_audience",
+        TxnError::Expired => "txn.expired",
+        TxnError::NotYetValid => "txn.not_yet_valid",
+        TxnError::WrongRequest => "txn.wrong_request",
+        TxnError::Replayed => "txn.replayed",
+        TxnError::ReplayMemoryFull => "txn.replay_memory_full",
+    }
+}

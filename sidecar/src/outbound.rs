@@ -1,0 +1,149 @@
+//! The outbound half: one loopback listener for each service that the app calls.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http::{HeaderValue, Request, Response, StatusCode};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use identity::clock::SharedClock;
+use identity::txn::{self, Chain, RequestBinding};
+use identity::{IdentitySource, SpiffeId};
+use thiserror::Error;
+
+use crate::app::Relay;
+use crate::correlate::{Correlator, Found};
+use crate::headers::{self, TraceParent};
+use crate::metrics::{Direction, Metrics, Observation};
+use crate::server::{Connection, Handler};
+use crate::trace::SharedRandom;
+use crate::upstream::{Upstream, UpstreamError};
+use crate::{Body, answer, trace};
+
+/// Everything one outbound listener needs.
+pub struct Outbound {
+    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) correlator: Arc<Correlator>,
+    pub(crate) source: IdentitySource,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: SharedClock,
+    pub(crate) random: SharedRandom,
+    pub(crate) access_log: bool,
+}
+
+/// Why a call of the app went no further than its own sidecar.
+#[derive(Debug, Error)]
+enum CallError {
+    #[error("the request is ambiguous: {0}")]
+    Framing(&'static str),
+    #[error("outbound listeners serve this machine only")]
+    NotLocal,
+    #[error("several requests with different users share this trace id; send the traceparent you were given")]
+    AmbiguousUser,
+    #[error("no valid identity yet")]
+    NoIdentity,
+    #[error("the transaction token cannot be extended: {0}")]
+    Token(#[from] txn::TxnError),
+    #[error("{0}")]
+    Upstream(#[from] UpstreamError),
+}
+
+impl CallError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Framing(_) => StatusCode::BAD_REQUEST,
+            Self::NotLocal | Self::AmbiguousUser => StatusCode::FORBIDDEN,
+            Self::NoIdentity => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Token(_) => StatusCode::BAD_GATEWAY,
+            Self::Upstream(error) => error.status(),
+        }
+    }
+}
+
+impl Handler for Outbound {
+    fn handle(
+        self: Arc<Self>,
+        connection: Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> BoxFuture<'static, Response<Body>> {
+        Box::pin(async move {
+            let started = self.clock.now();
+            let (method, target) = (request.method().clone(), request.uri().path().to_owned());
+            let outcome = self.call(connection.remote, request).await;
+            let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
+            let took = self.clock.now().saturating_sub(started);
+            self.metrics.observe(&Observation {
+                direction: Direction::Outbound,
+                peer: self.upstream.service(),
+                route: "",
+                status,
+                took,
+            });
+            if self.access_log {
+                let error = outcome.as_ref().err().map(tracing::field::display);
+                tracing::info!(
+                    target: "access", direction = "outbound", peer = %self.upstream.id(), %method, path = target,
+                    status = status.as_u16(), took_us = took.as_micros() as u64, error,
+                );
+            }
+            outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
+        })
+    }
+}
+
+impl Outbound {
+    /// One call of the app, from its own words to the callee's answer.
+    async fn call(
+        &self,
+        remote: SocketAddr,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, CallError> {
+        let (mut parts, body) = request.into_parts();
+
+        // Is it one request, from this machine?
+        if !remote.ip().is_loopback() {
+            return Err(CallError::NotLocal);
+        }
+        headers::check_framing(&parts).map_err(CallError::Framing)?;
+
+        // On whose behalf?
+        let from = TraceParent::from_headers(&parts.headers);
+        let chain = match self.correlator.find(from) {
+            Found::Nobody => None,
+            Found::Behalf(chain) => Some(chain),
+            Found::Ambiguous => return Err(CallError::AmbiguousUser),
+        };
+
+        // Nothing that the app says about identity goes out; what we know does.
+        headers::strip_hop_by_hop(&mut parts.headers);
+        headers::strip_identity(&mut parts.headers);
+        let span = trace::child(from, &self.random);
+        parts.headers.insert(headers::TRACEPARENT, span.header_value());
+        if let Some(chain) = chain {
+            let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+            let binding = RequestBinding::new(parts.method.as_str(), target);
+            parts.headers.insert(txn::HEADER, self.extend(&chain, self.upstream.id(), binding)?);
+        }
+
+        // Call on, over mTLS, to exactly the identity that was meant.
+        let body = Relay::new(body, None, ()).boxed_unsync();
+        let mut response = self.upstream.send(Request::from_parts(parts, body)).await?;
+        headers::strip_hop_by_hop(response.headers_mut());
+        Ok(response)
+    }
+
+    fn extend(
+        &self,
+        chain: &Chain,
+        to: &SpiffeId,
+        binding: RequestBinding,
+    ) -> Result<HeaderValue, CallError> {
+        let now = self.clock.now();
+        let identity = self.source.valid_at(now).ok_or(CallError::NoIdentity)?;
+        let token = txn::extend(chain, &identity.svid, to, binding, now)?;
+        let mut value = HeaderValue::try_from(token).map_err(|_| CallError::Token(txn::TxnError::Form))?;
+        value.set_sensitive(true);
+        Ok(value)
+    }
+}

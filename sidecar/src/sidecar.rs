@@ -1,0 +1,189 @@
+//! One sidecar put together: its listeners, and what they share.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use identity::clock::SharedClock;
+use identity::tls::{self, ALPN_H2, ALPN_HTTP11, ClientAuth};
+use identity::txn::Verifier;
+use identity::{IdentitySource, Scope, SpiffeId};
+use policy::{Recorder, ServicePolicy};
+use thiserror::Error;
+
+use crate::admin::Admin;
+use crate::app::{App, AppProtocol};
+use crate::correlate::Correlator;
+use crate::inbound::Inbound;
+use crate::metrics::Metrics;
+use crate::outbound::Outbound;
+use crate::sample::Sampler;
+use crate::server::{self, Limits};
+use crate::trace::SharedRandom;
+use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
+
+/// What one sidecar is told. Listeners come bound, so that a taken port is found before anything starts.
+#[derive(Debug)]
+pub struct SidecarConfig {
+    /// The service's name in mesh.toml.
+    pub service: String,
+    /// The identity it must get from the agent.
+    pub id: SpiffeId,
+    /// Where the app listens on loopback.
+    pub app: SocketAddr,
+    /// What the app speaks.
+    pub app_protocol: AppProtocol,
+    /// The mTLS listener that other sidecars reach.
+    pub inbound: TcpListener,
+    /// `/ready`, `/live`, `/metrics`.
+    pub admin: TcpListener,
+    /// One loopback listener a called service.
+    pub calls: Vec<Call>,
+    /// Where transaction tokens may begin.
+    pub gateways: Vec<SpiffeId>,
+    /// From handing a request to the app to the head of its answer.
+    pub request_timeout: Duration,
+    /// Whether each request gets a line in the log.
+    pub access_log: bool,
+}
+
+/// A service that the app may call through its sidecar.
+#[derive(Debug)]
+pub struct Call {
+    /// Where the app calls.
+    pub listener: TcpListener,
+    /// Who is called.
+    pub upstream: UpstreamConfig,
+}
+
+/// Why a sidecar did not start.
+#[derive(Debug, Error)]
+pub enum SidecarError {
+    /// A listener could not be used.
+    #[error("a listener cannot be used: {0}")]
+    Listener(#[from] io::Error),
+    /// TLS could not be configured.
+    #[error("TLS cannot be configured: {0}")]
+    Tls(#[from] rustls::Error),
+    /// An outbound pool could not be made.
+    #[error("the calls to {service} cannot be set up: {source}")]
+    Upstream {
+        /// The service called.
+        service: String,
+        /// Why.
+        source: UpstreamError,
+    },
+    /// The app's address is unusable.
+    #[error("the app's address is unusable: {0}")]
+    App(#[from] http::uri::InvalidUri),
+}
+
+/// A running sidecar.
+#[derive(Debug)]
+pub struct Sidecar {
+    policy: Arc<ArcSwap<ServicePolicy>>,
+}
+
+impl Sidecar {
+    /// Starts all listeners as tasks of `scope`; they end when it drains.
+    pub fn start(
+        config: SidecarConfig,
+        source: IdentitySource,
+        policy: Arc<ServicePolicy>,
+        recorder: Arc<dyn Recorder>,
+        clock: SharedClock,
+        random: SharedRandom,
+        scope: &Scope,
+    ) -> Result<Self, SidecarError> {
+        let policy = Arc::new(ArcSwap::from(policy));
+        let correlator = Arc::new(Correlator::default());
+        let metrics = Arc::new(Metrics::default());
+
+        let inbound = Inbound {
+            service: config.service.clone(),
+            policy: Arc::clone(&policy),
+            verifier: Verifier::new(config.gateways),
+            app: App::new(config.app, config.app_protocol, config.request_timeout, clock.clone(), scope)?,
+            correlator: Arc::clone(&correlator),
+            source: source.clone(),
+            recorder,
+            sampler: Sampler::default(),
+            metrics: Arc::clone(&metrics),
+            clock: clock.clone(),
+            random: Arc::clone(&random),
+            access_log: config.access_log,
+        };
+        let tls = tls::server_config(&source, ClientAuth::Required, &[ALPN_H2, ALPN_HTTP11], &clock)?;
+        let listener = tokio_listener(config.inbound)?;
+        server::serve(
+            "inbound",
+            listener,
+            Some(tls),
+            Limits::default(),
+            scope,
+            clock.clone(),
+            Arc::new(inbound),
+        );
+
+        for call in config.calls {
+            let service = call.upstream.service.clone();
+            let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), scope)
+                .map_err(|source| SidecarError::Upstream { service, source })?;
+            let outbound = Outbound {
+                upstream,
+                correlator: Arc::clone(&correlator),
+                source: source.clone(),
+                metrics: Arc::clone(&metrics),
+                clock: clock.clone(),
+                random: Arc::clone(&random),
+                access_log: config.access_log,
+            };
+            let listener = tokio_listener(call.listener)?;
+            server::serve(
+                "outbound",
+                listener,
+                None,
+                Limits::default(),
+                scope,
+                clock.clone(),
+                Arc::new(outbound),
+            );
+        }
+
+        watch_rotations(source.clone(), Arc::clone(&metrics), scope);
+        let admin = Admin { id: config.id, source, metrics, clock: clock.clone(), scope: scope.clone() };
+        let listener = tokio_listener(config.admin)?;
+        server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
+        Ok(Self { policy })
+    }
+
+    /// Puts another policy in force. A request that is under way is judged by the one it began with.
+    pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
+        self.policy.store(policy);
+    }
+}
+
+fn tokio_listener(listener: TcpListener) -> io::Result<tokio::net::TcpListener> {
+    listener.set_nonblocking(true)?;
+    tokio::net::TcpListener::from_std(listener)
+}
+
+fn watch_rotations(mut source: IdentitySource, metrics: Arc<Metrics>, scope: &Scope) {
+    let draining = scope.clone();
+    scope.spawn_critical("rotation metrics", async move {
+        loop {
+            if let Some(identity) = source.current() {
+                metrics.rotated(identity.svid.not_after());
+            }
+            tokio::select! {
+                live = source.changed() => if !live {
+                    draining.draining().await;
+                    return;
+                },
+                () = draining.draining() => return,
+            }
+        }
+    });
+}
