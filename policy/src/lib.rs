@@ -1,1 +1,38 @@
-//! policy
+//! What may be done: Cedar policies over a map from HTTP requests to actions on objects.
+//!
+//! A request is mapped ([`ServicePolicy::map`]), screened ([`ServicePolicy::screen`]), given the
+//! attributes of its objects ([`Mapped::attributes_from`]) and decided ([`ServicePolicy::decide`]).
+//! Whoever passes it on needs the [`Permit`] that only a decision makes. Everything else ends in a
+//! [`Denial`] with a [`Receipt`], which [`render`] explains.
+//!
+//! Nothing here does I/O on a request's path.
+
+mod body;
+mod decide;
+mod explain;
+mod load;
+mod map;
+mod object;
+mod problem;
+mod receipt;
+mod record;
+mod render;
+mod request;
+mod schema;
+mod template;
+mod version;
+
+pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
+pub use decide::{Caller, Denial, Occasion, Permit, Principal, ServicePolicy, Verdict, refuse_connection};
+pub use load::Policies;
+pub use object::{AttributeValue, Attributes, ObjectRef};
+pub use problem::{Problem, Problems, suggest};
+pub use receipt::{Receipt, ReceiptError};
+pub use record::{
+    Considered, DecisionRecord, Explanation, FailedClause, Layer, MemoryRecorder, Mismatch, Mode, Nearest,
+    NoRecorder, Outcome, PolicyEffect, PolicyOutcome, RecordedObject, RecordedUser, Recorder, Rule,
+    ScopePart,
+};
+pub use render::{Style, render, render_with};
+pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};
+pub use version::PolicyVersion;

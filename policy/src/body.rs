@@ -1,0 +1,285 @@
+//! Bodies that name objects: a closed list of typed top-level members, as JSON or as a form.
+
+use std::collections::BTreeMap;
+
+use identity::json;
+use serde_json::Value as Json;
+
+use crate::object::{AttributeValue, MAX_EXACT_INTEGER, exact_integer};
+use crate::template::is_plain_id;
+
+/// Largest body that is read whole to be judged.
+pub const MAX_JUDGED_BODY_BYTES: usize = 1 << 20;
+/// Limit of a body that a route does not set one for.
+pub(crate) const DEFAULT_BODY_BYTES: usize = 64 * 1024;
+/// Largest body passed on unread that a map may allow.
+pub(crate) const MAX_OPAQUE_BODY_BYTES: usize = 1 << 30;
+/// Longest text member: a memo, not a document.
+const MAX_TEXT_BYTES: usize = 4096;
+
+/// What a route expects as body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyRule {
+    /// No body at all.
+    None,
+    /// Any body of at most so many bytes; policy does not look at it.
+    Opaque {
+        /// The limit.
+        max_bytes: usize,
+    },
+    /// A JSON object of the route's members; read it whole and call [`crate::Mapped::with_body`].
+    Json {
+        /// The limit; a longer body is refused, never cut.
+        max_bytes: usize,
+    },
+    /// A form (`application/x-www-form-urlencoded`) of the route's members; likewise.
+    Form {
+        /// The limit; a longer body is refused, never cut.
+        max_bytes: usize,
+    },
+}
+
+/// The type of a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MemberType {
+    /// A text that may name an object: `[A-Za-z0-9._-]+`.
+    Id,
+    /// An integer of at most 53 bits.
+    Int,
+    /// Any text without NUL.
+    Text,
+    /// `true` or `false`.
+    Bool,
+}
+
+/// One member of a route's body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) kind: MemberType,
+    pub(crate) optional: bool,
+}
+
+impl Member {
+    pub(crate) const NAMES: [&'static str; 4] = ["id", "int", "text", "bool"];
+
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (name, optional) = match text.strip_suffix('?') {
+            Some(name) => (name, true),
+            None => (text, false),
+        };
+        let kind = match name {
+            "id" => MemberType::Id,
+            "int" => MemberType::Int,
+            "text" => MemberType::Text,
+            "bool" => MemberType::Bool,
+            _ => return None,
+        };
+        Some(Self { kind, optional })
+    }
+}
+
+pub(crate) type Members = BTreeMap<String, Member>;
+pub(crate) type Values = BTreeMap<String, AttributeValue>;
+
+/// Reads a JSON body. The error is for the operator.
+pub(crate) fn read_json(members: &Members, body: &[u8]) -> Result<Values, String> {
+    let object = json::parse_object(body)
+        .map_err(|error| format!("the body is not JSON with one meaning: {error}"))?;
+    let mut values = Values::new();
+    for (name, value) in &object {
+        let member = members.get(name).ok_or_else(|| unlisted(name))?;
+        let value = json_value(member.kind, value).ok_or_else(|| wrong_type(name, member.kind))?;
+        values.insert(name.clone(), value);
+    }
+    complete(members, values)
+}
+
+fn json_value(kind: MemberType, json: &Json) -> Option<AttributeValue> {
+    match (kind, json) {
+        (MemberType::Id | MemberType::Text, Json::String(text)) => text_value(kind, text),
+        (MemberType::Int, json) => exact_integer(json).map(AttributeValue::Long),
+        (MemberType::Bool, Json::Bool(value)) => Some(AttributeValue::Bool(*value)),
+        _ => None,
+    }
+}
+
+/// Reads a form body (WHATWG URL §5.1, refusing what a lenient reader would repair).
+pub(crate) fn read_form(members: &Members, body: &[u8]) -> Result<Values, String> {
+    let body = std::str::from_utf8(body).map_err(|_| "the form is not ASCII".to_owned())?;
+    let mut values = Values::new();
+    for pair in body.split('&').filter(|_| !body.is_empty()) {
+        let (name, value) = pair.split_once('=').ok_or("a form field has no `=`")?;
+        let name = decode(name).ok_or("a form field's name is not properly encoded")?;
+        let member = members.get(&name).ok_or_else(|| unlisted(&name))?;
+        let text = decode(value).ok_or_else(|| format!("the field {name:?} is not properly encoded"))?;
+        let value = form_value(member.kind, &text).ok_or_else(|| wrong_type(&name, member.kind))?;
+        if values.insert(name.clone(), value).is_some() {
+            return Err(format!("the field {name:?} appears twice"));
+        }
+    }
+    complete(members, values)
+}
+
+fn form_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
+    match kind {
+        MemberType::Id | MemberType::Text => text_value(kind, text),
+        MemberType::Int => canonical_integer(text).map(AttributeValue::Long),
+        MemberType::Bool => match text {
+            "true" => Some(AttributeValue::Bool(true)),
+            "false" => Some(AttributeValue::Bool(false)),
+            _ => None,
+        },
+    }
+}
+
+fn canonical_integer(text: &str) -> Option<i64> {
+    let number: i64 = text.parse().ok()?;
+    let exact = (-MAX_EXACT_INTEGER..=MAX_EXACT_INTEGER).contains(&number);
+    // `+5`, `05` and `-0` parse too, but print otherwise.
+    (exact && number.to_string() == text).then_some(number)
+}
+
+fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
+    let good = match kind {
+        MemberType::Id => is_plain_id(text),
+        _ => text.len() <= MAX_TEXT_BYTES && !text.contains('\0'),
+    };
+    good.then(|| AttributeValue::Text(text.to_owned()))
+}
+
+fn complete(members: &Members, values: Values) -> Result<Values, String> {
+    match members.iter().find(|(name, member)| !member.optional && !values.contains_key(*name)) {
+        Some((name, _)) => Err(format!("the member {name:?} is missing")),
+        None => Ok(values),
+    }
+}
+
+fn unlisted(name: &str) -> String {
+    format!("the member {:?} is not one of this route's", crate::record::cut(name))
+}
+
+fn wrong_type(name: &str, kind: MemberType) -> String {
+    let wanted = match kind {
+        MemberType::Id => "an id (A-Z a-z 0-9 . _ -)",
+        MemberType::Int => "an integer in its one spelling, of at most 53 bits",
+        MemberType::Text => "a text",
+        MemberType::Bool => "true or false",
+    };
+    format!("the member {name:?} is not {wanted}")
+}
+
+/// Percent-decoding with `+` for a space; `None` for a stray `%`, raw non-ASCII, or what is not UTF-8.
+fn decode(text: &str) -> Option<String> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'+' => b' ',
+            b'%' => {
+                let high = char::from(bytes.next()?).to_digit(16)?;
+                let low = char::from(bytes.next()?).to_digit(16)?;
+                u8::try_from(high * 16 + low).ok()?
+            }
+            0x21..=0x7e => byte,
+            _ => return None,
+        });
+    }
+    String::from_utf8(decoded).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn members() -> Members {
+        [("from", "id"), ("to", "id"), ("amount_cents", "int"), ("memo", "text?"), ("urgent", "bool?")]
+            .into_iter()
+            .map(|(name, kind)| (name.to_owned(), Member::parse(kind).unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn json_and_form_read_alike() {
+        let json =
+            read_json(&members(), br#"{"from":"17","to":"42","amount_cents":500,"memo":"so long"}"#).unwrap();
+        let form = read_form(&members(), b"from=17&to=42&amount_cents=500&memo=so+long").unwrap();
+        assert_eq!(json, form);
+        assert_eq!(json.get("amount_cents"), Some(&AttributeValue::Long(500)));
+    }
+
+    #[test]
+    fn policy_16_17_18_json_bodies_have_one_meaning() {
+        let base = r#""to":"42","amount_cents":500"#;
+        for bad in [
+            format!(r#"{{"from":"17","from":"42",{base}}}"#),
+            format!(r#"{{"from":"17","\u0066rom":"42",{base}}}"#),
+            format!(r#"{{"From":"17",{base}}}"#),
+            format!(r#"{{"from":"17","FROM":"42",{base}}}"#),
+            format!(r#"{{"from":17,{base}}}"#),
+            format!(r#"{{"from":["17"],{base}}}"#),
+            format!(r#"{{"from":{{"id":"17"}},{base}}}"#),
+            format!(r#"{{"from":null,{base}}}"#),
+            format!(r#"{{"from":"17 ",{base}}}"#),
+            format!(r#"{{"from":"..",{base}}}"#),
+            format!(r#"{{"from":"1\u00377\u0000",{base}}}"#),
+            format!(r#"{{{base}}}"#),
+            r#"{"from":"17","to":"42","amount_cents":9007199254740993}"#.into(),
+            r#"{"from":"17","to":"42","amount_cents":1e400}"#.into(),
+            r#"{"from":"17","to":"42","amount_cents":5e2}"#.into(),
+            r#"{"from":"17","to":"42","amount_cents":500.0}"#.into(),
+            r#"{"from":"17","to":"42","amount_cents":-0}"#.into(),
+            r#"{"from":"17","to":"42","amount_cents":"500"}"#.into(),
+            format!(r#"{{"from":"17",{base}}} {{}}"#),
+            format!("\u{feff}{{\"from\":\"17\",{base}}}"),
+            r#"["17"]"#.into(),
+            String::new(),
+        ] {
+            assert!(read_json(&members(), bad.as_bytes()).is_err(), "{bad}");
+        }
+        // An escaped key is the same key, for us as for the app.
+        assert!(read_json(&members(), format!(r#"{{"\u0066rom":"17",{base}}}"#).as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn policy_12_14_form_fields_are_listed_and_appear_once() {
+        for bad in [
+            "from=17&from=42&to=42&amount_cents=1",
+            "from=17&%66rom=42&to=42&amount_cents=1",
+            "from=17&to=42&amount_cents=1&_method=DELETE",
+            "from=17&to=42&amount_cents=01",
+            "from=17&to=42&amount_cents=+1",
+            "from=17&to=42&amount_cents=%2B1",
+            "from=17&to=42&amount_cents=-0",
+            "from=17&to=42&amount_cents=9007199254740993",
+            "from=17&to=42&amount_cents=1&memo=%ff",
+            "from=17&to=42&amount_cents=1&memo=%4",
+            "from=17&to=42&amount_cents=1&memo=%00",
+            "from=17&to=42&amount_cents=1&memo=é",
+            "from=17&to=42&amount_cents=1&",
+            "from=17;to=42&amount_cents=1",
+            "from=17&to=42",
+            "from[]=17&to=42&amount_cents=1",
+            "",
+        ] {
+            assert!(read_form(&members(), bad.as_bytes()).is_err(), "{bad}");
+        }
+        assert!(read_form(&members(), b"from=1%37&to=42&amount_cents=-5&memo=caf%C3%A9&urgent=true").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn reading_a_body_never_panics(body in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _unused = read_json(&members(), &body);
+            let _unused = read_form(&members(), &body);
+        }
+
+        #[test]
+        fn what_is_encoded_is_read_back(memo in "\\PC{0,20}") {
+            let encoded: String = memo.bytes().map(|b| format!("%{b:02X}")).collect();
+            let values = read_form(&members(), format!("from=1&to=2&amount_cents=3&memo={encoded}").as_bytes()).unwrap();
+            prop_assert_eq!(values.get("memo"), Some(&AttributeValue::Text(memo)));
+        }
+    }
+}

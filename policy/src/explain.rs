@@ -1,0 +1,305 @@
+//! Why no policy allowed a request: only for denials, bounded, and by Cedar's own evaluator.
+
+use std::str::FromStr;
+
+use cedar_policy::pst::{BinaryOp, Clause, Expr};
+use cedar_policy::{
+    ActionConstraint, EntityTypeName, EntityUid, EvalResult, Expression, PrincipalConstraint,
+    ResourceConstraint, eval_expression,
+};
+
+use crate::decide::{PolicyEntry, Question, Shared};
+use crate::record::{
+    Considered, Explanation, FailedClause, Mismatch, Nearest, PolicyEffect, PolicyOutcome, ScopePart, cut,
+};
+use crate::schema::ObjectType;
+
+/// Most policies looked at for one denial: those about the action first. A denial must stay cheap,
+/// because those who are denied choose how many there are.
+const MAX_CONSIDERED: usize = 32;
+/// Most clauses of one policy evaluated one by one.
+const MAX_CLAUSES: usize = 32;
+/// Longest clause or value shown.
+const MAX_SHOWN_BYTES: usize = 240;
+
+/// Who asks, what for, and for what kind of object (and which, if known).
+struct Subject<'a> {
+    principal: &'a EntityUid,
+    action: &'a EntityUid,
+    kind: &'a EntityTypeName,
+    object: Option<&'a EntityUid>,
+}
+
+/// Whether a policy's scope admits a request; without an object, whether it admits some object.
+pub(crate) fn scope_fits(
+    shared: &Shared,
+    entry: &PolicyEntry,
+    principal: &EntityUid,
+    action: &EntityUid,
+    kind: &EntityTypeName,
+    object: Option<&EntityUid>,
+) -> bool {
+    mismatches(shared, entry, &Subject { principal, action, kind, object }).is_empty()
+}
+
+/// The explanation of a denial by scope alone, before any attribute is known.
+pub(crate) fn scopes(
+    shared: &Shared,
+    principal: &EntityUid,
+    action: &EntityUid,
+    kind: &EntityTypeName,
+    object: Option<&EntityUid>,
+) -> Explanation {
+    explain(shared, &Subject { principal, action, kind, object }, None)
+}
+
+/// The explanation of a denial by what Cedar was asked.
+pub(crate) fn question(shared: &Shared, question: &Question, kind: &ObjectType) -> Explanation {
+    let request = &question.request;
+    let (Some(principal), Some(action)) = (request.principal(), request.action()) else {
+        return Explanation::default();
+    };
+    let subject = Subject { principal, action, kind: &kind.name, object: request.resource() };
+    explain(shared, &subject, Some(question))
+}
+
+fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) -> Explanation {
+    let mut looked_at: Vec<(usize, &PolicyEntry, Vec<Mismatch>)> = shared
+        .entries
+        .iter()
+        .enumerate()
+        .map(|(index, entry)| (index, entry, mismatches(shared, entry, subject)))
+        .collect();
+    let total = looked_at.len();
+    // The nearest ones are kept if there are too many, then shown in the order of the files.
+    looked_at.sort_by_key(|(index, _, mismatches)| (distance(mismatches), *index));
+    looked_at.truncate(MAX_CONSIDERED);
+    looked_at.sort_by_key(|(index, ..)| *index);
+
+    let mut considered = Vec::with_capacity(looked_at.len());
+    for (_, entry, mismatches) in looked_at {
+        let outcome = if !mismatches.is_empty() {
+            PolicyOutcome::Scope(mismatches)
+        } else if let Some(question) = question {
+            conditions(entry, question)
+        } else {
+            PolicyOutcome::Undecided
+        };
+        considered.push(Considered {
+            policy: entry.id.clone(),
+            file: entry.file.to_string(),
+            line: entry.line,
+            effect: entry.effect,
+            outcome,
+        });
+    }
+    let nearest = nearest(shared, &considered, question);
+    Explanation { object: None, omitted: total - considered.len(), considered, nearest }
+}
+
+/// The parts of a policy's scope that do not fit.
+///
+/// INVARIANT: principals and objects have no parents, so `in` is equality for them; actions have those
+/// of the schema. A test holds this against Cedar's own evaluation.
+fn mismatches(shared: &Shared, entry: &PolicyEntry, subject: &Subject<'_>) -> Vec<Mismatch> {
+    let mut found = Vec::new();
+    let mut note = |part, wants: Option<String>, has: String| {
+        if let Some(wants) = wants {
+            found.push(Mismatch { part, wants: shown(&wants), has: shown(&has) });
+        }
+    };
+    let principal = match entry.policy.principal_constraint() {
+        PrincipalConstraint::Any => None,
+        PrincipalConstraint::Eq(uid) | PrincipalConstraint::In(uid) => {
+            (uid != *subject.principal).then(|| uid.to_string())
+        }
+        PrincipalConstraint::Is(kind) => {
+            (kind != *subject.principal.type_name()).then(|| format!("any {kind}"))
+        }
+        PrincipalConstraint::IsIn(kind, uid) => {
+            (kind != *subject.principal.type_name() || uid != *subject.principal).then(|| uid.to_string())
+        }
+    };
+    note(ScopePart::Principal, principal, subject.principal.to_string());
+
+    let within = |ancestor: &EntityUid| {
+        ancestor == subject.action || shared.schema.action_entities.is_ancestor_of(ancestor, subject.action)
+    };
+    let action = match entry.policy.action_constraint() {
+        ActionConstraint::Any => None,
+        ActionConstraint::Eq(uid) => (uid != *subject.action).then(|| uid.to_string()),
+        ActionConstraint::In(uids) => (!uids.iter().any(within))
+            .then(|| uids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")),
+    };
+    note(ScopePart::Action, action, subject.action.to_string());
+
+    let is_object = |uid: &EntityUid| match subject.object {
+        Some(object) => uid == object,
+        None => uid.type_name() == subject.kind,
+    };
+    let resource = match entry.policy.resource_constraint() {
+        ResourceConstraint::Any => None,
+        ResourceConstraint::Eq(uid) | ResourceConstraint::In(uid) => {
+            (!is_object(&uid)).then(|| uid.to_string())
+        }
+        ResourceConstraint::Is(kind) => (kind != *subject.kind).then(|| format!("any {kind}")),
+        ResourceConstraint::IsIn(kind, uid) => {
+            (kind != *subject.kind || !is_object(&uid)).then(|| uid.to_string())
+        }
+    };
+    let object = subject.object.map_or_else(|| format!("a {}", subject.kind), ToString::to_string);
+    note(ScopePart::Resource, resource, object);
+    found
+}
+
+/// What becomes of a policy whose scope fits.
+fn conditions(entry: &PolicyEntry, question: &Question) -> PolicyOutcome {
+    let clauses = match clauses(entry) {
+        Ok(clauses) => clauses,
+        Err(error) => return PolicyOutcome::Error { clause: None, error: shown(&error) },
+    };
+    for clause in clauses {
+        match holds(&clause, question) {
+            Ok(true) => {}
+            Ok(false) => return PolicyOutcome::Condition(failed(&clause, question)),
+            Err(error) => return PolicyOutcome::Error { clause: Some(clause.text()), error: shown(&error) },
+        }
+    }
+    PolicyOutcome::Satisfied
+}
+
+/// One conjunct of a policy's conditions.
+struct Conjunct {
+    expression: Expr,
+    /// Of an `unless`: it must not hold.
+    negated: bool,
+}
+
+impl Conjunct {
+    fn text(&self) -> String {
+        let text = shown(&self.expression.to_string());
+        if self.negated { format!("unless {{ {text} }}") } else { text }
+    }
+}
+
+/// A policy's conditions, `&&` taken apart, in the order Cedar evaluates them.
+fn clauses(entry: &PolicyEntry) -> Result<Vec<Conjunct>, String> {
+    let syntax = entry.policy.to_pst().map_err(|error| error.to_string())?;
+    let mut conjuncts = Vec::new();
+    for clause in syntax.body().clauses() {
+        match clause {
+            Clause::When(expression) => take_apart(expression, &mut conjuncts),
+            Clause::Unless(expression) => {
+                conjuncts.push(Conjunct { expression: expression.as_ref().clone(), negated: true });
+            }
+        }
+    }
+    Ok(conjuncts)
+}
+
+fn take_apart(expression: &Expr, into: &mut Vec<Conjunct>) {
+    match expression {
+        Expr::BinaryOp { op: BinaryOp::And, left, right } if into.len() < MAX_CLAUSES => {
+            take_apart(left, into);
+            take_apart(right, into);
+        }
+        whole => into.push(Conjunct { expression: whole.clone(), negated: false }),
+    }
+}
+
+fn evaluate(expression: &Expr, question: &Question) -> Result<EvalResult, String> {
+    let expression = Expression::from_str(&expression.to_string()).map_err(|error| error.to_string())?;
+    eval_expression(&question.request, &question.entities, &expression).map_err(|error| error.to_string())
+}
+
+fn holds(conjunct: &Conjunct, question: &Question) -> Result<bool, String> {
+    match evaluate(&conjunct.expression, question)? {
+        EvalResult::Bool(value) => Ok(value != conjunct.negated),
+        other => Err(format!("it is {other}, not true or false")),
+    }
+}
+
+fn failed(conjunct: &Conjunct, question: &Question) -> FailedClause {
+    let mut values = Vec::new();
+    if let Expr::BinaryOp { left, right, .. } = &conjunct.expression {
+        for side in [left, right] {
+            // A literal is its own value, and both sides of `&&` or `||` are clauses, not values.
+            let tells = !matches!(side.as_ref(), Expr::Literal(_));
+            if let (true, Ok(value)) = (tells, evaluate(side, question))
+                && !matches!(value, EvalResult::Bool(_))
+            {
+                values.push((shown(&side.to_string()), shown(&value.to_string())));
+            }
+        }
+    }
+    FailedClause { clause: conjunct.text(), values }
+}
+
+/// How far a scope is from fitting: another action or kind of object is further than another caller.
+fn distance(mismatches: &[Mismatch]) -> usize {
+    mismatches
+        .iter()
+        .map(|mismatch| match mismatch.part {
+            ScopePart::Action => 100,
+            ScopePart::Resource => 20,
+            ScopePart::Principal => 10,
+        })
+        .sum()
+}
+
+/// The permit that needs the least, and what it needs.
+fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Question>) -> Option<Nearest> {
+    let cost = |outcome: &PolicyOutcome| match outcome {
+        PolicyOutcome::Satisfied => 0,
+        PolicyOutcome::Condition(_) | PolicyOutcome::Undecided => 1,
+        PolicyOutcome::Error { .. } => 2,
+        PolicyOutcome::Scope(mismatches) => distance(mismatches),
+    };
+    let permits = considered.iter().filter(|c| c.effect == PolicyEffect::Permit);
+    let best = permits.min_by_key(|c| cost(&c.outcome))?;
+    // A rule about another action is no neighbour.
+    if cost(&best.outcome) >= 100 {
+        return None;
+    }
+    let mut missing = match &best.outcome {
+        PolicyOutcome::Satisfied | PolicyOutcome::Undecided => Vec::new(),
+        PolicyOutcome::Condition(failed) => vec![condition_missing(failed)],
+        PolicyOutcome::Error { error, .. } => vec![format!("its condition can be evaluated: {error}")],
+        PolicyOutcome::Scope(mismatches) => mismatches.iter().map(scope_missing).collect(),
+    };
+    if let (PolicyOutcome::Scope(_), Some(question)) = (&best.outcome, question) {
+        // The conditions too, as far as they can be told for a request that the scope excludes.
+        let entry = shared.entries.iter().find(|entry| entry.id == best.policy);
+        if let Some(PolicyOutcome::Condition(failed)) = entry.map(|entry| conditions(entry, question)) {
+            missing.push(condition_missing(&failed));
+        }
+    }
+    for forbid in considered.iter().filter(|c| c.effect == PolicyEffect::Forbid) {
+        if matches!(forbid.outcome, PolicyOutcome::Satisfied | PolicyOutcome::Error { .. }) {
+            missing.push(format!("{} ({}:{}) does not forbid it", forbid.policy, forbid.file, forbid.line));
+        }
+    }
+    Some(Nearest { policy: best.policy.clone(), file: best.file.clone(), line: best.line, missing })
+}
+
+fn scope_missing(mismatch: &Mismatch) -> String {
+    format!("the {} is {}, not {}", mismatch.part, mismatch.wants, mismatch.has)
+}
+
+fn condition_missing(failed: &FailedClause) -> String {
+    let values: Vec<String> =
+        failed.values.iter().map(|(side, value)| format!("{side} is {value}")).collect();
+    if values.is_empty() {
+        format!("{} holds", failed.clause)
+    } else {
+        format!("{} holds ({})", failed.clause, values.join(", "))
+    }
+}
+
+fn shown(text: &str) -> String {
+    if text.len() <= MAX_SHOWN_BYTES {
+        return text.to_owned();
+    }
+    let end = (0..=MAX_SHOWN_BYTES).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    cut(&format!("{}…", text.get(..end).unwrap_or_default()))
+}

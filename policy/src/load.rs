@@ -1,0 +1,429 @@
+//! Reading a policies directory: everything is parsed, linked and held against everything else before
+//! any of it decides a request.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
+use identity::{SpiffeId, TrustDomain};
+
+use crate::decide::{PolicyEntry, ServicePolicy, Shared};
+use crate::map;
+use crate::problem::{Problem, Problems, line_and_column};
+use crate::request::RouteTable;
+use crate::schema::{self, SchemaFile, ServiceSchema};
+use crate::version::PolicyVersion;
+
+const MESH_SCHEMA: &str = "mesh.cedarschema";
+const SERVICES: &str = "services";
+const MAP: &str = "map.toml";
+/// Largest single file: ten thousand policies take three megabytes.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+/// Most services of one directory.
+const MAX_SERVICES: usize = 1000;
+/// Longest policy id.
+const MAX_ID_BYTES: usize = 100;
+
+/// A whole policies directory, parsed and cross-checked: one version of everything.
+#[derive(Debug)]
+pub struct Policies {
+    services: BTreeMap<String, Arc<ServicePolicy>>,
+    version: PolicyVersion,
+}
+
+impl Policies {
+    /// Reads `dir`: `mesh.cedarschema` and for every service `services/NAME/` with one `*.cedarschema`,
+    /// `map.toml` and at least one `*.cedar`.
+    ///
+    /// # Errors
+    /// All problems that were found, not only the first. Files that are not known are problems too: a
+    /// part that is not understood must not be ignored.
+    pub fn load(dir: &Path, trust_domain: &TrustDomain) -> Result<Arc<Self>, Problems> {
+        let mut problems = Problems::default();
+        let files = read_directory(dir, &mut problems);
+        if !problems.0.is_empty() {
+            return Err(problems);
+        }
+        let version = PolicyVersion::of(files.all());
+        let Some(mesh) = SchemaFile::parse(&files.mesh.path, &files.mesh.text, &mut problems) else {
+            return Err(problems);
+        };
+        let mut services = BTreeMap::new();
+        let mut namespaces: HashMap<String, String> = HashMap::new();
+        for service in &files.services {
+            let Some(policy) = load_service(service, &mesh, trust_domain, &version, &mut problems) else {
+                continue;
+            };
+            let namespace = policy.0;
+            if let Some(other) = namespaces.insert(namespace.clone(), service.name.clone()) {
+                let message = format!("the namespace {namespace} is declared by the service {other} too");
+                problems.push(Problem::file(&service.schema.path, message));
+            }
+            services.insert(service.name.clone(), Arc::new(policy.1));
+        }
+        if problems.0.is_empty() { Ok(Arc::new(Self { services, version })) } else { Err(problems) }
+    }
+
+    /// The policy of one service; without one, everything is to be denied.
+    pub fn service(&self, name: &str) -> Option<Arc<ServicePolicy>> {
+        self.services.get(name).cloned()
+    }
+
+    /// All services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<ServicePolicy>> {
+        self.services.values()
+    }
+
+    /// The version of the directory.
+    pub fn version(&self) -> &PolicyVersion {
+        &self.version
+    }
+}
+
+/// A file, read once: what was checked is what decides.
+struct TextFile {
+    path: PathBuf,
+    /// Below the policies directory, with `/`.
+    name: String,
+    text: String,
+}
+
+struct ServiceFiles {
+    name: String,
+    schema: TextFile,
+    map: TextFile,
+    policies: Vec<TextFile>,
+}
+
+struct Files {
+    mesh: TextFile,
+    services: Vec<ServiceFiles>,
+}
+
+impl Files {
+    fn all(&self) -> impl Iterator<Item = (&str, &str)> {
+        let services = self.services.iter();
+        let files = services.flat_map(|s| [&s.schema, &s.map].into_iter().chain(&s.policies));
+        std::iter::once(&self.mesh).chain(files).map(|file| (file.name.as_str(), file.text.as_str()))
+    }
+}
+
+fn read_directory(dir: &Path, problems: &mut Problems) -> Files {
+    for entry in entries(dir, problems) {
+        let known = match entry.name.as_str() {
+            MESH_SCHEMA => !entry.is_dir,
+            SERVICES => entry.is_dir,
+            _ => false,
+        };
+        if !known {
+            problems.push(Problem::file(&entry.path, "not a part of a policies directory that this version knows").hint(
+                format!("known are {MESH_SCHEMA} and {SERVICES}/; files that begin with a dot or end in .md are not read"),
+            ));
+        }
+    }
+    // An unreadable directory is said once, not once a file.
+    let readable = problems.0.is_empty();
+    let mesh = if readable { read_file(dir, &dir.join(MESH_SCHEMA), problems) } else { empty_file(dir) };
+    let mut services = Vec::new();
+    if readable {
+        let directory = dir.join(SERVICES);
+        for entry in entries(&directory, problems) {
+            if entry.is_dir && is_service_name(&entry.name) {
+                services.extend(read_service(dir, &entry, problems));
+            } else {
+                problems.push(
+                    Problem::file(&entry.path, "not a service's directory")
+                        .hint("a service is a directory named with a-z, 0-9 and `-`"),
+                );
+            }
+        }
+        if services.is_empty() && problems.0.is_empty() {
+            let hint = format!("make {SERVICES}/NAME/ with NAME.cedarschema, {MAP} and NAME.cedar");
+            problems.push(Problem::file(&directory, "there is no service").hint(hint));
+        }
+        if services.len() > MAX_SERVICES {
+            problems.push(Problem::file(&directory, format!("more than {MAX_SERVICES} services")));
+        }
+    }
+    Files { mesh, services }
+}
+
+fn is_service_name(name: &str) -> bool {
+    name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') && !name.starts_with('-')
+}
+
+fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
+    let (mut schemas, mut maps, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+    for entry in entries(&service.path, problems) {
+        let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        match (entry.is_dir, extension) {
+            (false, "cedarschema") => schemas.push(read_file(root, &entry.path, problems)),
+            (false, "cedar") => policies.push(read_file(root, &entry.path, problems)),
+            (false, _) if entry.name == MAP => maps.push(read_file(root, &entry.path, problems)),
+            _ => problems.push(
+                Problem::file(&entry.path, "not a file of a service that this version knows")
+                    .hint(format!("known are *.cedarschema, *.cedar and {MAP}")),
+            ),
+        }
+    }
+    let mut missing = |what: &str| {
+        problems.push(Problem::file(&service.path, format!("the service {} has no {what}", service.name)));
+    };
+    if schemas.is_empty() {
+        missing(&format!("schema ({}.cedarschema)", service.name));
+    }
+    if maps.is_empty() {
+        missing(MAP);
+    }
+    if policies.is_empty() {
+        missing(&format!("policies ({}.cedar)", service.name));
+    }
+    if schemas.len() > 1 {
+        problems
+            .push(Problem::file(&service.path, format!("the service {} has several schemas", service.name)));
+    }
+    Some(ServiceFiles { name: service.name.clone(), schema: schemas.pop()?, map: maps.pop()?, policies })
+}
+
+struct Found {
+    path: PathBuf,
+    name: String,
+    is_dir: bool,
+}
+
+/// What a directory holds, by name, without hidden files and Markdown.
+fn entries(dir: &Path, problems: &mut Problems) -> Vec<Found> {
+    let mut found = Vec::new();
+    let listing = fs::read_dir(dir).and_then(|listing| listing.collect::<Result<Vec<_>, _>>());
+    match listing {
+        Ok(listing) => {
+            for entry in listing {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if name.starts_with('.') || name.to_ascii_lowercase().ends_with(".md") {
+                    continue;
+                }
+                let path = entry.path();
+                found.push(Found { is_dir: path.is_dir(), path, name });
+            }
+        }
+        Err(error) => problems.push(Problem::file(dir, format!("cannot be read: {error}"))),
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
+fn read_file(root: &Path, path: &Path, problems: &mut Problems) -> TextFile {
+    let relative = path.strip_prefix(root).unwrap_or(path);
+    let name = relative.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
+    let size = fs::metadata(path).map(|data| data.len());
+    let text = match size {
+        Ok(size) if size > MAX_FILE_BYTES => Err(format!("larger than {MAX_FILE_BYTES} bytes")),
+        _ => fs::read(path).map_err(|error| format!("cannot be read: {error}")),
+    };
+    let text =
+        text.and_then(|bytes| String::from_utf8(bytes).map_err(|error| format!("is not UTF-8: {error}")));
+    let text = text.unwrap_or_else(|message| {
+        problems.push(Problem::file(path, message));
+        String::new()
+    });
+    TextFile { path: path.to_owned(), name, text }
+}
+
+fn empty_file(path: &Path) -> TextFile {
+    TextFile { path: path.to_owned(), name: String::new(), text: String::new() }
+}
+
+fn load_service(
+    files: &ServiceFiles,
+    mesh: &SchemaFile<'_>,
+    trust_domain: &TrustDomain,
+    version: &PolicyVersion,
+    problems: &mut Problems,
+) -> Option<(String, ServicePolicy)> {
+    let own = SchemaFile::parse(&files.schema.path, &files.schema.text, problems)?;
+    let schema = match schema::link(mesh, &own, trust_domain) {
+        Ok(schema) => schema,
+        Err(found) => {
+            problems.0.extend(found.0);
+            return None;
+        }
+    };
+    // Both are looked at even if one has problems.
+    let map = map::parse(&files.map.path, &files.map.text, &schema, problems);
+    let loaded = load_policies(files, &schema, trust_domain, problems);
+    let (map, (set, entries)) = (map?, loaded?);
+    let by_id = entries.iter().enumerate().map(|(index, entry)| (entry.policy.id().clone(), index)).collect();
+    let namespace = schema.namespace.clone();
+    let shared = Shared {
+        name: files.name.clone(),
+        trust_domain: trust_domain.clone(),
+        schema,
+        routes: RouteTable::new(map.routes),
+        set,
+        entries,
+        by_id,
+        version: version.clone(),
+    };
+    Some((namespace, ServicePolicy::new(shared, map.mode)))
+}
+
+fn load_policies(
+    files: &ServiceFiles,
+    schema: &ServiceSchema,
+    trust_domain: &TrustDomain,
+    problems: &mut Problems,
+) -> Option<(PolicySet, Vec<PolicyEntry>)> {
+    let before = problems.0.len();
+    let mut set = PolicySet::new();
+    let mut entries: Vec<PolicyEntry> = Vec::new();
+    for file in &files.policies {
+        for entry in parse_policies(file, trust_domain, problems) {
+            if let Some(other) = entries.iter().find(|other| other.id == entry.id) {
+                let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
+                problems.push(at_policy(file, &entry.policy, message));
+            } else if let Err(error) = set.add(entry.policy.clone()) {
+                problems.push(at_policy(file, &entry.policy, error.to_string()));
+            }
+            entries.push(entry);
+        }
+    }
+    if problems.0.len() > before {
+        return None;
+    }
+    if entries.is_empty() {
+        let message = format!("the service {} has no policy, so every request would be denied", files.name);
+        let path = files.policies.first().map_or(files.map.path.as_path(), |file| file.path.as_path());
+        problems.push(Problem::file(path, message));
+        return None;
+    }
+    validate(files, schema, &set, &entries, problems);
+    (problems.0.len() == before).then_some((set, entries))
+}
+
+/// The policies of one file, in its order, under their `@id`s.
+fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Problems) -> Vec<PolicyEntry> {
+    let set: PolicySet = match file.text.parse() {
+        Ok(set) => set,
+        Err(errors) => {
+            let errors: &cedar_policy::ParseErrors = &errors;
+            for error in errors.iter() {
+                problems.push(Problem::cedar(&file.path, &file.text, error));
+            }
+            return Vec::new();
+        }
+    };
+    for template in set.templates() {
+        let span = template.as_ref().loc().map_or(0..0, |loc| loc.start()..loc.end());
+        problems.push(
+            Problem::at(
+                &file.path,
+                &file.text,
+                span,
+                "a template (`?principal`, `?resource`) is not a policy",
+            )
+            .hint("write out the policy for each caller"),
+        );
+    }
+    let mut policies: Vec<_> = set.policies().collect();
+    policies.sort_by_key(|policy| policy.as_ref().loc().map_or(0, |loc| loc.start()));
+    let mut entries = Vec::new();
+    for policy in policies {
+        let Some(id) = policy.annotation("id").filter(|id| is_policy_id(id)) else {
+            problems.push(
+                at_policy(
+                    file,
+                    policy,
+                    "the policy has no `@id`, or one with other characters than A-Z a-z 0-9 . _ -",
+                )
+                .hint("@id(\"who-may-do-what\")"),
+            );
+            continue;
+        };
+        check_principals(file, policy, trust_domain, problems);
+        let (line, _) = line_and_column(&file.text, policy.as_ref().loc().map_or(0, |loc| loc.start()));
+        entries.push(PolicyEntry {
+            policy: policy.new_id(PolicyId::new(id)),
+            id: id.to_owned(),
+            file: file.name.as_str().into(),
+            line,
+            effect: policy.effect().into(),
+        });
+    }
+    entries
+}
+
+fn is_policy_id(id: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    !id.is_empty() && id.len() <= MAX_ID_BYTES && id.bytes().all(allowed)
+}
+
+/// A workload is named by a SPIFFE ID of this trust domain, and a permit says who is meant.
+fn check_principals(
+    file: &TextFile,
+    policy: &cedar_policy::Policy,
+    trust_domain: &TrustDomain,
+    problems: &mut Problems,
+) {
+    for literal in policy.entity_literals() {
+        if literal.type_name().to_string() != "Mesh::Workload" {
+            continue;
+        }
+        let written = literal.id().unescaped();
+        match SpiffeId::new(written) {
+            Err(error) => problems.push(
+                at_policy(file, policy, format!("`{written}` names no workload: {error}"))
+                    .hint(format!("Mesh::Workload::\"spiffe://{trust_domain}/service/NAME\"")),
+            ),
+            Ok(id) if id.trust_domain() != trust_domain => problems.push(
+                at_policy(file, policy, format!("`{written}` is not of the trust domain {trust_domain}"))
+                    .hint("callers of other trust domains are denied, so this would never apply"),
+            ),
+            Ok(_) => {}
+        }
+    }
+    let anyone = policy.principal_constraint() == PrincipalConstraint::Any;
+    if anyone && policy.effect() == cedar_policy::Effect::Permit {
+        problems.push(
+            at_policy(file, policy, "a permit for any principal: a user's right alone makes every workload its deputy")
+                .hint("principal == Mesh::Workload::\"spiffe://…\", or `principal is Mesh::Workload` if any is meant"),
+        );
+    }
+}
+
+fn at_policy(file: &TextFile, policy: &cedar_policy::Policy, message: impl Into<String>) -> Problem {
+    let span = policy.as_ref().loc().map_or(0..0, |loc| loc.start()..loc.end());
+    Problem::at(&file.path, &file.text, span, message)
+}
+
+/// Strict validation; a warning (a policy that can never apply, look-alike letters) is a problem too.
+fn validate(
+    files: &ServiceFiles,
+    schema: &ServiceSchema,
+    set: &PolicySet,
+    entries: &[PolicyEntry],
+    problems: &mut Problems,
+) {
+    let result = Validator::new(schema.schema.clone()).validate(set, ValidationMode::Strict);
+    let file_of = |id: &PolicyId| {
+        let entry = entries.iter().find(|entry| entry.policy.id() == id);
+        files.policies.iter().find(|file| entry.is_some_and(|entry| *file.name == *entry.file))
+    };
+    let mut found = Vec::new();
+    for error in result.validation_errors() {
+        if let Some(file) = file_of(error.policy_id()) {
+            found.push(Problem::cedar(&file.path, &file.text, error));
+        }
+    }
+    for warning in result.validation_warnings() {
+        if let Some(file) = file_of(warning.policy_id()) {
+            found.push(Problem::cedar(&file.path, &file.text, warning));
+        }
+    }
+    if found.is_empty() && !result.validation_passed() {
+        found.push(Problem::file(&files.map.path, result.to_string()));
+    }
+    found.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
+    problems.0.extend(found);
+}

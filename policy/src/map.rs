@@ -1,0 +1,600 @@
+//! `map.toml`: which requests mean which action on which object. What is not in it is denied.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use toml::Spanned;
+use toml::de::{DeArray, DeTable, DeValue};
+
+use crate::body::{
+    BodyRule, DEFAULT_BODY_BYTES, MAX_JUDGED_BODY_BYTES, MAX_OPAQUE_BODY_BYTES, Member, MemberType, Members,
+};
+use crate::object::AttributeType;
+use crate::problem::{Problem, Problems, suggest};
+use crate::record::Mode;
+use crate::schema::{ObjectType, ServiceSchema};
+use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_name};
+
+/// Most routes of one service: overlap is checked between every two.
+const MAX_ROUTES: usize = 2000;
+/// Paths that are the mesh's own conversation with an app and never a route of it.
+pub(crate) const RESERVED_PREFIX: &str = "/.well-known/palisade/";
+const METHODS: [&str; 6] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"];
+
+/// A claim of the user's that can be an attribute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    Subject,
+    Issuer,
+    Client,
+}
+
+/// Where an attribute of a route's object comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The request itself.
+    Request(Place),
+    /// The verified user.
+    Claim(Claim),
+    /// The app's entities endpoint, asked before the request is passed on.
+    Entities,
+    /// The app's response, before a byte of it is released.
+    Response(String),
+}
+
+/// One resolved route.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    /// `GET /accounts/{id:int}`: the label in metrics.
+    pub(crate) template: String,
+    pub(crate) method: String,
+    pub(crate) path: PathTemplate,
+    pub(crate) action: String,
+    pub(crate) objects: Vec<ObjectTemplate>,
+    /// Full name of the objects' type.
+    pub(crate) kind: String,
+    pub(crate) attributes: BTreeMap<String, (Source, AttributeType)>,
+    pub(crate) query: Vec<String>,
+    pub(crate) body: BodyRule,
+    pub(crate) members: Members,
+}
+
+impl Route {
+    pub(crate) fn needs_body(&self) -> bool {
+        matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. })
+    }
+}
+
+/// A parsed map.
+#[derive(Debug, Default)]
+pub(crate) struct Map {
+    pub(crate) mode: Mode,
+    pub(crate) routes: Vec<Route>,
+}
+
+/// A value of the file and where it stands.
+#[derive(Debug, Clone)]
+struct At<T> {
+    value: T,
+    span: Range<usize>,
+}
+
+/// What a `[[route]]` says, before it is held against the schema.
+#[derive(Debug, Default)]
+struct Draft {
+    span: Range<usize>,
+    matching: Option<At<String>>,
+    action: Option<At<String>>,
+    objects: Vec<At<String>>,
+    attributes: Vec<(At<String>, At<String>)>,
+    query: Vec<At<String>>,
+    body: Option<Vec<(At<String>, At<String>)>>,
+    body_type: Option<At<String>>,
+    body_max_bytes: Option<At<usize>>,
+}
+
+/// Parses and resolves a map. `None` and at least one problem more if something is wrong.
+pub(crate) fn parse(file: &Path, text: &str, schema: &ServiceSchema, problems: &mut Problems) -> Option<Map> {
+    let before = problems.0.len();
+    let mut reader = Reader { file, text, problems };
+    let map = reader.map(schema);
+    (problems.0.len() == before).then_some(map)
+}
+
+struct Reader<'a> {
+    file: &'a Path,
+    text: &'a str,
+    problems: &'a mut Problems,
+}
+
+impl Reader<'_> {
+    fn map(&mut self, schema: &ServiceSchema) -> Map {
+        let mut map = Map::default();
+        let document = match DeTable::parse(self.text) {
+            Ok(document) => document,
+            Err(error) => {
+                self.problems.push(Problem::toml(self.file, self.text, &error));
+                return map;
+            }
+        };
+        let mut unmapped_on_purpose = false;
+        let mut drafts = Vec::new();
+        for (key, value) in document.get_ref() {
+            match key.get_ref().as_ref() {
+                "mode" => map.mode = self.mode(value),
+                "mapping" => unmapped_on_purpose = self.mapping(value),
+                "route" => drafts = self.drafts(value),
+                other => self.unknown_key(other, key.span(), &["mode", "mapping", "route"]),
+            }
+        }
+        if drafts.is_empty() && !unmapped_on_purpose && self.problems.0.is_empty() {
+            self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
+                "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself",
+            );
+        }
+        if drafts.len() > MAX_ROUTES {
+            self.say(0..0, format!("more than {MAX_ROUTES} routes"));
+            return map;
+        }
+        for draft in drafts {
+            let span = draft.span.clone();
+            if let Some(route) = self.resolve(draft, schema) {
+                self.check_overlap(&map.routes, &route, span);
+                map.routes.push(route);
+            }
+        }
+        map
+    }
+
+    fn say(&mut self, span: Range<usize>, message: impl Into<String>) -> Said<'_> {
+        self.problems.push(Problem::at(self.file, self.text, span, message));
+        Said(self.problems.0.last_mut())
+    }
+
+    fn unknown_key(&mut self, key: &str, span: Range<usize>, known: &[&str]) {
+        let hint = suggest(key, known.iter().copied()).unwrap_or(format!("known keys: {}", known.join(", ")));
+        self.say(span, format!("unknown key `{key}`")).hint(hint);
+    }
+
+    fn mode(&mut self, value: &Spanned<DeValue<'_>>) -> Mode {
+        match value.get_ref().as_str() {
+            Some("enforce") => Mode::Enforce,
+            Some("audit") => Mode::Audit,
+            _ => {
+                self.say(value.span(), "`mode` is \"enforce\" or \"audit\"");
+                Mode::Enforce
+            }
+        }
+    }
+
+    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> bool {
+        if value.get_ref().as_str() != Some("none") {
+            self.say(value.span(), "`mapping` can only be \"none\"")
+                .hint("leave it out where there are routes");
+        }
+        true
+    }
+
+    fn drafts(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<Draft> {
+        let Some(items) = value.get_ref().as_array() else {
+            self.say(value.span(), "`route` is a list of tables").hint("write [[route]]");
+            return Vec::new();
+        };
+        items.iter().filter_map(|item| self.draft(item)).collect()
+    }
+
+    fn draft(&mut self, item: &Spanned<DeValue<'_>>) -> Option<Draft> {
+        const KNOWN: [&str; 8] =
+            ["match", "action", "object", "attributes", "query", "body", "body_type", "body_max_bytes"];
+        let Some(table) = item.get_ref().as_table() else {
+            self.say(item.span(), "a route is a table").hint("write [[route]]");
+            return None;
+        };
+        let mut draft = Draft { span: item.span(), ..Draft::default() };
+        for (key, value) in table {
+            match key.get_ref().as_ref() {
+                "match" => draft.matching = self.string(value),
+                "action" => draft.action = self.string(value),
+                "object" => draft.objects = self.one_or_more(value),
+                "attributes" => draft.attributes = self.string_table(value),
+                "query" => draft.query = self.list(value),
+                "body" => draft.body = Some(self.string_table(value)),
+                "body_type" => draft.body_type = self.string(value),
+                "body_max_bytes" => draft.body_max_bytes = self.size(value),
+                other => self.unknown_key(other, key.span(), &KNOWN),
+            }
+        }
+        Some(draft)
+    }
+
+    fn string(&mut self, value: &Spanned<DeValue<'_>>) -> Option<At<String>> {
+        let text = value.get_ref().as_str();
+        if text.is_none() {
+            self.say(value.span(), format!("expected a string, found {}", value.get_ref().type_str()));
+        }
+        text.map(|text| At { value: text.to_owned(), span: value.span() })
+    }
+
+    fn size(&mut self, value: &Spanned<DeValue<'_>>) -> Option<At<usize>> {
+        let number = value.get_ref().as_integer().filter(|n| n.radix() == 10);
+        let number = number.and_then(|n| n.as_str().replace('_', "").parse().ok()).filter(|n| *n > 0);
+        if number.is_none() {
+            self.say(value.span(), "expected a number of bytes, at least 1");
+        }
+        number.map(|value_| At { value: value_, span: value.span() })
+    }
+
+    fn one_or_more(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<At<String>> {
+        if value.get_ref().is_array() { self.list(value) } else { self.string(value).into_iter().collect() }
+    }
+
+    fn list(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<At<String>> {
+        let items: Option<&DeArray<'_>> = value.get_ref().as_array();
+        if items.is_none() {
+            self.say(value.span(), "expected a list of strings");
+        }
+        items.into_iter().flat_map(|items| items.iter()).filter_map(|item| self.string(item)).collect()
+    }
+
+    fn string_table(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<(At<String>, At<String>)> {
+        let table = value.get_ref().as_table();
+        if table.is_none() {
+            self.say(value.span(), "expected a table of strings");
+        }
+        let mut entries = Vec::new();
+        for (key, value) in table.into_iter().flatten() {
+            if let Some(text) = self.string(value) {
+                entries.push((At { value: key.get_ref().to_string(), span: key.span() }, text));
+            }
+        }
+        entries
+    }
+
+    fn resolve(&mut self, draft: Draft, schema: &ServiceSchema) -> Option<Route> {
+        let before = self.problems.0.len();
+        let (method, path, template) = self.matching(&draft)?;
+        let action = self.action(&draft, schema);
+        let (body, members) = self.body(&draft, &method);
+        let query = self.query(&draft);
+        let places = Places { path: &path, query: &query, members: &members };
+        let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
+        let object_type = schema.types.get(&kind)?;
+        let attributes = self.attributes(&draft, &method, object_type, &places, objects.len());
+        let action = action?;
+        (self.problems.0.len() == before).then_some(())?;
+        Some(Route { template, method, path, action, objects, kind, attributes, query, body, members })
+    }
+
+    fn matching(&mut self, draft: &Draft) -> Option<(String, PathTemplate, String)> {
+        let Some(At { value, span }) = &draft.matching else {
+            self.say(draft.span.clone(), "the route has no `match`").hint("match = \"GET /path/{id:int}\"");
+            return None;
+        };
+        let Some((method, path)) = value.split_once(' ') else {
+            self.say(span.clone(), "`match` is a method, one space and a path");
+            return None;
+        };
+        if !METHODS.contains(&method) {
+            let hint = suggest(method, METHODS).unwrap_or(format!("methods: {}", METHODS.join(", ")));
+            self.say(span.clone(), format!("`{method}` is not a method that can be mapped")).hint(hint);
+        }
+        if path.starts_with(RESERVED_PREFIX) {
+            self.say(span.clone(), format!("{RESERVED_PREFIX} is the mesh's own and cannot be mapped"));
+        }
+        match PathTemplate::parse(path) {
+            Ok(template) => Some((method.to_owned(), template, value.clone())),
+            Err(error) => {
+                // One for the quotation mark; escapes in the string would shift it, but paths have none.
+                let offset = span.start + 1 + method.len() + 1;
+                let at = offset + error.span.start..offset + error.span.end.max(error.span.start + 1);
+                self.say(at, error.message);
+                None
+            }
+        }
+    }
+
+    fn action(&mut self, draft: &Draft, schema: &ServiceSchema) -> Option<String> {
+        let Some(At { value, span }) = &draft.action else {
+            self.say(draft.span.clone(), "the route has no `action`");
+            return None;
+        };
+        match schema.actions.get(value) {
+            Some(action) if action.objects.is_empty() => {
+                self.say(span.clone(), format!("the action `{value}` is a group and applies to no object"));
+                None
+            }
+            Some(_) => Some(value.clone()),
+            None => {
+                let known = schema.actions.keys().map(String::as_str);
+                let list = schema.actions.keys().cloned().collect::<Vec<_>>().join(", ");
+                let hint = suggest(value, known).unwrap_or(format!("the schema's actions: {list}"));
+                let message = format!("the schema of {} has no action `{value}`", schema.namespace);
+                self.say(span.clone(), message).hint(hint);
+                None
+            }
+        }
+    }
+
+    fn query(&mut self, draft: &Draft) -> Vec<String> {
+        for (i, name) in draft.query.iter().enumerate() {
+            if !is_name(&name.value) {
+                self.say(name.span.clone(), format!("`{}` is not a parameter name", name.value));
+            } else if draft.query.iter().take(i).any(|other| other.value == name.value) {
+                self.say(name.span.clone(), format!("`{}` is listed twice", name.value));
+            }
+        }
+        draft.query.iter().map(|name| name.value.clone()).collect()
+    }
+
+    fn body(&mut self, draft: &Draft, method: &str) -> (BodyRule, Members) {
+        let mut members = Members::new();
+        for (name, kind) in draft.body.iter().flatten() {
+            if !is_name(&name.value) {
+                self.say(name.span.clone(), format!("`{}` is not a member name", name.value));
+            }
+            match Member::parse(&kind.value) {
+                Some(member) => drop(members.insert(name.value.clone(), member)),
+                None => {
+                    self.say(kind.span.clone(), format!("`{}` is not a member type", kind.value)).hint(
+                        format!("{}; with `?` behind it where it may be missing", Member::NAMES.join(", ")),
+                    );
+                }
+            }
+        }
+        let kind = draft.body_type.as_ref().map(|kind| kind.value.as_str());
+        let stated = draft.body.is_some() || draft.body_type.is_some() || draft.body_max_bytes.is_some();
+        if stated && matches!(method, "GET" | "HEAD") {
+            self.say(draft.span.clone(), format!("a {method} request has no body"));
+        }
+        let limit = |most| draft.body_max_bytes.as_ref().map_or(DEFAULT_BODY_BYTES, |n| n.value.min(most));
+        let judged = limit(MAX_JUDGED_BODY_BYTES);
+        let (rule, most) = match (draft.body.is_some(), kind) {
+            (true, None | Some("json")) => (BodyRule::Json { max_bytes: judged }, MAX_JUDGED_BODY_BYTES),
+            (true, Some("form")) => (BodyRule::Form { max_bytes: judged }, MAX_JUDGED_BODY_BYTES),
+            (false, Some("opaque")) => {
+                (BodyRule::Opaque { max_bytes: limit(MAX_OPAQUE_BODY_BYTES) }, MAX_OPAQUE_BODY_BYTES)
+            }
+            (false, None) => (BodyRule::None, usize::MAX),
+            _ => {
+                let span = draft.body_type.as_ref().map_or(draft.span.clone(), |kind| kind.span.clone());
+                self.say(span, "`body_type` does not fit").hint(
+                    "\"json\" or \"form\" with `body = { member = \"type\" }`, or \"opaque\" without `body`",
+                );
+                (BodyRule::None, usize::MAX)
+            }
+        };
+        if let Some(size) = &draft.body_max_bytes {
+            if rule == BodyRule::None {
+                self.say(size.span.clone(), "`body_max_bytes` without a body");
+            } else if size.value > most {
+                self.say(size.span.clone(), format!("at most {most} bytes"));
+            }
+        }
+        (rule, members)
+    }
+
+    fn objects(
+        &mut self,
+        draft: &Draft,
+        schema: &ServiceSchema,
+        action: Option<&str>,
+        places: &Places<'_>,
+    ) -> Option<(Vec<ObjectTemplate>, String)> {
+        if draft.objects.is_empty() {
+            self.say(draft.span.clone(), "the route has no `object`").hint("object = 'Type::\"{id}\"'");
+        }
+        let mut objects = Vec::new();
+        let mut kind: Option<String> = None;
+        for At { value, span } in &draft.objects {
+            let template = match ObjectTemplate::parse(value) {
+                Ok(template) => template,
+                Err(message) => {
+                    self.say(span.clone(), message);
+                    continue;
+                }
+            };
+            let full = schema.full_kind(&template.kind);
+            if kind.as_ref().is_some_and(|first| *first != full) {
+                self.say(span.clone(), "all objects of a route have one type");
+            }
+            self.check_kind(&full, span, schema, action);
+            for place in template.places() {
+                if let Err(message) = places.can_name_an_object(place) {
+                    self.say(span.clone(), message);
+                }
+            }
+            kind = kind.or(Some(full));
+            objects.push(template);
+        }
+        Some((objects, kind?))
+    }
+
+    fn check_kind(&mut self, full: &str, span: &Range<usize>, schema: &ServiceSchema, action: Option<&str>) {
+        let Some(action) = action.and_then(|name| schema.actions.get(name).map(|action| (name, action)))
+        else {
+            return;
+        };
+        let (name, action) = action;
+        if !action.objects.contains(full) {
+            let mut known: Vec<&str> = action.objects.iter().map(String::as_str).collect();
+            known.sort_unstable();
+            self.say(span.clone(), format!("the action `{name}` does not apply to {full}"))
+                .hint(format!("it applies to {}", known.join(", ")));
+        }
+    }
+
+    fn attributes(
+        &mut self,
+        draft: &Draft,
+        method: &str,
+        object: &ObjectType,
+        places: &Places<'_>,
+        objects: usize,
+    ) -> BTreeMap<String, (Source, AttributeType)> {
+        let mut sources = BTreeMap::new();
+        for (name, source) in &draft.attributes {
+            let Some(spec) = object.attributes.get(&name.value) else {
+                let known: Vec<&str> = object.attributes.keys().map(String::as_str).collect();
+                let hint = suggest(&name.value, known.iter().copied())
+                    .or((!known.is_empty()).then(|| format!("it has {}", known.join(", "))));
+                let message = format!("{} has no attribute `{}`", object.name, name.value);
+                self.say(name.span.clone(), message).maybe_hint(hint);
+                continue;
+            };
+            match parse_source(&source.value).and_then(|parsed| {
+                places.gives(&parsed, spec.kind, method)?;
+                Ok(parsed)
+            }) {
+                Ok(Source::Request(_) | Source::Claim(_) | Source::Response(_)) if objects > 1 => {
+                    self.say(
+                        source.span.clone(),
+                        "several objects take their attributes from `entities` only",
+                    );
+                }
+                Ok(parsed) => drop(sources.insert(name.value.clone(), (parsed, spec.kind))),
+                Err(message) => {
+                    self.say(source.span.clone(), message);
+                }
+            }
+        }
+        for (name, spec) in &object.attributes {
+            if spec.required && !draft.attributes.iter().any(|(stated, _)| stated.value == *name) {
+                let message = format!("nothing tells the attribute `{name}` of {}", object.name);
+                self.say(draft.span.clone(), message).hint(format!(
+                    "attributes = {{ {name} = \"…\" }}: path:NAME, body:/NAME, claim:sub, entities or response:/POINTER"
+                ));
+            }
+        }
+        let has = |wanted: fn(&Source) -> bool| sources.values().any(|(source, _)| wanted(source));
+        if has(|s| *s == Source::Entities) && has(|s| matches!(s, Source::Response(_))) {
+            self.say(
+                draft.span.clone(),
+                "attributes come from `entities` or from the response, not from both",
+            );
+        }
+        sources
+    }
+
+    fn check_overlap(&mut self, routes: &[Route], new: &Route, span: Range<usize>) {
+        let clash = routes.iter().find(|old| old.method == new.method && old.path.overlaps(&new.path));
+        if let Some(old) = clash {
+            let message = format!("`{}` matches requests that `{}` matches too", new.template, old.template);
+            self.say(span, message)
+                .hint("give the captures types ({id:int}) so that a request has one meaning");
+        }
+    }
+}
+
+/// The problem just pushed, so that a hint can be added to it.
+struct Said<'a>(Option<&'a mut Problem>);
+
+impl Said<'_> {
+    fn hint(self, hint: impl Into<String>) {
+        self.maybe_hint(Some(hint.into()));
+    }
+
+    fn maybe_hint(self, hint: Option<String>) {
+        if let Some(problem) = self.0 {
+            problem.hint = hint;
+        }
+    }
+}
+
+/// What a route takes from a request.
+struct Places<'a> {
+    path: &'a PathTemplate,
+    query: &'a [String],
+    members: &'a Members,
+}
+
+impl Places<'_> {
+    /// The type of the value at a place; the error says that there is no such place.
+    fn kind(&self, place: &Place) -> Result<(AttributeType, bool), String> {
+        match place {
+            Place::Path(name) => {
+                let capture = self.path.captures().find(|(captured, _)| captured == name);
+                let (_, kind) = capture.ok_or_else(|| format!("the path captures no `{{{name}}}`"))?;
+                Ok((if kind == CaptureType::Int { AttributeType::Long } else { AttributeType::Text }, false))
+            }
+            Place::Query(name) if self.query.contains(name) => Ok((AttributeType::Text, true)),
+            Place::Query(name) => Err(format!("`query` does not list `{name}`")),
+            Place::Body(name) => {
+                let member =
+                    self.members.get(name).ok_or_else(|| format!("`body` does not list `{name}`"))?;
+                let kind = match member.kind {
+                    MemberType::Id | MemberType::Text => AttributeType::Text,
+                    MemberType::Int => AttributeType::Long,
+                    MemberType::Bool => AttributeType::Bool,
+                };
+                Ok((kind, member.optional))
+            }
+        }
+    }
+
+    fn can_name_an_object(&self, place: &Place) -> Result<(), String> {
+        self.kind(place)?;
+        match place {
+            Place::Path(_) | Place::Query(_) => Ok(()),
+            Place::Body(name) => match self.members.get(name) {
+                Some(Member { kind: MemberType::Id | MemberType::Int, optional: false }) => Ok(()),
+                _ => Err(format!(
+                    "the member `{name}` names an object, so it is an \"id\" or \"int\" and not optional"
+                )),
+            },
+        }
+    }
+
+    /// Whether a source can give an attribute of a type.
+    fn gives(&self, source: &Source, wanted: AttributeType, method: &str) -> Result<(), String> {
+        match source {
+            Source::Request(place) => {
+                let (kind, optional) = self.kind(place)?;
+                if optional {
+                    return Err(format!("{place} may be missing; an attribute needs a value"));
+                }
+                // A path's integer is also its one spelling as text.
+                let also_text = wanted == AttributeType::Text && matches!(place, Place::Path(_));
+                let fits = kind == wanted || also_text;
+                if fits { Ok(()) } else { Err(format!("{place} is a {kind}, the attribute a {wanted}")) }
+            }
+            Source::Claim(_) if wanted == AttributeType::Text => Ok(()),
+            Source::Claim(_) => Err(format!("a claim is a String, the attribute a {wanted}")),
+            Source::Entities => Ok(()),
+            Source::Response(_) if method == "GET" => Ok(()),
+            Source::Response(_) => Err(format!(
+                "a {method} is done before its response is seen; only GET takes attributes from the response"
+            )),
+        }
+    }
+}
+
+fn parse_source(text: &str) -> Result<Source, String> {
+    let name =
+        |name: &str| if is_name(name) { Ok(name.to_owned()) } else { Err(format!("`{name}` is not a name")) };
+    match text.split_once(':') {
+        None if text == "entities" => Ok(Source::Entities),
+        Some(("path", capture)) => Ok(Source::Request(Place::Path(name(capture)?))),
+        Some(("body", pointer)) => match pointer.strip_prefix('/') {
+            Some(member) => Ok(Source::Request(Place::Body(name(member)?))),
+            None => Err("a body member is written body:/name".into()),
+        },
+        Some(("claim", claim)) => match claim {
+            "sub" => Ok(Source::Claim(Claim::Subject)),
+            "iss" => Ok(Source::Claim(Claim::Issuer)),
+            "client_id" => Ok(Source::Claim(Claim::Client)),
+            _ => Err(format!("`{claim}` is not a claim that can be an attribute: sub, iss, client_id")),
+        },
+        Some(("response", pointer)) if is_pointer(pointer) => Ok(Source::Response(pointer.to_owned())),
+        Some(("response", _)) => Err("a place in the response is a JSON pointer: response:/owner".into()),
+        _ => Err(format!(
+            "`{text}` is not a source: path:NAME, body:/NAME, claim:sub, entities or response:/POINTER"
+        )),
+    }
+}
+
+/// A JSON pointer (RFC 6901) of at least one token.
+fn is_pointer(text: &str) -> bool {
+    let escapes_are_whole = text.split('~').skip(1).all(|rest| rest.starts_with(['0', '1']));
+    text.starts_with('/') && text.len() > 1 && escapes_are_whole
+}
