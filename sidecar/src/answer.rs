@@ -6,7 +6,7 @@ use http::{HeaderValue, Response, StatusCode};
 use crate::{Body, full};
 
 /// A JSON answer that no cache keeps.
-pub fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Body> {
+pub(crate) fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Body> {
     let mut response = Response::new(full(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -14,9 +14,14 @@ pub fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Body>
     response
 }
 
+/// A denial: the peer hears the receipt and nothing else.
+pub(crate) fn denied(denial: &policy::Denial) -> Response<Body> {
+    json(StatusCode::from_u16(denial.status()).unwrap_or(StatusCode::FORBIDDEN), denial.response_body())
+}
+
 /// A failure on the way to `service`. The cause stays in the log, except where the caller is the app
 /// beside us and can do something about it.
-pub fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Display) -> Response<Body> {
+pub(crate) fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Display) -> Response<Body> {
     tracing::info!(service, %cause, status = status.as_u16(), "request failed");
     let error = match status {
         StatusCode::FORBIDDEN => "denied",

@@ -22,8 +22,8 @@ use identity::clock::SharedClock;
 use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
 use identity::{Identity, IdentitySource, Peer};
 use policy::{
-    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Occasion, Permit, Principal,
-    Receipt, Recorder, Refusal, ServicePolicy, Verdict,
+    AttributeSource, Attributes, BodyRule, Caller, Denial, ENTITIES_PATH, Layer, Mapped, Mode, Occasion,
+    Outcome, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
 };
 
 use crate::app::{App, AppError, Relay};
@@ -39,8 +39,6 @@ use crate::{Body, answer, empty, full, trace};
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
 /// Largest answer of an entities endpoint.
 const MAX_ENTITIES_BYTES: usize = 64 * 1024;
-/// Where a service tells its own sidecar the attributes of objects.
-pub const ENTITIES_PATH: &str = "/.well-known/palisade/entities";
 
 /// Everything the inbound listener needs.
 pub struct Inbound {
@@ -107,7 +105,12 @@ impl Handler for Inbound {
         Box::pin(async move {
             let started = self.clock.now();
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-            let mut understood = Understood { occasion: self.occasion(&request), caller: None, mapped: None };
+            let Ok(receipt) = Receipt::generate(&*self.random) else {
+                // Without randomness nothing can be recorded so that it is found again: answer nobody.
+                return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
+            };
+            let occasion = self.occasion(&request, receipt);
+            let mut understood = Understood { occasion, caller: None, mapped: None };
             let outcome = self.request(&connection, request, &mut understood).await;
             let ended = self.ended(outcome, &understood);
             let took = self.clock.now().saturating_sub(started);
@@ -129,8 +132,9 @@ impl Handler for Inbound {
 
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
         self.metrics.refused_connection(refused.rule());
+        let Ok(receipt) = Receipt::generate(&*self.random) else { return };
         let occasion = Occasion {
-            receipt: Receipt::generate(&*self.random),
+            receipt,
             now: self.clock.now(),
             layer: Layer::Sidecar,
             method: String::new(),
@@ -191,7 +195,9 @@ impl Inbound {
 
         // What do they want?
         let mapped = policy.map(&parts).map_err(refuse)?;
-        policy.screen(caller, &mapped, occasion)?;
+        if policy.mode() == Mode::Enforce {
+            policy.screen(caller, &mapped, occasion)?;
+        }
         let (mapped, body) = self.body(mapped, &parts, body).await.map_err(refuse)?;
         understood.mapped = Some(described(&mapped));
 
@@ -222,9 +228,9 @@ impl Inbound {
         }
     }
 
-    fn occasion(&self, request: &Request<Incoming>) -> Occasion {
+    fn occasion(&self, request: &Request<Incoming>, receipt: Receipt) -> Occasion {
         Occasion {
-            receipt: Receipt::generate(&*self.random),
+            receipt,
             now: self.clock.now(),
             layer: Layer::Sidecar,
             method: request.method().to_string(),
@@ -390,21 +396,18 @@ impl Inbound {
         };
         match outcome {
             Ok((response, permit)) => {
-                if self.sampler.take(self.clock.now()) {
+                // In audit mode a permit's record may say "would deny": that is what the mode is for.
+                let would_deny = permit.record().verdict == Outcome::Deny;
+                if would_deny || self.sampler.take(self.clock.now()) {
                     self.recorder.record(permit.record().clone());
                 }
                 ended(response, "allow", permit.rule().to_string(), None)
             }
             Err(Stop::Denied(denial)) => {
-                self.metrics.denied(denial.rule().to_string());
+                self.metrics.denied(denial.rule().name().to_owned());
                 self.recorder.record(denial.record().clone());
                 let note = Some(denial.reason().to_owned());
-                ended(
-                    answer::json(denial.status(), denial.response_body()),
-                    "deny",
-                    denial.rule().to_string(),
-                    note,
-                )
+                ended(answer::denied(&denial), "deny", denial.rule().to_string(), note)
             }
             Err(Stop::App(error)) => {
                 let response = answer::failed(error.status(), &self.service, &error);
@@ -458,7 +461,7 @@ impl Held {
 fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
     match verdict {
         Verdict::Permit(permit) => Ok(permit),
-        Verdict::Deny(denial) => Err(denial),
+        Verdict::Deny(denial) => denial.audited(),
     }
 }
 

@@ -9,7 +9,7 @@ const PERMITS_PER_SECOND: u64 = 5;
 
 /// Lets a few through each second.
 #[derive(Debug, Default)]
-pub struct Sampler {
+pub(crate) struct Sampler {
     /// The second in the upper bits, how many were taken in it in the lower [`COUNT_BITS`].
     state: AtomicU64,
 }
@@ -18,7 +18,7 @@ const COUNT_BITS: u32 = 8;
 
 impl Sampler {
     /// Whether this one is recorded.
-    pub fn take(&self, now: Duration) -> bool {
+    pub(crate) fn take(&self, now: Duration) -> bool {
         let second = now.as_secs() << COUNT_BITS;
         let step = |state: u64| {
             let in_this_second = state & !0xff == second;
