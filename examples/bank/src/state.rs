@@ -31,7 +31,10 @@ pub(crate) fn open(directory: &Path, file: &str) -> Result<Database, BankError> 
 }
 
 /// Seconds since the Unix epoch, to stamp a transfer with; nothing is decided by it.
-#[expect(clippy::disallowed_methods, reason = "the bank uses none of the mesh's crates; it stamps rows, no more")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the bank uses none of the mesh's crates; it stamps rows, no more"
+)]
 pub(crate) fn now_s() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -432,10 +432,8 @@ mod tests {
     #[test]
     fn entities_keep_known_types_once_and_are_bounded() {
         let ask = |json: &str| serde_json::from_str::<EntitiesQuestion>(json).unwrap().accounts();
-        let asked = ask(
-            r#"{"objects":[{"type":"Account","id":"42"},{"type":"Account","id":"17"},
-                {"type":"Account","id":"42"},{"type":"Safe","id":"1"},{"type":"Account","id":"a/b"}]}"#,
-        );
+        let asked = ask(r#"{"objects":[{"type":"Account","id":"42"},{"type":"Account","id":"17"},
+                {"type":"Account","id":"42"},{"type":"Safe","id":"1"},{"type":"Account","id":"a/b"}]}"#);
         let names: Vec<String> = asked.unwrap().into_iter().map(String::from).collect();
         assert_eq!(names, ["17", "42"]);
         let many = vec![r#"{"type":"Account","id":"1"}"#; ENTITIES_MAX + 1].join(",");

@@ -117,8 +117,7 @@ mod tests {
     #[test]
     fn waits_grow_and_stay_bounded() {
         let mut waits = Waits::default();
-        let taken: Vec<u64> =
-            (0..9).map(|_| u64::try_from(waits.next().as_millis()).unwrap()).collect();
+        let taken: Vec<u64> = (0..9).map(|_| u64::try_from(waits.next().as_millis()).unwrap()).collect();
         assert_eq!(taken, [100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
     }
 }

@@ -9,7 +9,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::seal::{DatabaseKey, SealError, Sealer};
-use crate::wire::{Account, AccountId, AccountList, Amount, Direction, Entry, History, Memo, Owner, Transfer};
+use crate::wire::{
+    Account, AccountId, AccountList, Amount, Direction, Entry, History, Memo, Owner, Transfer,
+};
 
 /// As much history as one page shows.
 const HISTORY_ENTRIES_MAX: usize = 100;
@@ -343,7 +345,8 @@ mod tests {
     }
 
     fn memory() -> Ledger {
-        let database = Database::builder().create_with_backend(redb::backends::InMemoryBackend::new()).unwrap();
+        let database =
+            Database::builder().create_with_backend(redb::backends::InMemoryBackend::new()).unwrap();
         Ledger::open(Arc::new(database), &key(1)).unwrap()
     }
 

@@ -194,7 +194,10 @@ async fn history(State(bank): State<Bank>, Path(id): Path<String>) -> Result<Jso
 }
 
 /// 201 for money moved now, 200 for a repeat of a transfer made before.
-async fn transfer(State(bank): State<Bank>, JsonBody(transfer): JsonBody<Transfer>) -> Result<Response, Refusal> {
+async fn transfer(
+    State(bank): State<Bank>,
+    JsonBody(transfer): JsonBody<Transfer>,
+) -> Result<Response, Refusal> {
     let id = transfer.id.clone();
     let now_s = state::now_s();
     let status = match bank.ask(move |ledger| ledger.transfer(&transfer, now_s)).await? {

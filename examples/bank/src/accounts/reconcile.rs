@@ -92,7 +92,8 @@ fn compare(before: Totals, theirs: JournalTotals, after: Totals) -> Comparison {
     let claims_too_much = theirs.count > after.count || theirs.total_cents > after.total_cents;
     let knows_too_little = before.count > theirs.count.saturating_add(theirs.open());
     // As many made and none open, but not the same sum.
-    let differs = theirs.open() == 0 && before.count == theirs.count && before.total_cents != theirs.total_cents;
+    let differs =
+        theirs.open() == 0 && before.count == theirs.count && before.total_cents != theirs.total_cents;
     if claims_too_much || knows_too_little || differs { Comparison::Apart } else { Comparison::Explained }
 }
 

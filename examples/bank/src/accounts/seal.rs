@@ -73,7 +73,12 @@ impl Sealer {
     }
 
     /// Opens what [`Sealer::seal`] made for the same `row` of the same `table`.
-    pub(super) fn open(&self, table: &str, row: &str, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, SealError> {
+    pub(super) fn open(
+        &self,
+        table: &str,
+        row: &str,
+        sealed: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, SealError> {
         let (&format, rest) = sealed.split_first().ok_or(SealError::Open)?;
         let (salt, rest) = rest.split_first_chunk::<SALT_BYTES>().ok_or(SealError::Open)?;
         let (nonce, body) = rest.split_first_chunk::<NONCE_LEN>().ok_or(SealError::Open)?;

@@ -244,10 +244,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         at(directory.path()).begin(&id("a"), &order(500), 7).unwrap();
         let journal = at(directory.path());
-        assert_eq!(
-            journal.totals().unwrap(),
-            JournalTotals { unresolved: 1, ..JournalTotals::default() }
-        );
+        assert_eq!(journal.totals().unwrap(), JournalTotals { unresolved: 1, ..JournalTotals::default() });
         // The same order under the same key goes through again, and settles.
         assert_eq!(journal.begin(&id("a"), &order(500), 9).unwrap(), Begun::Ask);
         journal.end(&id("a"), Outcome::Made).unwrap();

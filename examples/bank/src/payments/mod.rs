@@ -13,8 +13,8 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use hyper::header::HeaderMap;
 use hyper::StatusCode;
+use hyper::header::HeaderMap;
 use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio_util::task::TaskTracker;
@@ -245,9 +245,7 @@ fn transfer_id(headers: &HeaderMap) -> Result<TransferId, Refusal> {
                 *to = *from;
             }
         }
-        None => SystemRandom::new()
-            .fill(&mut id)
-            .map_err(|_| Refusal::internal(&BankError::Randomness))?,
+        None => SystemRandom::new().fill(&mut id).map_err(|_| Refusal::internal(&BankError::Randomness))?,
     }
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     TransferId::try_from(hex).map_err(Refusal::from)
