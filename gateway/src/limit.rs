@@ -1,0 +1,183 @@
+//! Rate limits by the generic cell rate algorithm: one timestamp a key, no background work.
+//!
+//! Each key has a *theoretical arrival time*: when its bucket would be empty again. An event is allowed
+//! if that time is at most one burst ahead of now.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, Hash, RandomState};
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use identity::clock::SharedClock;
+
+use crate::config::Rate;
+
+/// Keys remembered by one limiter: 24 bytes each, so about 25 MiB at the very most.
+const MAX_KEYS: usize = 1 << 20;
+/// A slow clock may not hand out more than this of waiting: a `Retry-After` beyond it helps nobody.
+const MAX_WAIT: Duration = Duration::from_secs(3600);
+/// A sweep looks at every key, so a flood of new ones may cause no more than one in this time.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A limiter over one kind of key.
+#[derive(Debug)]
+pub struct Limiter {
+    rate: Rate,
+    interval: Duration,
+    tolerance: Duration,
+    clock: SharedClock,
+    hasher: RandomState,
+    arrivals: Mutex<Arrivals>,
+    max_keys: usize,
+}
+
+#[derive(Debug, Default)]
+struct Arrivals {
+    by_key: HashMap<u64, Duration>,
+    swept: Duration,
+}
+
+/// What a limiter says of one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quota {
+    /// Whether the event is within the limit.
+    pub allowed: bool,
+    /// Events still allowed at once.
+    pub remaining: u32,
+    /// Until one more event is allowed (refused ones) or the bucket is full again (allowed ones).
+    pub reset: Duration,
+}
+
+impl Limiter {
+    /// A limiter at `rate`. A rate of zero or less is read as one an hour: no limiter means "never".
+    pub fn new(rate: Rate, clock: SharedClock) -> Self {
+        Self::with_capacity(rate, clock, MAX_KEYS)
+    }
+
+    fn with_capacity(rate: Rate, clock: SharedClock, max_keys: usize) -> Self {
+        let interval = if rate.per_second > 0.0 {
+            Duration::try_from_secs_f64(1.0 / rate.per_second)
+                .unwrap_or(MAX_WAIT)
+                .clamp(Duration::from_nanos(1), MAX_WAIT)
+        } else {
+            MAX_WAIT
+        };
+        let tolerance = interval.saturating_mul(rate.burst.max(1));
+        Self {
+            rate,
+            interval,
+            tolerance,
+            clock,
+            hasher: RandomState::new(),
+            arrivals: Mutex::default(),
+            max_keys,
+        }
+    }
+
+    /// Counts one event of `key`.
+    pub fn take(&self, key: &(impl Hash + ?Sized)) -> Quota {
+        let now = self.clock.now();
+        // Keys are hashed under a secret of this process: nobody can aim for a neighbour's bucket.
+        let hash = self.hasher.hash_one(key);
+        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = self.slot(&mut arrivals, hash, now);
+        let arrival = arrivals.by_key.get(&slot).copied().unwrap_or(now).max(now);
+        let after = arrival.saturating_add(self.interval);
+        let latest = now.saturating_add(self.tolerance);
+        if after > latest {
+            return Quota { allowed: false, remaining: 0, reset: after.saturating_sub(latest).min(MAX_WAIT) };
+        }
+        arrivals.by_key.insert(slot, after);
+        let room = latest.saturating_sub(after).as_nanos() / self.interval.as_nanos().max(1);
+        Quota {
+            allowed: true,
+            remaining: u32::try_from(room).unwrap_or(u32::MAX),
+            reset: after.saturating_sub(now),
+        }
+    }
+
+    /// Where a key is counted. When memory is full of live keys, new ones share one bucket: a flood of
+    /// made-up keys then limits itself, and costs no memory.
+    fn slot(&self, arrivals: &mut Arrivals, hash: u64, now: Duration) -> u64 {
+        const OVERFLOW: u64 = 0;
+        if arrivals.by_key.len() < self.max_keys || arrivals.by_key.contains_key(&hash) {
+            return hash;
+        }
+        if now >= arrivals.swept.saturating_add(SWEEP_INTERVAL) {
+            arrivals.swept = now;
+            arrivals.by_key.retain(|_, arrival| *arrival > now);
+        }
+        if arrivals.by_key.len() < self.max_keys { hash } else { OVERFLOW }
+    }
+
+    /// The configured rate.
+    pub fn rate(&self) -> Rate {
+        self.rate
+    }
+}
+
+/// The key of an address: an IPv6 customer has a whole /64 and would otherwise have 2^64 buckets.
+pub fn address_key(address: IpAddr) -> [u8; 8] {
+    let mut key = [0; 8];
+    match address.to_canonical() {
+        IpAddr::V4(v4) => key.iter_mut().zip(v4.octets()).for_each(|(to, from)| *to = from),
+        IpAddr::V6(v6) => key.iter_mut().zip(v6.octets()).for_each(|(to, from)| *to = from),
+    }
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use identity::clock::ManualClock;
+
+    use super::*;
+
+    fn limiter(per_second: f64, burst: u32, max_keys: usize) -> (std::sync::Arc<ManualClock>, Limiter) {
+        let clock = ManualClock::at(Duration::from_secs(1_000_000));
+        let limiter = Limiter::with_capacity(Rate { per_second, burst }, clock.clone(), max_keys);
+        (clock, limiter)
+    }
+
+    #[test]
+    fn a_burst_passes_then_the_steady_rate_and_keys_do_not_share() {
+        let (clock, limiter) = limiter(2.0, 3, 100);
+        let remaining: Vec<_> = (0..3).map(|_| limiter.take("alice").remaining).collect();
+        assert_eq!(remaining, [2, 1, 0]);
+        let refused = limiter.take("alice");
+        assert_eq!(refused, Quota { allowed: false, remaining: 0, reset: Duration::from_millis(500) });
+        assert!(limiter.take("bob").allowed);
+        clock.advance(Duration::from_millis(499));
+        assert!(!limiter.take("alice").allowed);
+        clock.advance(Duration::from_millis(1));
+        assert!(limiter.take("alice").allowed);
+        assert!(!limiter.take("alice").allowed);
+        clock.advance(Duration::from_secs(60));
+        assert_eq!((0..10).filter(|_| limiter.take("alice").allowed).count(), 3);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_a_flood_of_keys_limits_itself() {
+        let (clock, limiter) = limiter(1.0, 1, 10);
+        let allowed = (0..1000).filter(|n| limiter.take(n).allowed).count();
+        assert_eq!(allowed, 11, "ten keys and one shared bucket");
+        assert!(limiter.arrivals.lock().unwrap().by_key.len() <= 11);
+        clock.advance(Duration::from_secs(2));
+        assert!(limiter.take(&99_999).allowed, "room again once the old ones have run out");
+    }
+
+    #[test]
+    fn a_rate_of_nothing_still_limits() {
+        let (_clock, limiter) = limiter(0.0, 0, 10);
+        assert!(limiter.take("a").allowed);
+        assert!(!limiter.take("a").allowed);
+    }
+
+    #[test]
+    fn an_ipv6_network_is_one_key() {
+        let key = |text: &str| address_key(text.parse().unwrap());
+        assert_eq!(key("2001:db8::1"), key("2001:db8::ffff:1"));
+        assert_ne!(key("2001:db8::1"), key("2001:db8:0:1::1"));
+        assert_eq!(key("::ffff:192.0.2.1"), key("192.0.2.1"));
+    }
+}

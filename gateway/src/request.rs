@@ -1,0 +1,432 @@
+//! The path of one request through the front door. Read [`handle`], then `admit`, top to bottom.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use identity::txn::{self, RequestBinding, User};
+use policy::Permit;
+use serde_json::json;
+use sidecar::Body;
+use sidecar::headers::{self as hygiene, TraceParent};
+use sidecar::server::Connection;
+
+use crate::gateway::{Destination, Shared};
+use crate::jwt::JwtError;
+use crate::limit::{Quota, address_key};
+use crate::refusal::{self, Refusal, Situation};
+use crate::session::SessionError;
+use crate::{OWN_PREFIX, answer, browser, cookie, target};
+
+/// Largest request body passed on. Services that take more are not behind this gateway yet.
+pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+/// How long the token of one request lives; it is minted anew for each.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(30);
+/// RFC 9728 §3.
+const RESOURCE_METADATA: &str = "/.well-known/oauth-protected-resource";
+
+/// A caller who proved who they are.
+struct Caller {
+    user: User,
+    /// By a cookie, which browsers attach by themselves, so that intent must be shown as well.
+    by_cookie: bool,
+}
+
+/// Answers one request.
+pub(crate) async fn handle(
+    gateway: Arc<Shared>,
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let trace = match fresh_trace(&gateway) {
+        Some(trace) => trace,
+        None => return answer::empty(StatusCode::SERVICE_UNAVAILABLE),
+    };
+    // Kept for the record: `admit` consumes the request.
+    let (method, asked) = (parts.method.clone(), parts.uri.clone());
+    let navigation = answer::is_navigation(&parts.headers);
+    let mut user = None;
+    let outcome = admit(&gateway, connection.remote, trace, parts, body, &mut user).await;
+    let (trace_id, user) = (trace.trace_id_text(), user.as_ref());
+    let response = outcome.unwrap_or_else(|refusal| {
+        let situation = Situation {
+            method: method.as_str(),
+            target: asked.path_and_query().map_or("", |target| target.as_str()),
+            remote: connection.remote,
+            user,
+            trace_id: &trace_id,
+            navigation,
+        };
+        tracing::info!(status = refusal.status.as_u16(), rule = %refusal.rule, reason = refusal.reason, trace_id, "refused");
+        refusal::answer(refusal, &situation, gateway.recorder.as_ref(), gateway.random.as_ref(), gateway.clock.as_ref())
+    });
+    tracing::info!(
+        method = method.as_str(), path = asked.path(), status = response.status().as_u16(),
+        user = user.map(|user| user.id.as_str()), remote = %connection.remote, trace_id, "request"
+    );
+    protect(&gateway, response)
+}
+
+/// One step after the other; the first that objects ends it. `seen` learns the user for the record.
+async fn admit(
+    gateway: &Shared,
+    remote: SocketAddr,
+    trace: TraceParent,
+    parts: Parts,
+    body: Incoming,
+    seen: &mut Option<User>,
+) -> Result<Response<Body>, Refusal> {
+    // Has the request one meaning?
+    hygiene::check_framing(&parts).map_err(Refusal::malformed)?;
+    target::check(&parts.uri).map_err(Refusal::malformed)?;
+    if target::has_token(&parts.uri) {
+        return Err(Refusal::malformed("request.token_in_query"));
+    }
+    // Is it for the gateway itself?
+    if let Some(answer) = own(gateway, &parts).await {
+        return answer;
+    }
+    // Who is it?
+    let Some(caller) = authenticate(gateway, remote, &parts).await? else {
+        return unauthenticated(gateway, &parts).await;
+    };
+    let Caller { user, by_cookie } = caller;
+    let user = &*seen.insert(user);
+    // Did they mean to send it?
+    if by_cookie && !is_safe(&parts.method) {
+        browser::check_origin(gateway, &parts.headers)?;
+    }
+    // Not too often?
+    let quota = gateway.requests.take(&(&user.issuer, &user.id, &user.client));
+    if !quota.allowed {
+        return Err(too_many(gateway, quota));
+    }
+    // Where to, and may they?
+    let destination = gateway.route(parts.uri.path()).ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, "not_found", "route.unmapped", "no route has this prefix")
+    })?;
+    let permit = gateway.policy.permit(user, &destination.service, remote, &parts, &trace)?;
+    // Pass it on, in the user's name.
+    let request = outgoing(gateway, permit, destination, user, remote, trace, parts, body)?;
+    let mut response = destination.upstream.send(request).await.map_err(|error| {
+        let mut refusal = Refusal::unavailable("upstream", &error);
+        refusal.status = error.status();
+        refusal
+    })?;
+    incoming(gateway, response.headers_mut(), quota);
+    Ok(response)
+}
+
+/// Endpoints of the gateway's own; `None` if the request is for a service.
+async fn own(gateway: &Shared, parts: &Parts) -> Option<Result<Response<Body>, Refusal>> {
+    let path = parts.uri.path();
+    if !path.starts_with(OWN_PREFIX) && path != RESOURCE_METADATA {
+        return None;
+    }
+    let get = matches!(parts.method, Method::GET | Method::HEAD);
+    Some(match path {
+        "/.palisade/login" if get => browser::login(gateway, parts).await,
+        browser::CALLBACK if get => browser::callback(gateway, parts).await,
+        "/.palisade/logout" => browser::logout(gateway, parts).await,
+        "/.palisade/health" if get => Ok(answer::json(StatusCode::OK, &json!({ "status": "ok" }))),
+        RESOURCE_METADATA if get => Ok(answer::json(
+            StatusCode::OK,
+            &json!({
+                "resource": gateway.public_origin,
+                "authorization_servers": gateway.issuers.names(),
+                "bearer_methods_supported": ["header"],
+            }),
+        )),
+        _ => Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            "route.unmapped",
+            "no such endpoint of the gateway",
+        )),
+    })
+}
+
+/// The caller by bearer token or by session cookie; `None` if they brought neither, or a session that is over.
+async fn authenticate(
+    gateway: &Shared,
+    remote: SocketAddr,
+    parts: &Parts,
+) -> Result<Option<Caller>, Refusal> {
+    let mut values = parts.headers.get_all(header::AUTHORIZATION).iter();
+    let (authorization, second) = (values.next(), values.next());
+    let session = cookie::single(&parts.headers, &gateway.cookie)
+        .map_err(|_| Refusal::malformed("request.cookie_twice"))?;
+    if second.is_some() || (authorization.is_some() && session.is_some()) {
+        return Err(Refusal::malformed("request.two_credentials"));
+    }
+    if let Some(authorization) = authorization {
+        let token = bearer(authorization)
+            .ok_or_else(|| invalid_token(gateway, remote, "authorization.scheme", "not a Bearer token"))?;
+        let (issuer, token) = gateway.issuers.bearer(token).await.map_err(|error| match error {
+            JwtError::KeysUnavailable => Refusal::unavailable("jwt.keys_unavailable", error),
+            error => invalid_token(gateway, remote, jwt_rule(&error), &error.to_string()),
+        })?;
+        let user = User {
+            id: token.subject,
+            issuer: issuer.as_str().to_owned(),
+            client: token.client,
+            scopes: token.scopes,
+            groups: token.groups,
+            auth_time: token.auth_time,
+        };
+        return Ok(Some(Caller { user, by_cookie: false }));
+    }
+    let Some(session) = session else { return Ok(None) };
+    match gateway.sessions.authenticate(session).await {
+        Ok(found) => Ok(found.map(|(user, _)| Caller { user, by_cookie: true })),
+        Err(error @ SessionError::IssuerUnavailable) => {
+            Err(Refusal::unavailable("session.issuer_unavailable", error))
+        }
+        Err(error) => Err(Refusal::unavailable("session.store", error)),
+    }
+}
+
+/// RFC 6750 §2.1: the scheme in any case, one space, one token.
+fn bearer(value: &HeaderValue) -> Option<&str> {
+    let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.bytes().all(plain)).then_some(token)
+}
+
+/// 401, or 429 once an address has failed too often. The caller learns nothing of what was wrong.
+fn invalid_token(gateway: &Shared, remote: SocketAddr, rule: &'static str, reason: &str) -> Refusal {
+    let quota = gateway.failures.take(&address_key(remote.ip()));
+    if !quota.allowed {
+        return retry_later(
+            Refusal::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "too_many_failures",
+                "limit.failed_authentication",
+                reason,
+            ),
+            quota,
+        );
+    }
+    let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "invalid_token", rule, reason);
+    match challenge(gateway, Some("invalid_token")) {
+        Some(value) => refusal.with(header::WWW_AUTHENTICATE, value),
+        None => refusal,
+    }
+}
+
+/// Browsers are sent to log in, everybody else is told how to (never redirected).
+async fn unauthenticated(gateway: &Shared, parts: &Parts) -> Result<Response<Body>, Refusal> {
+    if answer::is_navigation(&parts.headers) && matches!(parts.method, Method::GET | Method::HEAD) {
+        let here = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+        return browser::begin(gateway, parts, here).await;
+    }
+    let refusal = Refusal::new(
+        StatusCode::UNAUTHORIZED,
+        "unauthenticated",
+        "authentication.missing",
+        "no credential, or a session that is over",
+    );
+    Err(match challenge(gateway, None) {
+        Some(value) => refusal.with(header::WWW_AUTHENTICATE, value),
+        None => refusal,
+    })
+}
+
+/// RFC 6750 §3, RFC 9728 §5.1.
+fn challenge(gateway: &Shared, error: Option<&str>) -> Option<HeaderValue> {
+    let metadata = format!("{}{RESOURCE_METADATA}", gateway.public_origin);
+    let text = match error {
+        Some(error) => format!("Bearer error=\"{error}\", resource_metadata=\"{metadata}\""),
+        None => format!("Bearer resource_metadata=\"{metadata}\""),
+    };
+    HeaderValue::try_from(text).ok()
+}
+
+fn too_many(gateway: &Shared, quota: Quota) -> Refusal {
+    let mut refusal = Refusal::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "too_many_requests",
+        "limit.principal",
+        "the principal has used up its rate",
+    );
+    for (name, value) in rate_headers(gateway, quota) {
+        refusal = refusal.with(name, value);
+    }
+    retry_later(refusal, quota)
+}
+
+fn retry_later(refusal: Refusal, quota: Quota) -> Refusal {
+    let seconds = quota.reset.as_secs_f64().ceil().max(1.0);
+    match HeaderValue::try_from(format!("{seconds:.0}")) {
+        Ok(value) => refusal.with(header::RETRY_AFTER, value),
+        Err(_) => refusal,
+    }
+}
+
+/// draft-ietf-httpapi-ratelimit-headers: what the policy is, and what is left of it.
+fn rate_headers(gateway: &Shared, quota: Quota) -> Vec<(HeaderName, HeaderValue)> {
+    let rate = gateway.requests.rate();
+    let window = (f64::from(rate.burst) / rate.per_second.max(0.001)).ceil().max(1.0);
+    let reset = quota.reset.as_secs_f64().ceil();
+    let policy = format!("\"principal\";q={};w={window:.0}", rate.burst);
+    let left = format!("\"principal\";r={};t={reset:.0}", quota.remaining);
+    [("ratelimit-policy", policy), ("ratelimit", left)]
+        .into_iter()
+        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?)))
+        .collect()
+}
+
+/// The request as it leaves: nothing of what the caller claims about itself, everything that we verified.
+///
+/// Takes the policy's leave: there is no other way to make a request that leaves.
+#[expect(clippy::too_many_arguments, reason = "each is a different fact about one request")]
+fn outgoing(
+    gateway: &Shared,
+    _permit: Permit,
+    destination: &Destination,
+    user: &User,
+    remote: SocketAddr,
+    trace: TraceParent,
+    mut parts: Parts,
+    body: Incoming,
+) -> Result<Request<Body>, Refusal> {
+    if let Some(length) = parts.headers.get(header::CONTENT_LENGTH) {
+        let length: Option<usize> = length.to_str().ok().and_then(|text| text.parse().ok());
+        if length.is_none_or(|length| length > MAX_BODY_BYTES) {
+            return Err(Refusal::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "too_large",
+                "request.body_size",
+                "the body is too large",
+            ));
+        }
+    }
+    let headers = &mut parts.headers;
+    // First what `Connection` names, so that it cannot name what is set below.
+    hygiene::strip_hop_by_hop(headers);
+    hygiene::strip_identity(headers);
+    for name in ["traceparent", "tracestate", "baggage"] {
+        headers.remove(name);
+    }
+    headers.remove(header::AUTHORIZATION);
+    headers.remove(header::HOST);
+    cookie::remove(headers, &gateway.cookie);
+    headers.insert(hygiene::TRACEPARENT, trace.header_value());
+    let values = [
+        ("x-forwarded-for", remote.ip().to_canonical().to_string()),
+        ("x-forwarded-proto", "https".to_owned()),
+        ("x-forwarded-host", gateway.public_authority.clone()),
+    ];
+    for (name, value) in values {
+        let value =
+            HeaderValue::try_from(value).map_err(|error| Refusal::unavailable("request.headers", error))?;
+        headers.insert(HeaderName::from_static(name), value);
+    }
+    let target = parts.uri.path_and_query().cloned().ok_or_else(|| Refusal::malformed("target.form"))?;
+    let now = gateway.clock.now();
+    let identity = gateway
+        .source
+        .valid_at(now)
+        .ok_or_else(|| Refusal::unavailable("gateway.no_identity", "the gateway has no valid SVID"))?;
+    let binding = RequestBinding::new(parts.method.as_str(), target.as_str());
+    let token = txn::mint(&identity.svid, user, destination.upstream.id(), binding, TOKEN_LIFETIME, now)
+        .map_err(|error| Refusal::unavailable("gateway.mint", error))?;
+    let mut token =
+        HeaderValue::try_from(token).map_err(|error| Refusal::unavailable("gateway.mint", error))?;
+    token.set_sensitive(true);
+    parts.headers.insert(HeaderName::from_static(txn::HEADER), token);
+    parts.uri = target.into();
+    let body = Limited::new(body, MAX_BODY_BYTES).boxed_unsync();
+    Ok(Request::from_parts(parts, body))
+}
+
+/// The answer as it leaves: nothing of the mesh's inside, no cookie under a name of ours.
+fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
+    hygiene::strip_hop_by_hop(headers);
+    hygiene::strip_identity(headers);
+    headers.remove(hygiene::TRACEPARENT);
+    cookie::remove_set(headers, &gateway.cookie);
+    for (name, value) in rate_headers(gateway, quota) {
+        headers.insert(name, value);
+    }
+}
+
+/// Headers that every answer carries, unless the service chose its own.
+fn protect(gateway: &Shared, mut response: Response<Body>) -> Response<Body> {
+    let headers = response.headers_mut();
+    let mut default = |name: HeaderName, value: &'static str| {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    };
+    default(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+    default(header::REFERRER_POLICY, "strict-origin-when-cross-origin");
+    if gateway.strict_transport {
+        default(header::STRICT_TRANSPORT_SECURITY, "max-age=31536000");
+    }
+    response
+}
+
+/// A trace of our own: what a stranger sends could join their request to somebody else's trace.
+fn fresh_trace(gateway: &Shared) -> Option<TraceParent> {
+    let (mut trace, mut span) = ([0; 16], [0; 8]);
+    gateway.random.fill(&mut trace).ok()?;
+    gateway.random.fill(&mut span).ok()?;
+    // Zero is not a valid id (W3C Trace Context §3.2.2.3).
+    Some(TraceParent {
+        trace_id: u128::from_be_bytes(trace).max(1),
+        span_id: u64::from_be_bytes(span).max(1),
+        flags: 1,
+    })
+}
+
+/// RFC 9110 §9.2.1.
+fn is_safe(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+}
+
+/// The rule that refused a token, as the decision log names it.
+fn jwt_rule(error: &JwtError) -> &'static str {
+    match error {
+        JwtError::Form(_) => "jwt.form",
+        JwtError::Type => "jwt.type",
+        JwtError::Issuer => "jwt.issuer",
+        JwtError::Algorithm => "jwt.algorithm",
+        JwtError::Key => "jwt.key",
+        JwtError::KeysUnavailable => "jwt.keys_unavailable",
+        JwtError::Signature => "jwt.signature",
+        JwtError::Claim("aud") => "jwt.audience",
+        JwtError::Claim(_) => "jwt.claim",
+        JwtError::Expired => "jwt.expired",
+        JwtError::NotYetValid => "jwt.not_yet_valid",
+        JwtError::SenderConstrained => "jwt.sender_constrained",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gateway_16_only_one_bearer_token_in_its_plain_form_is_read() {
+        let read = |text: &'static str| bearer(&HeaderValue::from_static(text)).map(str::to_owned);
+        assert_eq!(read("Bearer a.b-c_d"), Some("a.b-c_d".into()));
+        assert_eq!(read("bearer a"), Some("a".into()));
+        for bad in [
+            "Bearer",
+            "Bearer ",
+            "Bearer  a",
+            "Bearer a, Bearer b",
+            "Bearer a b",
+            "Basic YTpi",
+            "DPoP a",
+            "a",
+        ] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+}
