@@ -40,8 +40,7 @@ impl Access {
             tracing::error!("the console's token is too short to be safe; the console stays closed");
         }
         // No randomness: no comparison, so nobody gets in.
-        let compare =
-            hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).ok().filter(|_| usable);
+        let compare = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).ok().filter(|_| usable);
         let key = hmac::Key::new(hmac::HMAC_SHA256, token.expose_secret().as_bytes());
         let tag = hmac::sign(&key, b"palisade console cookie v1");
         let cookie = tag.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
@@ -154,13 +153,27 @@ mod tests {
 
     #[test]
     fn only_loopback_names_are_ours() {
-        for ours in ["127.0.0.1", "127.0.0.1:8080", "localhost:1", "LOCALHOST", "[::1]:8080", "[::1]", "127.9.9.9"] {
+        for ours in
+            ["127.0.0.1", "127.0.0.1:8080", "localhost:1", "LOCALHOST", "[::1]:8080", "[::1]", "127.9.9.9"]
+        {
             assert!(is_loopback(ours), "{ours}");
         }
         for not in [
-            "", "bank.example", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1:80", "[::2]",
-            "[::1", "::1", "localhost:", "localhost:99999", "localhost:80:80", "0.0.0.0", "localhost.",
-            "user@localhost", "[::1]x",
+            "",
+            "bank.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "10.0.0.1:80",
+            "[::2]",
+            "[::1",
+            "::1",
+            "localhost:",
+            "localhost:99999",
+            "localhost:80:80",
+            "0.0.0.0",
+            "localhost.",
+            "user@localhost",
+            "[::1]x",
         ] {
             assert!(!is_loopback(not), "{not}");
         }

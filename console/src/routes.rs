@@ -195,7 +195,8 @@ async fn live_decisions(State(console): State<Console>, Query(query): Query<Filt
 }
 
 async fn decision(State(console): State<Console>, Path(receipt): Path<String>) -> Response {
-    let detail = if receipt.len() <= RECEIPT_BYTES_MAX { console.model.decision(&receipt).await } else { None };
+    let detail =
+        if receipt.len() <= RECEIPT_BYTES_MAX { console.model.decision(&receipt).await } else { None };
     match detail {
         Some(detail) => pages::decision(&detail).into_response(),
         None => problem(

@@ -47,7 +47,10 @@ pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) ->
         } else if identity.expires - now < IDENTITY_WARN_S {
             found.push(Finding {
                 severity: Severity::Attention,
-                what: format!("the identity of {id} ends in {} and has not been rotated", when::span(identity.expires - now)),
+                what: format!(
+                    "the identity of {id} ends in {} and has not been rotated",
+                    when::span(identity.expires - now)
+                ),
                 next: "its agent should have renewed it by now; look at the agent's log".to_owned(),
                 link: None,
             });
@@ -57,7 +60,11 @@ pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) ->
         if now.saturating_sub(node.last_seen) > NODE_SILENT_S {
             found.push(Finding {
                 severity: Severity::Attention,
-                what: format!("nothing heard from the agent on {} for {}", node.host, when::span(now - node.last_seen)),
+                what: format!(
+                    "nothing heard from the agent on {} for {}",
+                    node.host,
+                    when::span(now - node.last_seen)
+                ),
                 next: "identities on that host live on until they expire; start its agent".to_owned(),
                 link: None,
             });
@@ -73,7 +80,11 @@ fn authority(overview: &Overview, now: u64, found: &mut Vec<Finding>) {
     if ends <= now {
         found.push(Finding {
             severity: Severity::Broken,
-            what: format!("the authority of {} expired {} ago", overview.trust_domain, when::span(now - ends)),
+            what: format!(
+                "the authority of {} expired {} ago",
+                overview.trust_domain,
+                when::span(now - ends)
+            ),
             next: "no identity under it is valid; rotate the authority".to_owned(),
             link: None,
         });
