@@ -1,0 +1,269 @@
+//! The cast of an attack run: real identities of real workloads, real tokens of real users.
+//!
+//! Whoever can start a workload's program can be that workload: that is what a compromise is. The demo's
+//! owner can start them all, so the run becomes web, accounts, payments and the gateway in turn.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use ca::admin::AdminClient;
+use identity::clock::{SharedClock, SystemClock};
+use identity::txn::{self, Arrival, User, Verifier};
+use identity::{SpiffeId, TrustDomain};
+use policy::DecisionRecord;
+
+use super::Outcome;
+use super::calls::{Answer, Call, Https, Workload};
+use crate::cmd::id;
+use crate::demo::people::{self, Login};
+use crate::demo::ready::Ready;
+
+/// How long a refusal may take from a sidecar through its agent to control.
+const RECORD_DEADLINE: Duration = Duration::from_secs(10);
+/// Between two looks for it.
+const RECORD_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Everything the attacks need.
+pub struct Stage {
+    ready: Ready,
+    trust_domain: TrustDomain,
+    admin: AdminClient,
+    /// The agent's socket.
+    pub agent_socket: PathBuf,
+    /// The clock of the run.
+    pub clock: SharedClock,
+    /// The gateway, as its clients see it.
+    pub https: Https,
+    /// The OIDC provider, as its clients see it.
+    pub idp: Https,
+    /// web's identity, and so on.
+    pub web: Workload,
+    /// accounts' identity.
+    pub accounts: Workload,
+    /// payments' identity.
+    pub payments: Workload,
+    /// The gateway's identity.
+    pub gateway: Workload,
+    /// An identity that lives seconds.
+    pub short_lived: Workload,
+    /// alice, logged in.
+    pub alice: Person,
+    /// bob, logged in.
+    pub bob: Person,
+}
+
+/// A logged-in user.
+pub struct Person {
+    /// As a transaction token names them.
+    pub user: User,
+    /// For the gateway.
+    pub access_token: String,
+    /// For the client alone.
+    pub id_token: String,
+    /// A genuine access token for another API.
+    pub other_audience_token: String,
+}
+
+/// An attack whose answer came over HTTP.
+pub struct Attempt {
+    pub name: &'static str,
+    pub tried: String,
+    pub answer: Answer,
+    pub twin: String,
+    pub twin_ok: bool,
+}
+
+/// An attack that should not get past the handshake.
+pub struct Connection {
+    pub name: &'static str,
+    pub tried: String,
+    pub local: SocketAddr,
+    pub outcome: Result<(), String>,
+    pub expected_rule: &'static str,
+    pub twin: &'static str,
+    pub twin_ok: bool,
+}
+
+impl Stage {
+    /// Reads the ready file, becomes every workload and logs both users in.
+    pub async fn set(ready: &Path) -> anyhow::Result<Self> {
+        let ready = Ready::read(ready)?;
+        let clock = SystemClock::shared();
+        let socket = PathBuf::from(&ready.agent_socket);
+        let become_role = |role: &str| id::fetch_as(&ready.program(role), &socket);
+        let web = become_role("web-sidecar")?;
+        let alice = person(&ready, &web, "alice").await?;
+        let bob = person(&ready, &web, "bob").await?;
+        Ok(Self {
+            trust_domain: TrustDomain::new(&ready.trust_domain)?,
+            admin: AdminClient::new(ready.admin_socket()),
+            https: Https::new(address_of(&ready.gateway)?, &web.bundles)?,
+            idp: Https::new(address_of(&ready.idp)?, &web.bundles)?,
+            accounts: become_role("accounts-sidecar")?,
+            payments: become_role("payments-sidecar")?,
+            gateway: become_role("gateway")?,
+            short_lived: become_role("probe")?,
+            agent_socket: socket,
+            clock,
+            web,
+            alice,
+            bob,
+            ready,
+        })
+    }
+
+    /// Time since the Unix epoch.
+    pub fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// A service's SPIFFE ID.
+    pub fn id(&self, service: &str) -> anyhow::Result<SpiffeId> {
+        Ok(self.trust_domain.workload(&format!("/service/{service}"))?)
+    }
+
+    /// A service's mTLS listener.
+    pub fn inbound(&self, service: &str) -> anyhow::Result<SocketAddr> {
+        let service = self.ready.services.get(service).with_context(|| format!("no service {service} in the ready file"))?;
+        Ok(service.inbound.parse()?)
+    }
+
+    /// A role's program.
+    pub fn program(&self, role: &str) -> PathBuf {
+        self.ready.program(role)
+    }
+
+    /// The path of the provider's JWKS.
+    pub fn jwks_path(&self) -> &'static str {
+        "/jwks.json"
+    }
+
+    /// Calls a service's sidecar as `workload`.
+    pub async fn as_workload(&self, workload: &Workload, service: &str, call: &Call) -> anyhow::Result<Answer> {
+        workload.call(&self.id(service)?, self.inbound(service)?, call, &self.clock).await
+    }
+
+    /// Calls a service's sidecar as web, with a live token of alice's that web rightly holds.
+    pub async fn as_web_for_alice(&self, service: &str, call: Call) -> anyhow::Result<Answer> {
+        let token = self.chain_at(service, &call, self.now())?;
+        self.as_workload(&self.web, service, &call.txn(&token)).await
+    }
+
+    /// alice's chain gateway → web → `service` for `call`, as the gateway and web make it.
+    pub fn chain_at(&self, service: &str, call: &Call, at: Duration) -> anyhow::Result<String> {
+        let web = self.web.svid.id();
+        let token = self.gateway.mint(&self.alice.user, web, call.binding(), at)?;
+        let arrival = Arrival {
+            me: web,
+            presenter: self.gateway.svid.id(),
+            bundles: &self.web.bundles,
+            generation: 1,
+            binding: call.binding(),
+            now: at,
+        };
+        let chain = Verifier::new(vec![self.gateway.svid.id().clone()]).verify(&token, arrival)?;
+        Ok(txn::extend(&chain, &self.web.svid, &self.id(service)?, call.binding(), at)?)
+    }
+
+    /// Calls the vault as `workload`.
+    pub async fn at_vault(&self, workload: &Workload, call: &Call) -> anyhow::Result<Answer> {
+        let vault = self.trust_domain.workload("/palisade/vault")?;
+        workload.call(&vault, self.ready.vault.tls_addr.parse()?, call, &self.clock).await
+    }
+
+    /// Judges an attack that came back with an HTTP answer, by the receipt in it.
+    pub async fn judge(&self, attempt: Attempt) -> anyhow::Result<Outcome> {
+        let Attempt { name, tried, answer, twin, twin_ok } = attempt;
+        let receipt = answer.receipt().unwrap_or_default();
+        let record = if receipt.is_empty() { None } else { self.record(|record| record.receipt.to_string() == receipt).await? };
+        let (layer, rule) = named(record.as_ref());
+        Ok(Outcome { name, tried, stopped: answer.refused() && record.is_some(), layer, rule, receipt, twin_ok, twin })
+    }
+
+    /// Judges an attack that should not have got past the handshake, by the record of its address.
+    pub async fn judge_connection(&self, connection: Connection) -> anyhow::Result<Outcome> {
+        let local = connection.local;
+        let record = self.record(|record| record.peer_address == Some(local)).await?;
+        let (layer, rule) = named(record.as_ref());
+        let stopped = connection.outcome.is_err() && rule == connection.expected_rule;
+        Ok(Outcome {
+            name: connection.name,
+            tried: connection.tried,
+            stopped,
+            layer,
+            rule,
+            receipt: record.map(|record| record.receipt.to_string()).unwrap_or_default(),
+            twin_ok: connection.twin_ok,
+            twin: connection.twin.to_owned(),
+        })
+    }
+
+    /// Judges an attempt to fetch an SVID from the agent.
+    pub async fn judge_fetch(&self, name: &'static str, tried: String, attack: Output, twin: Output) -> anyhow::Result<Outcome> {
+        let said = String::from_utf8_lossy(&attack.stderr);
+        // The agent's refusal names its receipt, as every refusal does.
+        let receipt = said.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).find(|word| word.starts_with("r-"));
+        let receipt = receipt.unwrap_or_default().to_owned();
+        let record = if receipt.is_empty() { None } else { self.record(|record| record.receipt.to_string() == receipt).await? };
+        let (layer, rule) = named(record.as_ref());
+        Ok(Outcome {
+            name,
+            tried,
+            stopped: !attack.status.success() && attack.stdout.is_empty() && record.is_some(),
+            layer,
+            rule,
+            receipt,
+            twin_ok: twin.status.success() && !twin.stdout.is_empty(),
+            twin: "web's sidecar, where it belongs, asks".into(),
+        })
+    }
+
+    /// Waits until control has the record of a refusal that happened just now.
+    async fn record(&self, wanted: impl Fn(&DecisionRecord) -> bool) -> anyhow::Result<Option<DecisionRecord>> {
+        let until = self.now() + RECORD_DEADLINE;
+        loop {
+            let found = self.admin.recent_decisions().await?.into_iter().find(|record| wanted(record));
+            if found.is_some() || self.now() > until {
+                return Ok(found);
+            }
+            self.clock.sleep(RECORD_INTERVAL).await;
+        }
+    }
+}
+
+fn named(record: Option<&DecisionRecord>) -> (String, String) {
+    match record {
+        Some(record) => (format!("{} of {}", record.layer, record.service), record.rule.to_string()),
+        None => ("nobody recorded it".to_owned(), String::new()),
+    }
+}
+
+/// The socket address in an `https://IP:PORT` URL.
+fn address_of(url: &str) -> anyhow::Result<SocketAddr> {
+    let rest = url.strip_prefix("https://").with_context(|| format!("{url} is not an https URL"))?;
+    let authority = rest.split('/').next().unwrap_or(rest);
+    Ok(authority.parse()?)
+}
+
+async fn person(ready: &Ready, web: &Workload, name: &str) -> anyhow::Result<Person> {
+    let Some(user) = ready.users.get(name) else { bail!("no user {name} in the ready file") };
+    let login = Login { idp: &ready.idp, user: name, password: &user.password, bundles: &web.bundles };
+    let tokens = people::tokens(&login, people::CLI_CLIENT).await?;
+    let elsewhere = people::tokens(&login, people::OTHER_CLIENT).await?;
+    Ok(Person {
+        user: User {
+            id: name.to_owned(),
+            issuer: ready.idp.clone(),
+            client: people::CLI_CLIENT.to_owned(),
+            scopes: vec!["openid".into(), "bank".into()],
+            groups: Vec::new(),
+            auth_time: 0,
+        },
+        access_token: tokens.access_token,
+        id_token: tokens.id_token,
+        other_audience_token: elsewhere.access_token,
+    })
+}

@@ -1,0 +1,102 @@
+//! Why a verb ended without doing what it was asked, told for a person.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use policy::Problem;
+
+/// What the exit code says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Done.
+    Ok,
+    /// It was tried and did not work.
+    Failed,
+    /// The command line is not one.
+    Usage,
+    /// A policy says no.
+    Denied,
+    /// A file that was read is wrong.
+    Invalid,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Ok => 0,
+            Exit::Failed => 1,
+            Exit::Usage => 2,
+            Exit::Denied => 3,
+            Exit::Invalid => 4,
+        })
+    }
+}
+
+/// One failure: what did not work, why, what to do about it, and what to run then.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    pub(crate) message: String,
+    /// The chain of causes, outermost first.
+    pub(crate) causes: Vec<String>,
+    /// Mistakes in files, each with its place.
+    pub(crate) problems: Vec<Problem>,
+    pub(crate) hint: Option<String>,
+    /// A command to run next.
+    pub(crate) next: Option<String>,
+}
+
+impl Failure {
+    /// Something that was tried and did not work.
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self {
+            exit: Exit::Failed,
+            message: message.into(),
+            causes: Vec::new(),
+            problems: Vec::new(),
+            hint: None,
+            next: None,
+        }
+    }
+
+    /// A command line that asks for the impossible.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, ..Self::new(message) }
+    }
+
+    /// Input that is wrong, as a whole.
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Invalid, ..Self::new(message) }
+    }
+
+    /// Mistakes in `what`, a file or a directory.
+    pub(crate) fn problems(what: &str, problems: Vec<Problem>) -> Self {
+        let count = match problems.len() {
+            1 => "a problem".to_owned(),
+            n => format!("{n} problems"),
+        };
+        Self { problems, ..Self::invalid(format!("{what} has {count}")) }
+    }
+
+    /// Adds why, with the causes of the cause.
+    pub(crate) fn because(mut self, cause: &dyn Error) -> Self {
+        let mut next = Some(cause);
+        while let Some(cause) = next {
+            self.causes.push(cause.to_string());
+            next = cause.source();
+        }
+        self
+    }
+
+    /// Adds what to do about it.
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the command to run next.
+    pub(crate) fn next(mut self, next: impl Into<String>) -> Self {
+        self.next = Some(next.into());
+        self
+    }
+}

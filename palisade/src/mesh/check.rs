@@ -1,0 +1,746 @@
+//! Mistakes of meaning, and the way from text to [`Mesh`]: addresses, identities, references.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use identity::{SpiffeId, TrustDomain};
+use policy::{Problem, suggest};
+use toml::Spanned;
+use url::Url;
+
+use super::file::{AttestSection, MeshFile, Text};
+use super::load::{MAX_PROBLEMS, Sections};
+use super::{
+    Agent, AppProtocol, Attest, Callee, Control, Gateway, HostPort, Idp, Mesh, Mode, Own, Service,
+    ServiceName, Telemetry, Vault, Whole,
+};
+
+/// The host of what runs wherever it is started.
+pub(crate) const ANY_HOST: &str = "local";
+
+/// Shortest life of an SVID: below it, rotation would be most of what the mesh does.
+const MIN_SVID_TTL: Duration = Duration::from_secs(10);
+/// Longest life of an SVID: what a stolen key is worth at most, with nobody noticing.
+const MAX_SVID_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// Longest timeout of a request or a drain: past an hour it is no bound any more.
+const MAX_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+
+/// Turns the sections into a [`Mesh`], or says everything that is wrong with them.
+pub(crate) fn mesh(
+    sections: Sections,
+    text: &str,
+    file: &Path,
+    hostname: &str,
+) -> Result<Mesh, Vec<Problem>> {
+    let base = std::path::absolute(file).ok().and_then(|file| file.parent().map(Path::to_owned));
+    let mut check = Check {
+        file,
+        text,
+        base: base.unwrap_or_default(),
+        declared: sections.declared,
+        problems: sections.problems,
+        bound: Vec::new(),
+    };
+    let mesh = sections.file.and_then(|sections| check.mesh(sections, hostname));
+    check.problems.sort_by_key(|problem| (problem.line, problem.column));
+    check.problems.truncate(MAX_PROBLEMS);
+    match mesh {
+        Some(mesh) if check.problems.is_empty() => Ok(mesh),
+        // A mesh that is not whole has said why; this keeps it an error should that ever be untrue.
+        None if check.problems.is_empty() => Err(vec![Problem::file(file, "is incomplete")]),
+        _ => Err(check.problems),
+    }
+}
+
+/// The SPIFFE ID of one of the mesh's own processes.
+pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
+    let path = match own {
+        Own::Control => "/palisade/control",
+        Own::Gateway => "/palisade/gateway",
+        Own::Idp => "/palisade/idp",
+        Own::Vault => "/palisade/vault",
+    };
+    // Fails only for a trust domain so long that the whole ID is over the standard's limit.
+    trust_domain.workload(path).ok()
+}
+
+/// An address that something binds, for finding two that want the same.
+struct Bound {
+    host: String,
+    address: SocketAddr,
+    what: String,
+}
+
+struct Check<'a> {
+    file: &'a Path,
+    text: &'a str,
+    /// The directory that paths are relative to.
+    base: PathBuf,
+    declared: BTreeSet<String>,
+    problems: Vec<Problem>,
+    bound: Vec<Bound>,
+}
+
+impl Check<'_> {
+    fn mesh(&mut self, sections: MeshFile, hostname: &str) -> Option<Mesh> {
+        let MeshFile { mesh, control, agent, gateway, idp, vault, service, telemetry } = sections;
+
+        let trust_domain = match TrustDomain::new(mesh.trust_domain.get_ref()) {
+            Ok(trust_domain) => Some(trust_domain),
+            Err(error) => {
+                let hint = "write the bare name, such as bank.example";
+                self.report(&mesh.trust_domain, format!("not a trust domain: {error}"), Some(hint.into()));
+                None
+            }
+        };
+        let policies = self.path(&mesh.policies);
+        if !policies.is_dir() {
+            let message = format!("there is no directory `{}`", mesh.policies.get_ref());
+            let hint = "a relative path starts at mesh.toml's own directory; without policies every request is refused";
+            self.report(&mesh.policies, message, Some(hint.into()));
+        }
+        let mode = mesh.mode.map_or(Mode::Enforce, Spanned::into_inner);
+
+        let control = self.control(&control);
+        let agent = self.agent(&agent, control.as_ref(), hostname);
+        let issuer = idp.as_ref().and_then(|idp| self.idp(idp));
+        let names = self.names(&service);
+        let gateway = gateway.as_ref().map(|gateway| self.gateway(gateway, issuer.as_ref(), &names));
+        let vault = vault.as_ref().map(|vault| self.vault(vault));
+        let mut services = BTreeMap::new();
+        for (name, section) in &service {
+            if let Some((name, service)) = self.service(name, section, trust_domain.as_ref(), &names) {
+                services.insert(name, service);
+            }
+        }
+        let mesh = Mesh {
+            file: self.file.to_owned(),
+            mesh: Whole { trust_domain: trust_domain?, policies, mode },
+            control: control?,
+            agent: agent?,
+            gateway: gateway.flatten(),
+            idp: issuer,
+            vault: vault.flatten(),
+            service: services,
+            telemetry: Telemetry {
+                access_log: telemetry.access_log.unwrap_or(true),
+                log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
+            },
+        };
+        self.told_apart(&mesh, &service);
+        Some(mesh)
+    }
+}
+
+/// One section each.
+impl Check<'_> {
+    fn control(&mut self, section: &super::file::ControlSection) -> Option<Control> {
+        let listen = self.bind(section.listen.as_ref(), "127.0.0.1:4810", "control's listen", Reach::Any);
+        let console =
+            self.bind(section.console.as_ref(), "127.0.0.1:4811", "control's console", Reach::Loopback);
+        let svid_ttl =
+            self.duration(section.svid_ttl.as_ref(), Duration::from_secs(3600), MIN_SVID_TTL..=MAX_SVID_TTL);
+        let half = svid_ttl.map_or(Duration::ZERO, |ttl| ttl / 2);
+        let rotate_after =
+            self.duration(section.rotate_after.as_ref(), half, Duration::from_secs(1)..=MAX_SVID_TTL);
+        if let (Some(ttl), Some(rotate), Some(text)) = (svid_ttl, rotate_after, section.rotate_after.as_ref())
+            && rotate >= ttl
+        {
+            let ttl = humantime::format_duration(ttl);
+            let hint = "leave it out to rotate at half of svid_ttl";
+            self.report(
+                text,
+                format!("rotate_after is not before the SVID's end at {ttl}"),
+                Some(hint.into()),
+            );
+        }
+        Some(Control {
+            listen: listen?,
+            admin_socket: self.path_or(section.admin_socket.as_ref(), "/run/palisade/control.sock"),
+            console: console?,
+            state: self.path_or(section.state.as_ref(), "/var/lib/palisade/control"),
+            svid_ttl: svid_ttl?,
+            rotate_after: rotate_after?,
+        })
+    }
+
+    fn agent(
+        &mut self,
+        section: &super::file::AgentSection,
+        control: Option<&Control>,
+        hostname: &str,
+    ) -> Option<Agent> {
+        let reached = match &section.control {
+            Some(text) => self.host_port(text),
+            None => control.and_then(|control| self.same_place(control.listen)),
+        };
+        let host = section.host.as_ref().map_or(hostname, |text| text.get_ref());
+        // The name becomes the last segment of the agent's own SPIFFE ID.
+        let fits = TrustDomain::new("td").and_then(|td| td.workload(&format!("/palisade/agent/{host}")));
+        if let Err(error) = fits.map_err(|error| error.to_string()).and_then(|id| {
+            if id.path().split('/').count() == 4 { Ok(()) } else { Err("it holds a '/'".to_owned()) }
+        }) {
+            let message = format!("{host:?} cannot be part of a SPIFFE ID: {error}");
+            let hint = "give the host a plain name with [agent] host".to_owned();
+            match &section.host {
+                Some(text) => self.report(text, message, Some(hint)),
+                None => self
+                    .problems
+                    .push(Problem::file(self.file, format!("this machine's name {message}")).hint(hint)),
+            }
+        }
+        Some(Agent {
+            socket: self.path_or(section.socket.as_ref(), "/run/palisade/agent.sock"),
+            state: self.path_or(section.state.as_ref(), "/var/lib/palisade/agent"),
+            control: reached?,
+            host: host.to_owned(),
+        })
+    }
+
+    fn gateway(
+        &mut self,
+        section: &super::file::GatewaySection,
+        idp: Option<&Idp>,
+        names: &BTreeSet<ServiceName>,
+    ) -> Option<Gateway> {
+        let listen = self.bind(Some(&section.listen), "", "the gateway's listen", Reach::Any);
+        let admin = section
+            .admin
+            .as_ref()
+            .map(|text| self.bind(Some(text), "", "the gateway's admin", Reach::Loopback));
+        let public_url = match &section.public_url {
+            Some(text) => self.url(text, &["https"]),
+            None => listen.and_then(|listen| self.own_url("https", listen, &section.listen, "public_url")),
+        };
+        let issuer = match &section.issuer {
+            Some(text) => self.url(text, &["https", "http"]),
+            None => match idp {
+                Some(idp) => Some(idp.issuer.clone()),
+                None if self.declared.contains("idp") => None,
+                None => {
+                    let hint = "add issuer = \"https://…\", or an [idp] section for the embedded provider";
+                    self.report(
+                        &section.listen,
+                        "the gateway has nobody to log people in with".into(),
+                        Some(hint.into()),
+                    );
+                    None
+                }
+            },
+        };
+        let mut routes = BTreeMap::new();
+        for (prefix, service) in &section.routes {
+            let plain = prefix.get_ref().starts_with('/')
+                && !prefix.get_ref().contains("//")
+                && prefix.get_ref().bytes().all(|b| b.is_ascii_alphanumeric() || b"/-._~".contains(&b))
+                && !prefix.get_ref().split('/').any(|segment| segment == "." || segment == "..");
+            if !plain {
+                let hint = "a route is a path prefix such as \"/\" or \"/api\"";
+                self.report(prefix, format!("`{}` is no path prefix", prefix.get_ref()), Some(hint.into()));
+            }
+            if let Some(name) = self.known_service(service, names) {
+                routes.insert(prefix.get_ref().clone(), name);
+            }
+        }
+        if section.routes.is_empty() {
+            let hint = "add routes = { \"/\" = \"SERVICE\" }";
+            self.report(&section.listen, "the gateway has no routes".into(), Some(hint.into()));
+        }
+        let attest = self.attest(&section.attest);
+        let public_url = public_url?;
+        let text = |text: &Option<Text>| text.as_ref().map(|text| text.get_ref().clone());
+        Some(Gateway {
+            listen: listen?,
+            issuer: issuer?,
+            client_id: text(&section.client_id).unwrap_or_else(|| "palisade-gateway".to_owned()),
+            audience: text(&section.audience).unwrap_or_else(|| origin(&public_url)),
+            public_url,
+            routes,
+            state: self.path_or(section.state.as_ref(), "/var/lib/palisade/gateway"),
+            admin: match admin {
+                Some(admin) => Some(admin?),
+                None => None,
+            },
+            attest: attest?,
+        })
+    }
+
+    fn idp(&mut self, section: &super::file::IdpSection) -> Option<Idp> {
+        let listen = self.bind(Some(&section.listen), "", "the provider's listen", Reach::Loopback);
+        let issuer = match &section.issuer {
+            Some(text) => self.url(text, &["https", "http"]),
+            None => listen.and_then(|listen| self.own_url("http", listen, &section.listen, "issuer")),
+        };
+        let attest = section.attest.as_ref().map(|attest| self.attest(attest));
+        Some(Idp {
+            listen: listen?,
+            issuer: issuer?,
+            users: self.path(&section.users),
+            state: self.path_or(section.state.as_ref(), "/var/lib/palisade/idp"),
+            attest: match attest {
+                Some(attest) => Some(attest?),
+                None => None,
+            },
+        })
+    }
+
+    fn vault(&mut self, section: &super::file::VaultSection) -> Option<Vault> {
+        let listen = self.bind(Some(&section.listen), "", "the vault's listen", Reach::Dialled);
+        let operator =
+            self.bind(section.operator.as_ref(), "127.0.0.1:8201", "the vault's operator", Reach::Loopback);
+        let state = self.path_or(section.state.as_ref(), "/var/lib/palisade/vault");
+        let audit = section.audit.as_ref().map_or_else(|| state.join("audit.log"), |text| self.path(text));
+        Some(Vault {
+            listen: listen?,
+            operator: operator?,
+            state,
+            audit,
+            attest: self.attest(&section.attest)?,
+        })
+    }
+
+    fn service(
+        &mut self,
+        written: &Spanned<String>,
+        section: &super::file::ServiceSection,
+        trust_domain: Option<&TrustDomain>,
+        names: &BTreeSet<ServiceName>,
+    ) -> Option<(ServiceName, Service)> {
+        // A bad name has been reported where the names were gathered.
+        let name = ServiceName::new(written.get_ref()).ok();
+        let what = |part: &str| format!("{}'s {part}", written.get_ref());
+        let host = section.host.as_ref().map_or(ANY_HOST, |host| host.get_ref()).to_owned();
+        let app = self.bind_on(&host, Some(&section.app), "", &what("app"), Reach::Loopback);
+        let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), Reach::Dialled);
+        let admin = section
+            .admin
+            .as_ref()
+            .map(|admin| self.bind_on(&host, Some(admin), "", &what("admin"), Reach::Loopback));
+        let id = trust_domain.and_then(|td| self.service_id(section.id.as_ref(), written, td));
+        let mut calls = BTreeMap::new();
+        for (callee, address) in &section.calls {
+            let at = self.bind_on(
+                &host,
+                Some(address),
+                "",
+                &what(&format!("calls.{}", callee.get_ref())),
+                Reach::Loopback,
+            );
+            if let (Some(callee), Some(at)) = (self.callee(callee, name.as_ref(), names), at) {
+                calls.insert(callee, at);
+            }
+        }
+        let mut secrets = Vec::new();
+        for secret in &section.secrets {
+            let plain = secret.get_ref().split('/').all(|segment| {
+                !matches!(segment, "" | "." | "..")
+                    && segment.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            });
+            if !plain {
+                let hint =
+                    "a secret is named like accounts/db-key, without the mount and without a leading slash";
+                self.report(secret, format!("`{}` names no secret", secret.get_ref()), Some(hint.into()));
+            }
+            secrets.push(secret.get_ref().clone());
+        }
+        if let Some(first) = section.secrets.first()
+            && !self.declared.contains("vault")
+        {
+            self.report(first, "there is no [vault] to read secrets from".into(), None);
+        }
+        let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
+        let request_timeout =
+            self.duration(section.request_timeout.as_ref(), Duration::from_secs(30), timeouts.clone());
+        let drain_timeout = self.duration(section.drain_timeout.as_ref(), Duration::from_secs(10), timeouts);
+        let attest = self.attest(&section.attest);
+        let service = Service {
+            id: id?,
+            host,
+            app: app?,
+            inbound: inbound?,
+            admin: match admin {
+                Some(admin) => Some(admin?),
+                None => None,
+            },
+            attest: attest?,
+            calls,
+            secrets,
+            app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
+            request_timeout: request_timeout?,
+            drain_timeout: drain_timeout?,
+        };
+        Some((name?, service))
+    }
+}
+
+/// Names and references.
+impl Check<'_> {
+    fn names(
+        &mut self,
+        services: &BTreeMap<Spanned<String>, super::file::ServiceSection>,
+    ) -> BTreeSet<ServiceName> {
+        let mut names = BTreeSet::new();
+        for written in services.keys() {
+            match ServiceName::new(written.get_ref()) {
+                Ok(name) => {
+                    names.insert(name);
+                }
+                Err(message) => self.report(written, message, None),
+            }
+        }
+        names
+    }
+
+    fn known_service(&mut self, written: &Text, names: &BTreeSet<ServiceName>) -> Option<ServiceName> {
+        let known = names.iter().find(|name| name.as_str() == written.get_ref());
+        if known.is_none() && !self.declared.contains(&format!("service.{}", written.get_ref())) {
+            let hint = suggest(written.get_ref(), names.iter().map(ServiceName::as_str))
+                .unwrap_or_else(|| format!("add a section [service.{}]", written.get_ref()));
+            self.report(written, format!("unknown service `{}`", written.get_ref()), Some(hint));
+        }
+        known.cloned()
+    }
+
+    fn callee(
+        &mut self,
+        written: &Text,
+        caller: Option<&ServiceName>,
+        names: &BTreeSet<ServiceName>,
+    ) -> Option<Callee> {
+        if written.get_ref() == "vault" {
+            if !self.declared.contains("vault") {
+                self.report(
+                    written,
+                    "there is no [vault] to call".into(),
+                    Some("add a [vault] section".into()),
+                );
+            }
+            return Some(Callee::Vault);
+        }
+        let name = self.known_service(written, names)?;
+        if caller == Some(&name) {
+            self.report(
+                written,
+                format!("`{name}` calls itself"),
+                Some("an app reaches itself without its sidecar".into()),
+            );
+        }
+        Some(Callee::Service(name))
+    }
+
+    fn service_id(
+        &mut self,
+        text: Option<&Text>,
+        name: &Spanned<String>,
+        td: &TrustDomain,
+    ) -> Option<SpiffeId> {
+        let Some(text) = text else {
+            return td.workload(&format!("/service/{}", name.get_ref())).ok();
+        };
+        let id = match SpiffeId::new(text.get_ref()) {
+            Ok(id) => id,
+            Err(error) => {
+                let hint = format!("for example spiffe://{td}/service/{}", name.get_ref());
+                self.report(text, format!("not a SPIFFE ID: {error}"), Some(hint));
+                return None;
+            }
+        };
+        if id.trust_domain() != td {
+            let hint = format!("an identity of this mesh starts with spiffe://{td}/");
+            self.report(
+                text,
+                format!("the identity is of another trust domain, {}", id.trust_domain()),
+                Some(hint),
+            );
+        }
+        if id.path() == "/palisade" || id.path().starts_with("/palisade/") {
+            let hint = "identities below /palisade/ belong to the mesh's own processes";
+            self.report(text, format!("`{id}` is reserved"), Some(hint.into()));
+        }
+        Some(id)
+    }
+
+    /// Two processes with the same selectors would each get the other's identity too.
+    fn told_apart(&mut self, mesh: &Mesh, services: &BTreeMap<Spanned<String>, super::file::ServiceSection>) {
+        let all = mesh.registrations();
+        for (i, one) in all.iter().enumerate() {
+            for other in all.iter().take(i) {
+                let place = services.get_key_value(&Spanned::new(0..0, one.name.clone()));
+                let place = place.or_else(|| services.get_key_value(&Spanned::new(0..0, other.name.clone())));
+                let mut complain = |message: String, hint: &str| match place {
+                    Some((name, _)) => self.report(name, message, Some(hint.to_owned())),
+                    None => self.problems.push(Problem::file(self.file, message).hint(hint)),
+                };
+                if one.id == other.id {
+                    complain(
+                        format!("`{}` and `{}` have the same identity {}", other.name, one.name, one.id),
+                        "every service has its own",
+                    );
+                }
+                let (a, b) = match (covers(&one.attest, &other.attest), covers(&other.attest, &one.attest)) {
+                    _ if one.host != other.host => continue,
+                    (false, false) => continue,
+                    (true, true) => {
+                        let message = format!(
+                            "`{}` and `{}` attest alike: either would get both identities",
+                            other.name, one.name
+                        );
+                        complain(message, "tell them apart by uid, gid, path or sha256");
+                        continue;
+                    }
+                    (true, false) => (one, other),
+                    (false, true) => (other, one),
+                };
+                complain(
+                    format!(
+                        "whatever attests as `{}` attests as `{}` too: it would get both identities",
+                        b.name, a.name
+                    ),
+                    &format!("give `{}` a selector that `{}` does not have", a.name, b.name),
+                );
+            }
+        }
+    }
+}
+
+/// How far an address may reach.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    /// This host only.
+    Loopback,
+    /// Other processes dial it as it is written, so it names one interface.
+    Dialled,
+    /// Whatever the machine has.
+    Any,
+}
+
+/// Values.
+impl Check<'_> {
+    fn bind(&mut self, text: Option<&Text>, default: &str, what: &str, reach: Reach) -> Option<SocketAddr> {
+        self.bind_on(ANY_HOST, text, default, what, reach)
+    }
+
+    fn bind_on(
+        &mut self,
+        host: &str,
+        text: Option<&Text>,
+        default: &str,
+        what: &str,
+        reach: Reach,
+    ) -> Option<SocketAddr> {
+        let written = text.map_or(default, |text| text.get_ref());
+        let mut complain = |message: String, hint: String| match text {
+            Some(text) => self.report(text, message, Some(hint)),
+            None => self.problems.push(Problem::file(self.file, message).hint(hint)),
+        };
+        let Ok(address) = written.parse::<SocketAddr>() else {
+            let hint = "write an IP address and a port, such as 127.0.0.1:8080";
+            complain(format!("{what}: `{written}` is not an address to listen on"), hint.into());
+            return None;
+        };
+        if address.port() == 0 {
+            complain(format!("{what}: port 0 is nobody's to find"), "choose a port".into());
+            return None;
+        }
+        if reach == Reach::Loopback && !address.ip().is_loopback() {
+            let hint = format!(
+                "use 127.0.0.1:{}; what leaves the host goes through a sidecar's mTLS",
+                address.port()
+            );
+            complain(format!("{what} must be on loopback, and {} is not", address.ip()), hint);
+            return None;
+        }
+        if reach == Reach::Dialled && address.ip().is_unspecified() {
+            let hint = "name the one address that other hosts dial";
+            complain(format!("{what}: {} cannot be dialled", address.ip()), hint.into());
+            return None;
+        }
+        let clash = |bound: &&Bound| bound.host == host && overlap(bound.address, address);
+        if let Some(other) = self.bound.iter().find(clash).map(|bound| bound.what.clone()) {
+            let message = format!("{address} is used twice: {other} and {what}");
+            let hint = "give each its own port".to_owned();
+            match text {
+                Some(text) => self.report(text, message, Some(hint)),
+                None => self.problems.push(Problem::file(self.file, message).hint(hint)),
+            }
+        }
+        self.bound.push(Bound { host: host.to_owned(), address, what: what.to_owned() });
+        Some(address)
+    }
+
+    fn same_place(&mut self, listen: SocketAddr) -> Option<HostPort> {
+        if listen.ip().is_unspecified() {
+            let problem =
+                Problem::file(self.file, "agents cannot tell where control is: it listens on every address");
+            self.problems.push(problem.hint("add control = \"HOST:PORT\" to [agent]"));
+            return None;
+        }
+        Some(HostPort { host: listen.ip().to_string(), port: listen.port() })
+    }
+
+    fn host_port(&mut self, text: &Text) -> Option<HostPort> {
+        // The URL parser knows names, IPv4 and bracketed IPv6, and refuses what is none of them.
+        let parsed = Url::parse(&format!("palisade://{}", text.get_ref())).ok().and_then(|url| {
+            let plain = url.path().is_empty() && url.username().is_empty() && url.query().is_none();
+            let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
+            plain.then_some(HostPort { host, port: url.port()? })
+        });
+        if parsed.is_none() {
+            let message = format!("`{}` is not host:port", text.get_ref());
+            self.report(text, message, Some("for example control.internal:4810".into()));
+        }
+        parsed
+    }
+
+    fn url(&mut self, text: &Text, schemes: &[&str]) -> Option<Url> {
+        let complain = |check: &mut Self, why: String| {
+            let hint = format!("for example {}://id.example.org", schemes.first().unwrap_or(&"https"));
+            check.report(text, format!("`{}` {why}", text.get_ref()), Some(hint));
+            None
+        };
+        let url = match Url::parse(text.get_ref()) {
+            Ok(url) => url,
+            Err(error) => return complain(self, format!("is not a URL: {error}")),
+        };
+        if !schemes.contains(&url.scheme()) {
+            return complain(self, format!("starts with neither of {}", schemes.join("://, ") + "://"));
+        }
+        if !url.username().is_empty()
+            || url.password().is_some()
+            || url.query().is_some()
+            || url.fragment().is_some()
+        {
+            return complain(self, "holds more than scheme, host, port and path".into());
+        }
+        let local = match url.host() {
+            Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+            Some(url::Host::Domain(name)) => name == "localhost",
+            None => return complain(self, "names no host".into()),
+        };
+        if url.scheme() == "http" && !local {
+            return complain(self, "is plain http to another host".into());
+        }
+        Some(url)
+    }
+
+    fn own_url(&mut self, scheme: &str, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
+        if listen.ip().is_unspecified() {
+            let hint = format!("add {key} = \"{scheme}://HOST:{}\"", listen.port());
+            self.report(at, "nobody can tell its URL from an address that stands for all".into(), Some(hint));
+            return None;
+        }
+        Url::parse(&format!("{scheme}://{listen}")).ok()
+    }
+
+    fn duration(
+        &mut self,
+        text: Option<&Text>,
+        default: Duration,
+        range: std::ops::RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let Some(text) = text else { return Some(default) };
+        let duration = match humantime::parse_duration(text.get_ref()) {
+            Ok(duration) => duration,
+            Err(error) => {
+                let message = format!("`{}` is not a duration: {error}", text.get_ref());
+                self.report(text, message, Some("write it like 90s, 2m or 1h30m".into()));
+                return None;
+            }
+        };
+        if !range.contains(&duration) {
+            let shown = humantime::format_duration;
+            let message = format!(
+                "{} is not between {} and {}",
+                shown(duration),
+                shown(*range.start()),
+                shown(*range.end())
+            );
+            self.report(text, message, None);
+            return None;
+        }
+        Some(duration)
+    }
+
+    fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {
+        let span = section.span();
+        let section = section.get_ref();
+        if section.uid.is_none()
+            && section.gid.is_none()
+            && section.path.is_none()
+            && section.sha256.is_none()
+        {
+            let problem = Problem::at(
+                self.file,
+                self.text,
+                span,
+                "attest is empty: every process would get this identity",
+            );
+            self.problems.push(problem.hint("give at least one of uid, gid, path, sha256"));
+            return None;
+        }
+        let path = section.path.as_ref().map(|text| {
+            // Relative to mesh.toml like every path, so that a mesh can live in a directory.
+            self.path(text)
+        });
+        let sha256 = match &section.sha256 {
+            None => None,
+            Some(text) => match digest(text.get_ref()) {
+                Some(digest) => Some(digest),
+                None => {
+                    let hint = "sha256sum FILE prints it";
+                    self.report(text, "sha256 is 64 hex digits".into(), Some(hint.into()));
+                    return None;
+                }
+            },
+        };
+        Some(Attest { uid: section.uid, gid: section.gid, path, sha256 })
+    }
+
+    fn path(&self, text: &Text) -> PathBuf {
+        self.base.join(text.get_ref())
+    }
+
+    fn path_or(&self, text: Option<&Text>, default: &str) -> PathBuf {
+        text.map_or_else(|| PathBuf::from(default), |text| self.path(text))
+    }
+
+    fn report<T>(&mut self, at: &Spanned<T>, message: String, hint: Option<String>) {
+        self.problems.push(Problem::at(self.file, self.text, at.span(), message).maybe_hint(hint));
+    }
+}
+
+/// Whether every process that `narrow` describes is one that `wide` describes.
+fn covers(wide: &Attest, narrow: &Attest) -> bool {
+    fn within<T: PartialEq>(wide: Option<&T>, narrow: Option<&T>) -> bool {
+        wide.is_none_or(|wide| narrow == Some(wide))
+    }
+    within(wide.uid.as_ref(), narrow.uid.as_ref())
+        && within(wide.gid.as_ref(), narrow.gid.as_ref())
+        && within(wide.path.as_ref(), narrow.path.as_ref())
+        && within(wide.sha256.as_ref(), narrow.sha256.as_ref())
+}
+
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let same_ip = one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+    one.port() == other.port() && same_ip
+}
+
+/// A URL without the slash that stands for its empty path.
+pub(crate) fn origin(url: &Url) -> String {
+    url.as_str().trim_end_matches('/').to_owned()
+}
+
+fn digest(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 {
+        return None;
+    }
+    let mut digest = [0; 32];
+    for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    // `from_str_radix` takes a sign.
+    text.bytes().all(|b| b.is_ascii_hexdigit()).then_some(digest)
+}

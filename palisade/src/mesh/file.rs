@@ -1,0 +1,265 @@
+//! `mesh.toml` as it is written: one struct a section.
+//!
+//! The doc comments here are the reference: the JSON Schema (`palisade config schema`) and
+//! `mesh.example.toml` are made from them. Values stay text with their place in the file, so that
+//! [`super::check`] can point at what is wrong; it is also what turns them into [`super::Mesh`].
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use toml::Spanned;
+
+/// Text that remembers where it stands in the file.
+pub(crate) type Text = Spanned<String>;
+
+/// One mesh, the same file on every host. Paths are relative to this file. Durations are written
+/// like 90s, 2m or 1h30m. Nothing in here is secret: keys and passphrases are files in
+/// $CREDENTIALS_DIRECTORY, or in the directory that --credentials names.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "mesh.toml")]
+pub(crate) struct MeshFile {
+    pub(crate) mesh: MeshSection,
+    #[serde(default)]
+    pub(crate) control: ControlSection,
+    #[serde(default)]
+    pub(crate) agent: AgentSection,
+    pub(crate) gateway: Option<GatewaySection>,
+    pub(crate) idp: Option<IdpSection>,
+    pub(crate) vault: Option<VaultSection>,
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, ServiceSection>")]
+    pub(crate) service: BTreeMap<Spanned<String>, ServiceSection>,
+    #[serde(default)]
+    pub(crate) telemetry: TelemetrySection,
+}
+
+/// What holds for the whole mesh.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MeshSection {
+    /// The root of trust: every identity of this mesh is spiffe://TRUST_DOMAIN/…
+    #[schemars(with = "String", example = "bank.example")]
+    pub(crate) trust_domain: Text,
+    /// The directory of policies, usually in git beside this file.
+    #[schemars(with = "String", example = &"policies")]
+    pub(crate) policies: Text,
+    /// enforce: what no policy allows is refused. audit: it is let through and reported as
+    /// "would deny". Identity (mTLS) is demanded either way. Default: enforce.
+    #[schemars(with = "Option<Mode>", example = &"enforce")]
+    pub(crate) mode: Option<Spanned<Mode>>,
+}
+
+/// What happens to a request that no policy allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub(crate) enum Mode {
+    /// It is refused.
+    Enforce,
+    /// It is let through and reported.
+    Audit,
+}
+
+/// The control process: certificate authority, registrations, decisions, console.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ControlSection {
+    /// Where agents connect, mTLS. Default: 127.0.0.1:4810.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:4810")]
+    pub(crate) listen: Option<Text>,
+    /// The Unix socket for `palisade token`, `explain` and `status`; whoever may open it
+    /// administers the mesh. Default: /run/palisade/control.sock.
+    #[schemars(with = "Option<String>", example = "/run/palisade/control.sock")]
+    pub(crate) admin_socket: Option<Text>,
+    /// The console's pages, loopback only. Default: 127.0.0.1:4811.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:4811")]
+    pub(crate) console: Option<Text>,
+    /// Where the authority's encrypted key, registrations and decisions are kept.
+    /// Default: /var/lib/palisade/control.
+    #[schemars(with = "Option<String>", example = "/var/lib/palisade/control")]
+    pub(crate) state: Option<Text>,
+    /// How long an identity (SVID) is valid, 10s to 24h. Default: 1h.
+    #[schemars(with = "Option<String>", example = &"1h")]
+    pub(crate) svid_ttl: Option<Text>,
+    /// How old an SVID gets before its successor is made. Default: half of svid_ttl.
+    #[schemars(with = "Option<String>", example = &"30m")]
+    pub(crate) rotate_after: Option<Text>,
+}
+
+/// The agent, one a host: tells by attestation which process is which service.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AgentSection {
+    /// The Unix socket of the SPIFFE Workload API. Default: /run/palisade/agent.sock.
+    #[schemars(with = "Option<String>", example = "/run/palisade/agent.sock")]
+    pub(crate) socket: Option<Text>,
+    /// Where the host's own identity is kept. Default: /var/lib/palisade/agent.
+    #[schemars(with = "Option<String>", example = "/var/lib/palisade/agent")]
+    pub(crate) state: Option<Text>,
+    /// Where control is reached, host:port. Default: control's listen address.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:4810")]
+    pub(crate) control: Option<Text>,
+    /// The name of this host in its identity, …/palisade/agent/HOST. Default: the machine's hostname.
+    #[schemars(with = "Option<String>", example = "host-1")]
+    pub(crate) host: Option<Text>,
+}
+
+/// The front door for browsers and API clients. Leave the section out where there is none.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct GatewaySection {
+    /// Where browsers and API clients connect, TLS.
+    #[schemars(with = "String", example = "127.0.0.1:8443")]
+    pub(crate) listen: Text,
+    /// The gateway's own address as browsers write it; login returns there.
+    /// Default: https:// and the listen address.
+    #[schemars(with = "Option<String>", example = "https://127.0.0.1:8443")]
+    pub(crate) public_url: Option<Text>,
+    /// The OpenID Connect provider that people log in with. Default: the issuer of [idp].
+    #[schemars(with = "Option<String>", example = "http://127.0.0.1:4820")]
+    pub(crate) issuer: Option<Text>,
+    /// The gateway's client id at that provider. Default: palisade-gateway.
+    #[schemars(with = "Option<String>", example = "palisade-gateway")]
+    pub(crate) client_id: Option<Text>,
+    /// What an API client's access token must name as its audience. Default: public_url.
+    #[schemars(with = "Option<String>", example = "https://127.0.0.1:8443")]
+    pub(crate) audience: Option<Text>,
+    /// Which path prefix goes to which service; the longest prefix wins.
+    #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"/": "web"}))]
+    pub(crate) routes: BTreeMap<Text, Text>,
+    /// Where sessions and the listener's certificate are kept. Default: /var/lib/palisade/gateway.
+    #[schemars(with = "Option<String>", example = "/var/lib/palisade/gateway")]
+    pub(crate) state: Option<Text>,
+    /// /ready and /metrics, loopback only. Default: none.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:4831")]
+    pub(crate) admin: Option<Text>,
+    /// How the agent knows the gateway's process.
+    #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-gateway"}))]
+    pub(crate) attest: Spanned<AttestSection>,
+}
+
+/// The embedded OpenID Connect provider, for those who have none. Leave the section out to use yours.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct IdpSection {
+    /// Where browsers and the gateway reach it, loopback only.
+    #[schemars(with = "String", example = "127.0.0.1:4820")]
+    pub(crate) listen: Text,
+    /// Its name in the tokens it issues. Default: http:// and the listen address.
+    #[schemars(with = "Option<String>", example = "http://127.0.0.1:4820")]
+    pub(crate) issuer: Option<Text>,
+    /// The file of users and password hashes.
+    #[schemars(with = "String", example = "users.toml")]
+    pub(crate) users: Text,
+    /// Where its signing keys are kept. Default: /var/lib/palisade/idp.
+    #[schemars(with = "Option<String>", example = "/var/lib/palisade/idp")]
+    pub(crate) state: Option<Text>,
+    /// How the agent knows the provider's process. Default: it gets no identity of the mesh.
+    #[schemars(with = "Option<AttestSection>", example = serde_json::json!({"path": "/usr/bin/palisade-idp"}))]
+    pub(crate) attest: Option<Spanned<AttestSection>>,
+}
+
+/// The vault: secrets for services, which log in with their identity. Leave the section out where
+/// there is none.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VaultSection {
+    /// Where services' sidecars connect, mTLS.
+    #[schemars(with = "String", example = "127.0.0.1:8200")]
+    pub(crate) listen: Text,
+    /// The operator's HTTP API (unseal, policies, tokens), loopback only. Default: 127.0.0.1:8201.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:8201")]
+    pub(crate) operator: Option<Text>,
+    /// Where secrets are kept, encrypted. Default: /var/lib/palisade/vault.
+    #[schemars(with = "Option<String>", example = "/var/lib/palisade/vault")]
+    pub(crate) state: Option<Text>,
+    /// The audit file; what cannot be audited is not answered. Default: audit.log in the state directory.
+    #[schemars(with = "Option<String>", example = "/var/log/palisade/vault-audit.log")]
+    pub(crate) audit: Option<Text>,
+    /// How the agent knows the vault's process.
+    #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-vault"}))]
+    pub(crate) attest: Spanned<AttestSection>,
+}
+
+/// One service and the sidecar before it.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ServiceSection {
+    /// Its identity. Default: spiffe://TRUST_DOMAIN/service/NAME.
+    #[schemars(with = "Option<String>", example = "spiffe://bank.example/service/web")]
+    pub(crate) id: Option<Text>,
+    /// The host it runs on, as that host's agent calls itself. Default: local, any host.
+    #[schemars(with = "Option<String>", example = &"local")]
+    pub(crate) host: Option<Text>,
+    /// Where the app itself listens, loopback only, plain HTTP: only its sidecar talks to it.
+    #[schemars(with = "String", example = "127.0.0.1:5000")]
+    pub(crate) app: Text,
+    /// Where other services' sidecars reach this one, mTLS.
+    #[schemars(with = "String", example = "127.0.0.1:5001")]
+    pub(crate) inbound: Text,
+    /// /ready, /live and /metrics of the sidecar, loopback only. Default: none.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:5002")]
+    pub(crate) admin: Option<Text>,
+    /// How the agent knows the sidecar's process; all that is given must match.
+    #[schemars(with = "AttestSection", example = serde_json::json!({"uid": 1001, "path": "/usr/bin/palisade"}))]
+    pub(crate) attest: Spanned<AttestSection>,
+    /// Whom the app calls, and the loopback address on which its sidecar takes those calls.
+    /// The name is another service's, or vault.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"vault": "127.0.0.1:5003"}))]
+    pub(crate) calls: BTreeMap<Text, Text>,
+    /// The vault's secrets that this service may read, as mount-relative paths.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["web/cookie-key"])]
+    pub(crate) secrets: Vec<Text>,
+    /// What the app speaks: http1, or h2c (HTTP/2 without TLS). Default: http1.
+    #[schemars(example = &"http1")]
+    pub(crate) app_protocol: Option<AppProtocol>,
+    /// The longest that one request may take, answer included. Default: 30s.
+    #[schemars(with = "Option<String>", example = &"30s")]
+    pub(crate) request_timeout: Option<Text>,
+    /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
+    #[schemars(with = "Option<String>", example = &"10s")]
+    pub(crate) drain_timeout: Option<Text>,
+}
+
+/// What a process must be to get an identity. At least one; all that are given must match.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AttestSection {
+    /// The user id it runs as.
+    pub(crate) uid: Option<u32>,
+    /// The group id it runs as.
+    pub(crate) gid: Option<u32>,
+    /// The path of its executable; a relative one is relative to this file.
+    #[schemars(with = "Option<String>")]
+    pub(crate) path: Option<Text>,
+    /// The SHA-256 of its executable, 64 hex digits.
+    #[schemars(with = "Option<String>")]
+    pub(crate) sha256: Option<Text>,
+}
+
+/// What the protocols of app and sidecar are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub(crate) enum AppProtocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2 with prior knowledge, without TLS.
+    H2c,
+}
+
+/// Logs and metrics.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TelemetrySection {
+    /// One JSON line a request on standard error, without bodies or secrets. Default: true.
+    #[schemars(example = true)]
+    pub(crate) access_log: Option<bool>,
+    /// Which log lines are written, in the manner of RUST_LOG. Default: info.
+    #[schemars(with = "Option<String>", example = &"info")]
+    pub(crate) log: Option<Text>,
+}

@@ -1,0 +1,341 @@
+//! `mesh.toml`, parsed once into types that cannot be wrong.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`file`] | the file as it is written: sections, keys, their reference |
+//! | [`load`] | mistakes of form: syntax, unknown keys, wrong types, missing keys |
+//! | [`check`] | mistakes of meaning, and the way from text to [`Mesh`] |
+//! | [`schema`] | JSON Schema and sample file, made from the reference |
+
+pub(crate) mod check;
+pub(crate) mod file;
+pub(crate) mod load;
+pub(crate) mod schema;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use identity::{SpiffeId, TrustDomain};
+use serde::{Serialize, Serializer};
+use url::Url;
+
+pub(crate) use file::{AppProtocol, Mode};
+use policy::Problem;
+
+/// One mesh, as `mesh.toml` describes it: defaults filled in, paths absolute, references resolved.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Mesh {
+    /// The file it was read from.
+    #[serde(skip)]
+    pub(crate) file: PathBuf,
+    pub(crate) mesh: Whole,
+    pub(crate) control: Control,
+    pub(crate) agent: Agent,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gateway: Option<Gateway>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) idp: Option<Idp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vault: Option<Vault>,
+    pub(crate) service: BTreeMap<ServiceName, Service>,
+    pub(crate) telemetry: Telemetry,
+}
+
+/// `[mesh]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Whole {
+    pub(crate) trust_domain: TrustDomain,
+    pub(crate) policies: PathBuf,
+    pub(crate) mode: Mode,
+}
+
+/// `[control]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Control {
+    pub(crate) listen: SocketAddr,
+    pub(crate) admin_socket: PathBuf,
+    pub(crate) console: SocketAddr,
+    pub(crate) state: PathBuf,
+    #[serde(serialize_with = "humane")]
+    pub(crate) svid_ttl: Duration,
+    #[serde(serialize_with = "humane")]
+    pub(crate) rotate_after: Duration,
+}
+
+/// `[agent]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Agent {
+    pub(crate) socket: PathBuf,
+    pub(crate) state: PathBuf,
+    pub(crate) control: HostPort,
+    pub(crate) host: String,
+}
+
+/// `[gateway]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Gateway {
+    pub(crate) listen: SocketAddr,
+    #[serde(serialize_with = "shown")]
+    pub(crate) public_url: Url,
+    #[serde(serialize_with = "shown")]
+    pub(crate) issuer: Url,
+    pub(crate) client_id: String,
+    pub(crate) audience: String,
+    /// Path prefix to service.
+    pub(crate) routes: BTreeMap<String, ServiceName>,
+    pub(crate) state: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) admin: Option<SocketAddr>,
+    pub(crate) attest: Attest,
+}
+
+/// `[idp]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Idp {
+    pub(crate) listen: SocketAddr,
+    #[serde(serialize_with = "shown")]
+    pub(crate) issuer: Url,
+    pub(crate) users: PathBuf,
+    pub(crate) state: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) attest: Option<Attest>,
+}
+
+/// `[vault]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Vault {
+    pub(crate) listen: SocketAddr,
+    pub(crate) operator: SocketAddr,
+    pub(crate) state: PathBuf,
+    pub(crate) audit: PathBuf,
+    pub(crate) attest: Attest,
+}
+
+/// `[service.NAME]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Service {
+    pub(crate) id: SpiffeId,
+    pub(crate) host: String,
+    pub(crate) app: SocketAddr,
+    pub(crate) inbound: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) admin: Option<SocketAddr>,
+    pub(crate) attest: Attest,
+    pub(crate) calls: BTreeMap<Callee, SocketAddr>,
+    pub(crate) secrets: Vec<String>,
+    pub(crate) app_protocol: AppProtocol,
+    #[serde(serialize_with = "humane")]
+    pub(crate) request_timeout: Duration,
+    #[serde(serialize_with = "humane")]
+    pub(crate) drain_timeout: Duration,
+}
+
+/// Who a service may have a `calls` entry for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Callee {
+    Service(ServiceName),
+    Vault,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Telemetry {
+    pub(crate) access_log: bool,
+    pub(crate) log: String,
+}
+
+/// What a process must be to get an identity.
+///
+/// INVARIANT: at least one selector; the path, if any, is absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Attest {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) path: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex")]
+    pub(crate) sha256: Option<[u8; 32]>,
+}
+
+/// The name of a service in `mesh.toml`, in policies and in its SPIFFE ID.
+///
+/// INVARIANT: a DNS label of 1 to 63 bytes of `[a-z0-9-]`, starting with a letter; none of
+/// [`RESERVED_NAMES`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub(crate) struct ServiceName(String);
+
+/// Names of the mesh's own processes, which policies and `calls` use beside services'.
+pub(crate) const RESERVED_NAMES: [&str; 6] = ["agent", "control", "gateway", "idp", "local", "vault"];
+
+/// Longest service name: a DNS label, so that it can become a host name.
+const MAX_NAME_BYTES: usize = 63;
+
+impl ServiceName {
+    /// Parses a name; the error says what a name is.
+    pub(crate) fn new(name: &str) -> Result<Self, String> {
+        if RESERVED_NAMES.contains(&name) {
+            return Err(format!("`{name}` is the name of one of the mesh's own parts"));
+        }
+        let label = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        let starts = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase());
+        if !label || !starts || name.ends_with('-') || name.len() > MAX_NAME_BYTES {
+            return Err(format!(
+                "`{name}` is no service name: 1 to {MAX_NAME_BYTES} of a-z, 0-9 and '-', starting with a letter"
+            ));
+        }
+        Ok(Self(name.to_owned()))
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for Callee {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => name.fmt(f),
+            Self::Vault => f.write_str("vault"),
+        }
+    }
+}
+
+impl Serialize for Callee {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A host, by name or address, and a port: what is dialled rather than bound.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostPort {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Serialize for HostPort {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+fn shown<S: Serializer>(url: &Url, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&check::origin(url))
+}
+
+fn humane<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(*duration))
+}
+
+#[expect(clippy::ref_option, reason = "the shape that serde's serialize_with calls")]
+fn hex<S: Serializer>(digest: &Option<[u8; 32]>, serializer: S) -> Result<S::Ok, S::Error> {
+    let digits: String = digest.iter().flatten().map(|byte| format!("{byte:02x}")).collect();
+    serializer.serialize_str(&digits)
+}
+
+/// The identity of one of the mesh's own processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Own {
+    Control,
+    Gateway,
+    Idp,
+    Vault,
+}
+
+/// One process that gets an identity: who, and how the agent knows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Registration {
+    pub(crate) name: String,
+    pub(crate) id: SpiffeId,
+    /// The host it runs on, or `local` for any.
+    pub(crate) host: String,
+    pub(crate) attest: Attest,
+}
+
+impl Mesh {
+    /// Reads and checks `file`. `hostname` is what `[agent] host` defaults to.
+    pub(crate) fn load(file: &Path, hostname: &str) -> Result<Self, Vec<Problem>> {
+        let text = read(file).map_err(|problem| vec![problem])?;
+        Self::parse(&text, file, hostname)
+    }
+
+    /// Checks `text`, which came from `file`; paths in it are relative to that.
+    pub(crate) fn parse(text: &str, file: &Path, hostname: &str) -> Result<Self, Vec<Problem>> {
+        let sections = load::sections(text, file);
+        check::mesh(sections, text, file, hostname)
+    }
+
+    /// The SPIFFE ID of one of the mesh's own processes.
+    pub(crate) fn own_id(&self, own: Own) -> Option<SpiffeId> {
+        check::own_id(&self.mesh.trust_domain, own)
+    }
+
+    /// Everything that an agent hands an identity to.
+    pub(crate) fn registrations(&self) -> Vec<Registration> {
+        let services = self.service.iter().map(|(name, service)| Registration {
+            name: name.to_string(),
+            id: service.id.clone(),
+            host: service.host.clone(),
+            attest: service.attest.clone(),
+        });
+        let own = [
+            (Own::Gateway, "gateway", self.gateway.as_ref().map(|gateway| &gateway.attest)),
+            (Own::Idp, "idp", self.idp.as_ref().and_then(|idp| idp.attest.as_ref())),
+            (Own::Vault, "vault", self.vault.as_ref().map(|vault| &vault.attest)),
+        ];
+        let own = own.into_iter().filter_map(|(own, name, attest)| {
+            Some(Registration {
+                name: name.to_owned(),
+                id: self.own_id(own)?,
+                host: check::ANY_HOST.to_owned(),
+                attest: attest?.clone(),
+            })
+        });
+        services.chain(own).collect()
+    }
+}
+
+fn read(file: &Path) -> Result<String, Problem> {
+    use std::io::Read as _;
+    let explain = |error: &std::io::Error| {
+        let problem = Problem::file(file, format!("cannot be read: {error}"));
+        match error.kind() {
+            std::io::ErrorKind::NotFound => problem.hint(
+                "name it with --mesh FILE; `palisade config example > mesh.toml` writes one to start from",
+            ),
+            std::io::ErrorKind::PermissionDenied => {
+                problem.hint("it must be readable for the user you run as")
+            }
+            _ => problem,
+        }
+    };
+    let mut text = String::new();
+    let opened = std::fs::File::open(file).map_err(|error| explain(&error))?;
+    opened.take(load::MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|error| explain(&error))?;
+    if text.len() as u64 > load::MAX_FILE_BYTES {
+        return Err(Problem::file(file, format!("is larger than {} bytes", load::MAX_FILE_BYTES)));
+    }
+    Ok(text)
+}

@@ -1,0 +1,91 @@
+//! Whole outputs of `palisade config check`, compared with `tests/expected/NAME.txt`.
+//!
+//! Run with `UPDATE_EXPECTED=1` to write the files anew, and read the diff.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Runs `palisade` in tests/config and gives its exit code, standard output and standard error as one text.
+fn palisade(args: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_palisade"))
+        .args(args)
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config"))
+        .env("NO_COLOR", "1")
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    format!(
+        "$ palisade {}\nexit code {}\n-- standard output\n{}-- standard error\n{}",
+        args.join(" "),
+        output.status.code().map_or_else(|| "none".to_owned(), |code| code.to_string()),
+        text(output.stdout),
+        text(output.stderr)
+    )
+}
+
+#[track_caller]
+fn expect(name: &str, args: &[&str]) {
+    let seen = palisade(args);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/expected/{name}.txt"));
+    if std::env::var_os("UPDATE_EXPECTED").is_some() {
+        std::fs::write(&path, &seen).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(seen == expected, "{} differs from what is printed now:\n{seen}", path.display());
+}
+
+#[test]
+fn unknown_keys_and_sections_come_with_what_was_probably_meant() {
+    expect("unknown-key", &["config", "check", "unknown-key.toml"]);
+}
+
+#[test]
+fn unknown_services_come_with_what_was_probably_meant() {
+    expect("unknown-service", &["config", "check", "unknown-service.toml"]);
+}
+
+#[test]
+fn what_is_no_toml_is_shown_where_it_stops_being_toml() {
+    expect("malformed", &["config", "check", "malformed.toml"]);
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named_with_the_way_to_get_one() {
+    expect("missing", &["--mesh", "no-such.toml", "config", "check"]);
+}
+
+#[test]
+fn identities_that_are_none_or_not_of_this_mesh_are_refused() {
+    expect("bad-identity", &["config", "check", "bad-identity.toml"]);
+}
+
+#[test]
+fn apps_calls_and_admin_ports_stay_on_loopback() {
+    expect("not-loopback", &["config", "check", "not-loopback.toml"]);
+}
+
+#[test]
+fn addresses_times_and_directories_that_cannot_be_are_refused_together() {
+    expect("clashes", &["config", "check", "clashes.toml"]);
+}
+
+#[test]
+fn processes_that_attest_alike_are_refused() {
+    expect("alike", &["config", "check", "alike.toml"]);
+    expect("covers", &["config", "check", "covers.toml"]);
+}
+
+#[test]
+fn wrong_types_words_and_missing_keys_are_reported_together() {
+    expect("wrong-types", &["config", "check", "wrong-types.toml"]);
+}
+
+#[test]
+fn a_good_file_is_said_to_be_good() {
+    expect("good", &["config", "check", "good.toml"]);
+}
+
+#[test]
+fn problems_for_machines_are_data() {
+    expect("json", &["config", "check", "alike.toml", "--json"]);
+}
