@@ -262,6 +262,11 @@ impl ServicePolicy {
         Self { shared: Arc::new(shared), mode }
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// The service's name.
     pub fn name(&self) -> &str {
         &self.shared.name

@@ -283,17 +283,18 @@ fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Questio
 }
 
 fn scope_missing(mismatch: &Mismatch) -> String {
-    format!("the {} is {}, not {}", mismatch.part, mismatch.wants, mismatch.has)
+    format!("the {} is {}", mismatch.part, mismatch.wants)
 }
 
 fn condition_missing(failed: &FailedClause) -> String {
     let values: Vec<String> =
         failed.values.iter().map(|(side, value)| format!("{side} is {value}")).collect();
-    if values.is_empty() {
-        format!("{} holds", failed.clause)
-    } else {
-        format!("{} holds ({})", failed.clause, values.join(", "))
-    }
+    // An `unless` shows itself in its clause: it is met when what it holds is false.
+    let met = match failed.clause.strip_prefix("unless { ").and_then(|rest| rest.strip_suffix(" }")) {
+        Some(inner) => format!("`{inner}` is false"),
+        None => format!("`{}` holds", failed.clause),
+    };
+    if values.is_empty() { met } else { format!("{met} (now {})", values.join(", ")) }
 }
 
 fn shown(text: &str) -> String {
@@ -302,4 +303,202 @@ fn shown(text: &str) -> String {
     }
     let end = (0..=MAX_SHOWN_BYTES).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
     cut(&format!("{}…", text.get(..end).unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use cedar_policy::{Authorizer, Decision, PolicySet};
+    use identity::{SpiffeId, TrustDomain};
+
+    use super::*;
+    use crate::decide::{Caller, Occasion, Principal, ServicePolicy, Verdict};
+    use crate::load::tests::load;
+    use crate::object::{AttributeValue, Attributes, ObjectRef};
+    use crate::record::{DecisionRecord, Layer, Rule};
+
+    const SCHEMA: &str = "namespace Shop {
+        entity Order = { owner: String, total: Long };
+        entity Page;
+        action Look, Touch;
+        action Read in [Look] appliesTo { principal: [Mesh::Workload, Mesh::Client], resource: [Order, Page], context: Mesh::Context };
+        action Write in [Touch] appliesTo { principal: [Mesh::Workload, Mesh::Client], resource: [Order, Page], context: Mesh::Context };
+    }";
+
+    fn shop(policies: &str) -> Arc<ServicePolicy> {
+        let (loaded, _dir) = load(&[
+            ("services/shop/shop.cedarschema", Some(SCHEMA)),
+            ("services/shop/map.toml", Some("mapping = \"none\"")),
+            ("services/shop/shop.cedar", Some(policies)),
+        ]);
+        loaded.unwrap_or_else(|problems| panic!("{problems}")).service("shop").unwrap()
+    }
+
+    fn web() -> SpiffeId {
+        TrustDomain::new("bank.example").unwrap().workload("/service/web").unwrap()
+    }
+
+    fn caller() -> Caller {
+        Caller { principal: Principal::Workload(web()), user: None, chain: Arc::from([]), address: None }
+    }
+
+    fn order(id: &str, owner: &str, total: i64) -> (ObjectRef, Attributes) {
+        let object = ObjectRef::new("Shop::Order", id);
+        let mut attributes = Attributes::none();
+        attributes.insert(object.clone(), "owner", AttributeValue::Text(owner.into()));
+        attributes.insert(object.clone(), "total", AttributeValue::Long(total));
+        (object, attributes)
+    }
+
+    fn occasion() -> Occasion {
+        Occasion {
+            receipt: "r-7k2m0q9xw4e8t5hz".parse().unwrap(),
+            now: Duration::from_secs(1),
+            layer: Layer::Sidecar,
+            method: "GET".into(),
+            target: "/".into(),
+            transaction: None,
+            trace_id: None,
+        }
+    }
+
+    fn read(policy: &ServicePolicy, owner: &str, total: i64) -> DecisionRecord {
+        let (object, attributes) = order("1", owner, total);
+        match policy.decide_object(&caller(), "Read", &object, &attributes, &occasion()) {
+            Verdict::Permit(permit) => permit.record().clone(),
+            Verdict::Deny(denial) => denial.record().clone(),
+        }
+    }
+
+    #[test]
+    fn scopes_are_read_as_cedar_evaluates_them() {
+        let principals = [
+            "principal is Mesh::Workload",
+            "principal is Mesh::Client",
+            "principal == Mesh::Workload::\"spiffe://bank.example/service/web\"",
+            "principal == Mesh::Workload::\"spiffe://bank.example/service/webx\"",
+            "principal == Mesh::Client::\"app\"",
+        ];
+        let actions = [
+            "action",
+            "action == Shop::Action::\"Read\"",
+            "action in Shop::Action::\"Look\"",
+            "action in [Shop::Action::\"Touch\", Shop::Action::\"Read\"]",
+            "action in [Shop::Action::\"Touch\"]",
+        ];
+        let resources = [
+            "resource",
+            "resource is Shop::Order",
+            "resource == Shop::Order::\"1\"",
+            "resource is Shop::Page",
+        ];
+        let mut text = String::new();
+        for (p, principal) in principals.iter().enumerate() {
+            for (a, action) in actions.iter().enumerate() {
+                for (r, resource) in resources.iter().enumerate() {
+                    text += &format!("@id(\"p{p}{a}{r}\") permit ({principal}, {action}, {resource});\n");
+                }
+            }
+        }
+        let policy = shop(&text);
+        let shared = policy.shared();
+        let workload = |id: &str| crate::schema::uid(&shared.schema.principals.workload, id);
+        let client = |id: &str| crate::schema::uid(&shared.schema.principals.client, id);
+        let mut compared = 0;
+        for principal in
+            [workload(web().as_str()), workload("spiffe://bank.example/service/a"), client("app")]
+        {
+            for action in ["Read", "Write"].map(|name| &shared.schema.actions.get(name).unwrap().uid) {
+                for object in ["Shop::Order::\"1\"", "Shop::Order::\"2\"", "Shop::Page::\"1\""] {
+                    let object: EntityUid = object.parse().unwrap();
+                    let context = cedar_policy::Context::empty();
+                    let request = cedar_policy::Request::new(
+                        principal.clone(),
+                        action.clone(),
+                        object.clone(),
+                        context,
+                        None,
+                    );
+                    let request = request.unwrap();
+                    for entry in &shared.entries {
+                        let alone = PolicySet::from_policies([entry.policy.clone()]).unwrap();
+                        let entities = &shared.schema.action_entities;
+                        let response = Authorizer::new().is_authorized(&request, &alone, entities);
+                        let cedar = response.decision() == Decision::Allow;
+                        let kind = object.type_name();
+                        let ours = scope_fits(shared, entry, &principal, action, kind, Some(&object));
+                        assert_eq!(ours, cedar, "{} {principal} {action} {object}", entry.policy);
+                        // Without the object the scope can only look wider.
+                        assert!(!ours || scope_fits(shared, entry, &principal, action, kind, None));
+                        compared += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(compared, 100 * 18);
+    }
+
+    #[test]
+    fn policy_37_a_forbid_that_cannot_be_evaluated_denies() {
+        let policy = shop(
+            "@id(\"all\") permit (principal is Mesh::Workload, action, resource);
+             @id(\"big\") forbid (principal, action, resource is Shop::Order) when { resource.total * 1000 > 100000 };",
+        );
+        assert_eq!(read(&policy, "x", 5).rule.name(), "all");
+        assert_eq!(read(&policy, "x", 500).rule.name(), "big");
+        let overflow = read(&policy, "x", i64::MAX);
+        assert_eq!((overflow.verdict, overflow.rule.name()), (crate::record::Outcome::Deny, "big"));
+        assert!(overflow.reason.contains("evaluating a policy failed"), "{}", overflow.reason);
+        let explanation = overflow.explanation.unwrap();
+        assert!(matches!(explanation.considered.get(1).unwrap().outcome, PolicyOutcome::Error { .. }));
+        assert_eq!(explanation.nearest.unwrap().missing.len(), 1);
+    }
+
+    #[test]
+    fn the_first_clause_that_does_not_hold_is_named_with_its_values() {
+        let policy = shop(
+            "@id(\"a\") permit (principal is Mesh::Workload, action, resource is Shop::Order)
+             when { resource.total > 3 && (resource.owner == \"alice\" || resource.total == 9) && principal.service == \"web\" }
+             unless { resource.total >= 100 };",
+        );
+        assert_eq!(read(&policy, "alice", 4).rule.name(), "a");
+        let clause = |owner: &str, total: i64| match read(&policy, owner, total)
+            .explanation
+            .unwrap()
+            .considered
+            .remove(0)
+            .outcome
+        {
+            PolicyOutcome::Condition(failed) => failed,
+            other => panic!("{other:?}"),
+        };
+        let small = clause("alice", 2);
+        assert_eq!(small.clause, "resource.total > 3");
+        assert_eq!(small.values, [("resource.total".to_owned(), "2".to_owned())]);
+        assert!(clause("bob", 4).clause.contains("||"));
+        assert_eq!(clause("alice", 100).clause, "unless { resource.total >= 100 }");
+    }
+
+    #[test]
+    fn explanations_are_bounded_and_keep_what_is_near() {
+        let far: String = (0..200)
+            .map(|n| format!("@id(\"far-{n}\") permit (principal is Mesh::Client, action == Shop::Action::\"Write\", resource);\n"))
+            .collect();
+        let policy = shop(&format!(
+            "{far}@id(\"near\") permit (principal is Mesh::Workload, action, resource is Shop::Order) when {{ resource.owner == \"{}\" }};",
+            "o".repeat(5000)
+        ));
+        let record = read(&policy, "alice", 1);
+        assert_eq!(record.rule, Rule::Absent);
+        let explanation = record.explanation.unwrap();
+        assert_eq!(
+            (explanation.considered.len(), explanation.omitted),
+            (MAX_CONSIDERED, 201 - MAX_CONSIDERED)
+        );
+        assert_eq!(explanation.nearest.unwrap().policy, "near");
+        assert!(explanation.considered.iter().any(|c| c.policy == "near"));
+        assert!(serde_json::to_string(&explanation.considered).unwrap().len() < 16 * 1024);
+    }
 }

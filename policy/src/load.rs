@@ -427,3 +427,6 @@ fn validate(
     found.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     problems.0.extend(found);
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

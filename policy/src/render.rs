@@ -15,7 +15,7 @@ pub enum Style {
 }
 
 /// Width of the column of names.
-const NAME_WIDTH: usize = 12;
+const NAME_WIDTH: usize = 14;
 
 /// The record as plain text, ending with a line break.
 pub fn render(record: &DecisionRecord) -> String {
@@ -167,13 +167,13 @@ fn considered(page: &mut Page, policy: &Considered) {
     page.line(&format!("  {} {}  {place}", policy.effect, printable(&policy.policy)));
     match &policy.outcome {
         PolicyOutcome::Scope(mismatches) => {
+            // What the request has stands above; only the difference is said here.
             for m in mismatches {
-                let (wants, has) = (printable(&m.wants), printable(&m.has));
-                page.line(&format!("    another {}: it is for {wants}, this is {has}", m.part));
+                page.line(&format!("    another {}: it is for {}", m.part, printable(&m.wants)));
             }
         }
         PolicyOutcome::Condition(failed) => {
-            page.line(&format!("    false: {}", printable(&failed.clause)));
+            page.line(&format!("    does not hold: {}", printable(&failed.clause)));
             for (side, value) in &failed.values {
                 page.line(&format!("      {} is {}", printable(side), printable(value)));
             }

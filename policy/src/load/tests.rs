@@ -1,0 +1,281 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const MESH: &str = include_str!("../../../examples/bank/policies/mesh.cedarschema");
+const SCHEMA: &str = "namespace Shop {\n  entity Order = { owner: String, total?: Long, tags: Set<String> };\n  entity Page;\n  \
+    action Group;\n  action Read in [Group] appliesTo { principal: [Mesh::Workload], resource: [Order], context: Mesh::Context };\n  \
+    action View appliesTo { principal: [Mesh::Workload], resource: [Page], context: Mesh::Context };\n}\n";
+const MAP: &str = "[[route]]\nmatch = \"GET /orders/{id:int}\"\naction = \"Read\"\nobject = 'Order::\"{id}\"'\n\
+    attributes = { owner = \"entities\", tags = \"entities\" }\n";
+const POLICY: &str = "@id(\"read\")\npermit (principal is Mesh::Workload, action in Shop::Action::\"Group\", resource)\n\
+    when { resource.owner == \"x\" };\n";
+
+/// A directory with one service `shop`, its files replaced as given; `None` leaves a file out.
+pub(crate) fn load(changes: &[(&str, Option<&str>)]) -> (Result<Arc<Policies>, Problems>, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut files = BTreeMap::from([
+        ("mesh.cedarschema", MESH),
+        ("services/shop/shop.cedarschema", SCHEMA),
+        ("services/shop/map.toml", MAP),
+        ("services/shop/shop.cedar", POLICY),
+    ]);
+    for (name, content) in changes {
+        match content {
+            Some(content) => drop(files.insert(name, content)),
+            None => drop(files.remove(name)),
+        }
+    }
+    for (name, content) in files {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+    let loaded = Policies::load(dir.path(), &TrustDomain::new("bank.example").unwrap());
+    (loaded, dir)
+}
+
+/// The problems as text, file names below the directory.
+fn problems(changes: &[(&str, Option<&str>)]) -> String {
+    let (loaded, dir) = load(changes);
+    let text = loaded.expect_err("it should not load").to_string();
+    text.replace(&format!("{}/", dir.path().display()), "")
+}
+
+fn map_problem(map: &str) -> String {
+    problems(&[("services/shop/map.toml", Some(map))])
+}
+
+fn policy_problem(policy: &str) -> String {
+    problems(&[("services/shop/shop.cedar", Some(policy))])
+}
+
+#[test]
+fn the_directory_of_these_tests_loads() {
+    let (loaded, _dir) = load(&[]);
+    let policies = loaded.unwrap();
+    assert_eq!(policies.services().map(|s| s.name()).collect::<Vec<_>>(), ["shop"]);
+    assert!(policies.service("other").is_none());
+    assert_eq!(policies.version().as_str().len(), 12);
+}
+
+#[test]
+fn every_byte_counts_for_the_version() {
+    let version = |changes: &[(&str, Option<&str>)]| load(changes).0.unwrap().version().clone();
+    assert_eq!(version(&[]), version(&[]));
+    assert_ne!(version(&[]), version(&[("services/shop/map.toml", Some(&format!("{MAP}\n")))]));
+    // Files that are not read do not count.
+    assert_eq!(version(&[]), version(&[("services/shop/README.md", Some("x"))]));
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    assert!(problems(&[("mesh.cedarschema", None)]).contains("mesh.cedarschema: cannot be read"));
+    let all = problems(&[
+        ("services/shop/shop.cedarschema", None),
+        ("services/shop/map.toml", None),
+        ("services/shop/shop.cedar", None),
+        ("services/shop/README.md", Some("")),
+    ]);
+    assert_eq!(
+        all,
+        "services/shop: the service shop has no schema (shop.cedarschema)\n\
+         services/shop: the service shop has no map.toml\n\
+         services/shop: the service shop has no policies (shop.cedar)"
+    );
+    let empty = tempfile::tempdir().unwrap();
+    let trust_domain = TrustDomain::new("bank.example").unwrap();
+    let text = Policies::load(empty.path(), &trust_domain).unwrap_err().to_string();
+    assert!(
+        text.contains("mesh.cedarschema: cannot be read") && text.contains("services: cannot be read"),
+        "{text}"
+    );
+    let gone = Policies::load(&empty.path().join("gone"), &trust_domain).unwrap_err().to_string();
+    assert_eq!(gone.lines().count(), 1, "{gone}");
+}
+
+#[test]
+fn policy_36_a_part_that_is_not_known_is_not_ignored() {
+    assert!(
+        problems(&[("guard/x.cedar", Some(""))]).starts_with("guard: not a part of a policies directory")
+    );
+    assert!(
+        problems(&[("services/shop/map.tml", Some(""))])
+            .starts_with("services/shop/map.tml: not a file of a service")
+    );
+    assert!(
+        problems(&[("services/Shop/x.cedar", Some(""))]).contains("services/Shop: not a service's directory")
+    );
+}
+
+#[test]
+fn a_route_to_an_unknown_action_says_where_and_offers_the_nearest() {
+    assert_eq!(
+        map_problem(&MAP.replace("\"Read\"", "\"Raed\"")),
+        "services/shop/map.toml:3:10: the schema of Shop has no action `Raed`\n  hint: did you mean `Read`?"
+    );
+    assert_eq!(
+        map_problem(&MAP.replace("action =", "acton =")),
+        "services/shop/map.toml:3:1: unknown key `acton`\n  hint: did you mean `action`?\n\
+         services/shop/map.toml:1:1: the route has no `action`"
+    );
+    assert!(
+        map_problem(&MAP.replace("Order::", "Page::"))
+            .contains("the action `Read` does not apply to Shop::Page")
+    );
+    assert!(
+        map_problem(&MAP.replace("\"Read\"", "\"Group\"")).contains("is a group and applies to no object")
+    );
+}
+
+#[test]
+fn maps_with_mistakes_are_problems_with_a_place() {
+    let route = |extra: &str| format!("{MAP}{extra}\n");
+    for (map, at, message) in [
+        ("x = ".to_owned(), "1:", "string"),
+        (String::new(), "1:1", "no [[route]]"),
+        ("mode = \"warn\"\nmapping = \"none\"".into(), "1:8", "`mode` is"),
+        ("mapping = \"some\"".into(), "1:11", "only be \"none\""),
+        ("route = 3".into(), "1:9", "list of tables"),
+        (MAP.replace("{id:int}", "{id:integer}"), "2:22", "not a capture type"),
+        (MAP.replace("GET /orders", "GET orders"), "2:14", "begins with `/`"),
+        (MAP.replace("GET", "Get"), "2:9", "not a method"),
+        (MAP.replace("GET", "FETCH"), "2:9", "not a method"),
+        (
+            MAP.replace("GET /orders/{id:int}", "GET /.well-known/palisade/{id:int}"),
+            "2:9",
+            "cannot be mapped",
+        ),
+        (MAP.replace("\"{id}\"", "\"{body:/id}\""), "4:10", "`body` does not list `id`"),
+        (MAP.replace("\"{id}\"", "\"{nr}\""), "4:10", "captures no `{nr}`"),
+        (MAP.replace("Order::\"{id}\"", "Order"), "4:10", "is written"),
+        (MAP.replace(", tags = \"entities\"", ""), "1:1", "nothing tells the attribute `tags`"),
+        (MAP.replace("owner = \"entities\"", "ownr = \"entities\""), "5:16", "has no attribute `ownr`"),
+        (MAP.replace("owner = \"entities\"", "owner = \"entity\""), "5:24", "not a source"),
+        (MAP.replace("owner = \"entities\"", "owner = \"path:nr\""), "5:24", "captures no `{nr}`"),
+        (MAP.replace("owner = \"entities\"", "owner = \"claim:email\""), "5:24", "not a claim"),
+        (MAP.replace("owner = \"entities\"", "owner = \"response:owner\""), "5:24", "JSON pointer"),
+        (MAP.replace("owner = \"entities\"", "owner = \"response:/owner\""), "1:1", "not from both"),
+        (
+            MAP.replace("owner = \"entities\"", "owner = \"entities\", total = \"claim:sub\""),
+            "5:44",
+            "a claim is a String",
+        ),
+        (
+            MAP.replace("\"entities\"", "\"response:/x\"").replace("GET", "DELETE"),
+            "5:24",
+            "before its response is seen",
+        ),
+        (route("query = [\"a\", \"a\"]"), "6:15", "listed twice"),
+        (route("query = \"a\""), "6:9", "list of strings"),
+        (route("body = { a = \"id\" }"), "1:1", "GET request has no body"),
+        (route("body_max_bytes = 0").replace("GET", "POST"), "6:18", "at least 1"),
+        (route("body_max_bytes = 9").replace("GET", "POST"), "6:18", "without a body"),
+        (
+            route("body = { a = \"id\" }\nbody_max_bytes = 9_000_000").replace("GET", "POST"),
+            "7:18",
+            "at most",
+        ),
+        (route("body = { a = \"float\" }").replace("GET", "POST"), "6:14", "not a member type"),
+        (route("body_type = \"xml\"").replace("GET", "POST"), "6:13", "does not fit"),
+        (
+            format!("{MAP}{}", MAP.replace("{id:int}", "{nr:slug}").replace("{id}", "{nr}")),
+            "6:1",
+            "matches too",
+        ),
+        (MAP.replace("'Order::\"{id}\"'", "['Order::\"{id}\"', 'Page::\"{id}\"']"), "4:28", "have one type"),
+    ] {
+        let found = map_problem(&map);
+        let place = format!("services/shop/map.toml:{at}");
+        assert!(
+            found.contains(message) && found.contains(&place),
+            "wanted {place} {message}, found\n{found}\nin\n{map}"
+        );
+    }
+}
+
+#[test]
+fn maps_with_several_mistakes_name_them_all() {
+    let found = map_problem(&MAP.replace("\"Read\"", "\"Raed\"").replace("{id:int}", "{id:integer}"));
+    assert!(found.contains("not a capture type"), "{found}");
+    let found = problems(&[
+        ("services/shop/map.toml", Some(&MAP.replace("\"Read\"", "\"Raed\""))),
+        ("services/shop/shop.cedar", Some("permit (principal, action, resource);")),
+    ]);
+    assert!(found.contains("no action `Raed`") && found.contains("no `@id`"), "{found}");
+}
+
+#[test]
+fn policies_with_mistakes_are_problems_with_a_place() {
+    for (policy, at, message) in [
+        (POLICY.replace("resource.owner", "resource.ownr"), "3:8", "ownr"),
+        (POLICY.replace("\"x\"", "7"), "3:8", "not compatible"),
+        (POLICY.replace("resource.owner ==", "resource.total =="), "3:8", ""),
+        (POLICY.replace("Group\"", "Grup\""), "2:48", "Grup"),
+        (POLICY.replace("when {", "when"), "3:6", "unexpected token"),
+        (POLICY.replace("@id(\"read\")\n", ""), "1:1", "no `@id`"),
+        (POLICY.replace("@id(\"read\")", "@id(\"read it\")"), "1:1", "no `@id`"),
+        (format!("{POLICY}{POLICY}"), "4:1", "the id `read` is taken by services/shop/shop.cedar:1"),
+        (POLICY.replace("principal is Mesh::Workload", "principal"), "1:1", "a permit for any principal"),
+        (POLICY.replace("principal is Mesh::Workload", "principal == ?principal"), "1:1", "a template"),
+        (POLICY.replace("is Mesh::Workload", "== Mesh::Workload::\"web\""), "1:1", "names no workload"),
+        (
+            POLICY
+                .replace("is Mesh::Workload", "== Mesh::Workload::\"spiffe://bank.example.org/service/web\""),
+            "1:1",
+            "not of the trust domain",
+        ),
+        (POLICY.replace("owner == \"x\"", "owner == \"x\" && false"), "1:1", ""),
+    ] {
+        let found = policy_problem(&policy);
+        let place = format!("services/shop/shop.cedar:{at}");
+        assert!(
+            found.contains(message) && found.contains(&place),
+            "wanted {place} {message}, found\n{found}\nin\n{policy}"
+        );
+    }
+    assert!(policy_problem("// nothing\n").contains("has no policy, so every request would be denied"));
+}
+
+#[test]
+fn schemas_with_mistakes_are_problems() {
+    let schema = |text: &str| problems(&[("services/shop/shop.cedarschema", Some(text))]);
+    assert!(
+        schema(&SCHEMA.replace("entity Page;", "entity Page"))
+            .starts_with("services/shop/shop.cedarschema:4:")
+    );
+    assert!(
+        schema(&SCHEMA.replace("namespace Shop", "namespace Mesh"))
+            .contains("cannot declare the namespace Mesh")
+    );
+    assert!(schema("entity Order;").contains("exactly one namespace"));
+    assert!(
+        schema(&SCHEMA.replace("total?: Long", "total?: { x: Long }"))
+            .contains("the attribute total of Shop::Order")
+    );
+    assert!(schema(&SCHEMA.replace("[Mesh::Workload]", "[Page]")).contains("which no request carries"));
+    assert!(schema(&SCHEMA.replace("Mesh::Context", "{}")).contains("is not what requests carry"));
+    let mesh = problems(&[("mesh.cedarschema", Some(&MESH.replace("    service: String,\n", "")))]);
+    assert!(mesh.contains("the mesh's types are not as requests carry them"), "{mesh}");
+    let twice = problems(&[
+        ("services/two/two.cedarschema", Some(SCHEMA)),
+        ("services/two/map.toml", Some(MAP)),
+        ("services/two/two.cedar", Some(POLICY)),
+    ]);
+    assert!(twice.contains("the namespace Shop is declared by the service shop too"), "{twice}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_change_to_a_map_is_read_or_explained(at in 0..MAP.len(), with in "[ -~\\n\u{e9}]{0,3}", cut in 0usize..8) {
+        let mut map = MAP.to_owned();
+        map.replace_range(at..(at + cut).min(MAP.len()), &with);
+        let (loaded, _dir) = load(&[("services/shop/map.toml", Some(&map))]);
+        if let Err(problems) = loaded {
+            prop_assert!(!problems.0.is_empty());
+            prop_assert!(problems.0.iter().all(|p| p.file.ends_with("map.toml") && p.line > 0), "{problems}");
+        }
+    }
+}
