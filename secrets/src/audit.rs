@@ -239,6 +239,12 @@ impl Audit {
         outcome
     }
 
+    /// Puts another file in the place of the one that is written.
+    #[cfg(test)]
+    pub(crate) fn swap_file(&self, file: File) -> File {
+        std::mem::replace(&mut self.file.lock().unwrap().file, file)
+    }
+
     fn append(&self, entry: &Map<String, Value>) -> Result<Head, AuditError> {
         let mut chain = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = chain.head.seq + 1;
@@ -451,10 +457,10 @@ mod tests {
         let file = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let (_directory, path, _) = written(1);
         let audit = Audit::open(&path).unwrap();
-        let good = std::mem::replace(&mut audit.file.lock().unwrap().file, file);
+        let good = audit.swap_file(file);
         assert!(matches!(audit.write(&entry("lost")), Err(AuditError::Write(_))));
         assert!(audit.is_failing());
-        audit.file.lock().unwrap().file = good;
+        audit.swap_file(good);
         assert_eq!(audit.write(&entry("kept")).unwrap().seq, 2);
         assert!(!audit.is_failing());
         assert_eq!(verify_file(&path, None).unwrap().seq, 2);

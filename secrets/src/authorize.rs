@@ -91,10 +91,10 @@ pub struct Grant {
 
 /// A policy's no. The caller is told the receipt and nothing else.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("denied, receipt {receipt}")]
+#[error("denied")]
 pub struct Denial {
-    /// The decision's id.
-    pub receipt: String,
+    /// The decision's id; `None` if not even that could be made.
+    pub receipt: Option<String>,
 }
 
 /// Decides about workloads. Every decision is recorded by whoever implements this.

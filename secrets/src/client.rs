@@ -135,6 +135,14 @@ impl Client {
         self.json(Method::GET, "sys/seal-status", None).await
     }
 
+    /// Whether the vault is unsealed and can serve.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] with 501 before `init`, 503 while sealed or while nothing can be audited.
+    pub async fn health(&self) -> Result<(), ClientError> {
+        self.json::<serde::de::IgnoredAny>(Method::GET, "sys/health", None).await.map(drop)
+    }
+
     /// Makes the vault.
     ///
     /// # Errors

@@ -54,11 +54,11 @@ pub enum CoreError {
 }
 
 /// What `init` gives out, once.
-pub struct Init {
+pub(crate) struct Init {
     /// The shares of the unseal key.
-    pub shares: Vec<Zeroizing<Vec<u8>>>,
+    pub(crate) shares: Vec<Zeroizing<Vec<u8>>>,
     /// The first root token.
-    pub root_token: SecretString,
+    pub(crate) root_token: SecretString,
 }
 
 impl fmt::Debug for Init {

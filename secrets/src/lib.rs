@@ -20,6 +20,7 @@ pub mod audit;
 mod auth;
 pub mod authorize;
 pub mod barrier;
+mod cedar;
 pub mod client;
 mod core;
 mod http;
@@ -38,4 +39,4 @@ pub use crate::http::{
     MAX_HEADERS, MAX_STREAMS, REQUEST_TIMEOUT,
 };
 pub use crate::random::SharedRandom;
-pub use crate::vault::{Vault, VaultConfig, VaultError};
+pub use crate::vault::{POLICY_SERVICE, Vault, VaultConfig, VaultError};

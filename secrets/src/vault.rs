@@ -14,6 +14,7 @@ use thiserror::Error;
 use tokio_rustls::TlsAcceptor;
 
 use crate::authorize::Authorizer;
+use crate::cedar::CedarAuthorizer;
 use crate::core::{Core, CoreError, SealStatus};
 use crate::http::{self, Service};
 use crate::random::SharedRandom;
@@ -90,6 +91,25 @@ impl fmt::Debug for Vault {
 }
 
 impl Vault {
+    /// [`Vault::start_with`] with the Cedar policies of the service [`POLICY_SERVICE`] as the judge; every
+    /// decision goes to `recorder`.
+    ///
+    /// # Errors
+    /// No policy for the vault, and what [`Vault::start_with`] says.
+    pub async fn start(
+        config: VaultConfig,
+        source: IdentitySource,
+        policies: Arc<policy::Policies>,
+        recorder: Arc<dyn policy::Recorder>,
+        clock: SharedClock,
+        random: SharedRandom,
+        scope: &Scope,
+    ) -> Result<Self, VaultError> {
+        let policy = policies.service(POLICY_SERVICE).ok_or(VaultError::NoPolicy)?;
+        let authorizer = Arc::new(CedarAuthorizer::new(policy, recorder, random.clone()));
+        Self::start_with(config, source, authorizer, clock, random, scope).await
+    }
+
     /// Opens the state, unseals if it has the key, and serves until `scope` drains; then requests under way
     /// finish and the vault seals itself. [`Vault::start`] is this with Cedar policies as the judge.
     ///
@@ -192,5 +212,109 @@ async fn sweep(core: Arc<Core>, scope: Scope) {
             Ok(count) => tracing::debug!(count, "removed expired tokens"),
             Err(error) => tracing::warn!(cause = http::chain(&error), "expired tokens could not be removed"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use identity::testing::TestAuthority;
+    use serde_json::json;
+
+    use super::*;
+    use crate::audit;
+    use crate::authorize::{AccessRequest, Denial, Grant};
+    use crate::barrier::tests::random;
+    use crate::client::{Client, ClientError};
+    use crate::path::SecretPath;
+
+    struct Nobody;
+
+    impl Authorizer for Nobody {
+        fn may(&self, _request: &AccessRequest<'_>) -> Result<Grant, Denial> {
+            Err(Denial { receipt: None })
+        }
+    }
+
+    fn listener(address: &str) -> TcpListener {
+        TcpListener::bind(address).unwrap()
+    }
+
+    async fn start(directory: &std::path::Path, operator: TcpListener) -> Result<(Vault, Scope), VaultError> {
+        let scope = Scope::new();
+        let config = VaultConfig {
+            state: directory.join("state"),
+            listen: listener("127.0.0.1:0"),
+            operator: Some(operator),
+            audit: directory.join("audit.jsonl"),
+            unseal_key: None,
+        };
+        let source = TestAuthority::new("bank.example").source("/palisade/vault");
+        let clock = identity::SystemClock::shared();
+        let vault = Vault::start_with(config, source, Arc::new(Nobody), clock, random(), &scope).await?;
+        Ok((vault, scope))
+    }
+
+    #[tokio::test]
+    async fn an_operators_listener_off_loopback_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = start(directory.path(), listener("0.0.0.0:0")).await.unwrap_err();
+        assert!(matches!(error, VaultError::OperatorAddress(_)), "{error}");
+        assert!(!directory.path().join("state").exists(), "nothing is half started");
+    }
+
+    #[tokio::test]
+    async fn security_37_no_audit_no_answer_and_health_says_so_until_it_heals() {
+        let directory = tempfile::tempdir().unwrap();
+        let (vault, scope) = start(directory.path(), listener("127.0.0.1:0")).await.unwrap();
+        let client = Client::new(vault.operator_address().unwrap()).unwrap();
+        let keys = client.init(1, 1).await.unwrap();
+        client.unseal(&keys.shares[0]).await.unwrap();
+        let client = client.with_token(keys.root_token);
+        let path = SecretPath::new("a").unwrap();
+        client.kv_put(&path, &json!({"v": 1}), None).await.unwrap();
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let good = vault.core.audit.swap_file(full);
+        let refused = |outcome: Result<(), ClientError>| match outcome {
+            Err(ClientError::Refused { status, .. }) => status.as_u16(),
+            other => panic!("not refused: {other:?}"),
+        };
+        assert_eq!(refused(client.kv_get(&path).await.map(drop)), 503);
+        assert_eq!(refused(client.kv_put(&path, &json!({"v": 2}), None).await.map(drop)), 503);
+        assert_eq!(refused(client.health().await.map(drop)), 503);
+        vault.core.audit.swap_file(good);
+        assert!(client.health().await.is_ok());
+        assert_eq!(client.kv_get(&path).await.unwrap().unwrap().version, 1, "the refused write did nothing");
+        scope.drain();
+        scope.finished(Duration::from_secs(10)).await.unwrap();
+        let file = directory.path().join("audit.jsonl");
+        assert_eq!(audit::verify_file(&file, None).unwrap(), vault.core.audit.head());
+    }
+
+    #[tokio::test]
+    async fn an_audit_file_that_was_cut_is_noticed_at_the_next_unsealing() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("audit.jsonl");
+        let (vault, scope) = start(directory.path(), listener("127.0.0.1:0")).await.unwrap();
+        let client = Client::new(vault.operator_address().unwrap()).unwrap();
+        let keys = client.init(1, 1).await.unwrap();
+        client.unseal(&keys.shares[0]).await.unwrap();
+        for n in 0..3 {
+            let path = SecretPath::new(&format!("s/{n}")).unwrap();
+            client.clone().with_token(keys.root_token.clone()).kv_put(&path, &json!({}), None).await.unwrap();
+        }
+        scope.drain();
+        scope.finished(Duration::from_secs(10)).await.unwrap();
+        assert!(vault.core.is_sealed(), "a drained vault has wiped its keys");
+        drop(vault);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let kept: String = text.lines().take(2).map(|line| format!("{line}\n")).collect();
+        std::fs::write(&file, kept).unwrap();
+        let (vault, scope) = start(directory.path(), listener("127.0.0.1:0")).await.unwrap();
+        let client = Client::new(vault.operator_address().unwrap()).unwrap();
+        assert!(!client.unseal(&keys.shares[0]).await.unwrap().sealed);
+        assert!(std::fs::read_to_string(&file).unwrap().contains("chain-break"));
+        assert!(audit::verify_file(&file, None).is_ok());
+        scope.drain();
+        scope.finished(Duration::from_secs(10)).await.unwrap();
     }
 }

@@ -187,7 +187,7 @@ impl From<RouteError> for ApiError {
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::Denied(denial) => Self { receipt: Some(denial.receipt), ..Self::permission_denied() },
+            Refusal::Denied(denial) => Self { receipt: denial.receipt, ..Self::permission_denied() },
             Refusal::Token => Self::permission_denied(),
         }
     }

@@ -1,0 +1,64 @@
+//! Cedar policies as the judge of workloads.
+
+use std::sync::Arc;
+
+use policy::{
+    Attributes, Caller, Layer, ObjectRef, Occasion, Principal, Receipt, Recorder, ServicePolicy, Verdict,
+};
+
+use crate::authorize::{AccessRequest, Authorizer, Denial, Grant};
+use crate::random::SharedRandom;
+
+/// The Cedar type of a secret or folder.
+const OBJECT_TYPE: &str = "Vault::Secret";
+
+/// Asks the vault's [`ServicePolicy`] and hands every decision to a [`Recorder`].
+pub(crate) struct CedarAuthorizer {
+    policy: Arc<ServicePolicy>,
+    recorder: Arc<dyn Recorder>,
+    random: SharedRandom,
+}
+
+impl CedarAuthorizer {
+    pub(crate) fn new(policy: Arc<ServicePolicy>, recorder: Arc<dyn Recorder>, random: SharedRandom) -> Self {
+        Self { policy, recorder, random }
+    }
+}
+
+impl Authorizer for CedarAuthorizer {
+    /// Denials are enforced whatever the policy's mode: audit mode is for finding out what a service's
+    /// policy lacks, and a secret that was given out cannot be taken back.
+    fn may(&self, request: &AccessRequest<'_>) -> Result<Grant, Denial> {
+        let Ok(receipt) = Receipt::generate(self.random.as_ref()) else {
+            tracing::error!("denied: the system's random generator failed");
+            return Err(Denial { receipt: None });
+        };
+        let caller = Caller {
+            principal: Principal::Workload(request.caller.clone()),
+            user: None,
+            chain: Arc::from([]),
+            address: Some(request.address),
+        };
+        let occasion = Occasion {
+            receipt,
+            now: request.now,
+            layer: Layer::Vault,
+            method: request.method.to_owned(),
+            target: request.uri.to_owned(),
+            transaction: None,
+            trace_id: request.trace_id.map(str::to_owned),
+        };
+        let object = ObjectRef::new(OBJECT_TYPE, &request.target.object_id());
+        let action = request.action.name();
+        match self.policy.decide_object(&caller, action, &object, &Attributes::none(), &occasion) {
+            Verdict::Permit(permit) => {
+                self.recorder.record(permit.record().clone());
+                Ok(Grant { rule: permit.rule().to_string(), receipt: permit.receipt().to_string() })
+            }
+            Verdict::Deny(denial) => {
+                self.recorder.record(denial.record().clone());
+                Err(Denial { receipt: Some(denial.receipt().to_string()) })
+            }
+        }
+    }
+}
