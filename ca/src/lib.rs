@@ -1,1 +1,37 @@
-//! ca
+//! The certificate authority of the mesh and the agent that hands its identities out.
+//!
+//! [`control`] holds the root key, knows which workload may have which SPIFFE ID, and signs for agents.
+//! [`agent`] runs once a host, proves the host to control, attests local processes and serves them the
+//! SPIFFE Workload API. Everything else reads what these two know.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`authority`], [`csr`] | issuing X.509-SVIDs for public keys taken from certificate requests |
+//! | [`entry`] | which process gets which SPIFFE ID |
+//! | [`control`] | the authority as a process: gRPC for agents, storage, the read model |
+//! | [`admin`] | the client of control's admin socket, for the command line |
+//! | [`agent`] | node identity, workload attestation, rotation, the Workload API |
+//! | [`mesh`] | the client with which a workload hands in its decisions |
+//! | [`model`] | what control tells people and the console |
+//! | [`random`] | randomness as a parameter |
+
+pub mod admin;
+pub mod agent;
+pub mod authority;
+mod backoff;
+pub mod control;
+pub mod csr;
+pub mod entry;
+mod hex;
+mod keyfile;
+pub mod mesh;
+pub mod model;
+mod pb;
+pub mod random;
+mod socket;
+mod state;
+mod transport;
+
+pub use keyfile::KeyFileError;
+pub use socket::SocketError;
+pub use state::StateError;

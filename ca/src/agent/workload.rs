@@ -1,0 +1,531 @@
+//! The agent's Unix socket: the SPIFFE Workload API and the mesh service, each for attested callers.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::Stream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use tonic::{Request, Response, Status};
+
+use identity::clock::SharedClock;
+use identity::workload_api::SECURITY_HEADER;
+use identity::workload_api::proto;
+use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use identity::{Scope, TrustDomain, X509Svid};
+
+use super::attest::{AttestError, Attestor, Process};
+use super::decisions::Queue;
+use super::rotation::Svids;
+use super::upstream::HostView;
+use crate::pb::mesh as pb;
+use crate::pb::mesh::mesh_server::{Mesh, MeshServer};
+use crate::transport::ACCEPT_PAUSE;
+use crate::{control, socket};
+
+/// Connections at once: a host's workloads, each with a few.
+const MAX_CONNECTIONS: usize = 4_096;
+/// Connections at once of one user, so that one cannot shut out the others.
+const MAX_CONNECTIONS_PER_UID: usize = 1_024;
+/// Executables looked at at once: hashing is disk and CPU.
+const MAX_INSPECTIONS: usize = 4;
+/// Connections that wait for tonic to take them.
+const ACCEPT_QUEUE: usize = 64;
+/// Streams at once on a connection: a workload needs a handful.
+const MAX_STREAMS: u32 = 32;
+/// Longest request headers.
+const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// Largest request: a full batch of decisions.
+const MAX_REQUEST_BYTES: usize = 1024 * 1024;
+/// How long a first answer waits for an SVID that is being signed, before it says `Unavailable`.
+const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the socket serves from.
+#[derive(Debug, Clone)]
+pub(super) struct Local {
+    pub(super) trust_domain: TrustDomain,
+    pub(super) view: watch::Receiver<Option<Arc<HostView>>>,
+    pub(super) svids: watch::Receiver<Arc<Svids>>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) clock: SharedClock,
+    pub(super) scope: Scope,
+}
+
+/// What attestation made of a connection's peer.
+type Attested = Arc<Result<Process, AttestError>>;
+
+/// A connection whose peer has been looked at.
+pub(super) struct LocalConnection {
+    stream: UnixStream,
+    attested: Attested,
+    _slot: tokio::sync::OwnedSemaphorePermit,
+    _user: UserSlot,
+}
+
+impl Connected for LocalConnection {
+    type ConnectInfo = Attested;
+
+    fn connect_info(&self) -> Attested {
+        Arc::clone(&self.attested)
+    }
+}
+
+impl AsyncRead for LocalConnection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for LocalConnection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// Connections of each user.
+#[derive(Debug, Default, Clone)]
+struct Users(Arc<Mutex<HashMap<u32, usize>>>);
+
+/// One connection of a user, counted while it lives.
+struct UserSlot {
+    users: Users,
+    uid: u32,
+}
+
+impl Users {
+    fn enter(&self, uid: u32) -> Option<UserSlot> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(uid).or_default();
+        if *count >= MAX_CONNECTIONS_PER_UID {
+            return None;
+        }
+        *count += 1;
+        Some(UserSlot { users: self.clone(), uid })
+    }
+}
+
+impl Drop for UserSlot {
+    fn drop(&mut self) {
+        let mut counts = self.users.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// Accepts connections until the scope drains and attests each one's peer before it may speak.
+pub(super) fn accept(
+    listener: UnixListener,
+    attestor: Attestor,
+    clock: SharedClock,
+    scope: &Scope,
+) -> mpsc::Receiver<io::Result<LocalConnection>> {
+    let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let inspections = Arc::new(Semaphore::new(MAX_INSPECTIONS));
+    let users = Users::default();
+    let tasks = scope.clone();
+    scope.spawn_critical("workload accept loop", async move {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = tasks.draining() => return,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "accept failed");
+                    clock.sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let credentials = attestor.credentials(&stream);
+            let uid = stream.peer_cred().map_or(u32::MAX, |credentials| credentials.uid());
+            let (Ok(slot), Some(user)) = (Arc::clone(&slots).try_acquire_owned(), users.enter(uid)) else {
+                tracing::warn!(uid, "too many connections; refused");
+                continue;
+            };
+            let (attestor, sender, inspections) =
+                (attestor.clone(), sender.clone(), Arc::clone(&inspections));
+            tasks.spawn("attestation of a workload", async move {
+                let Ok(_turn) = inspections.acquire_owned().await else { return };
+                let outcome = match credentials {
+                    Ok(peer) => tokio::task::spawn_blocking(move || attestor.inspect(peer))
+                        .await
+                        .unwrap_or(Err(AttestError::Proc)),
+                    Err(error) => Err(error),
+                };
+                let connection =
+                    LocalConnection { stream, attested: Arc::new(outcome), _slot: slot, _user: user };
+                // A closed queue means that the server is stopping.
+                let _stopping = sender.send(Ok(connection)).await.is_err();
+            });
+        }
+    });
+    receiver
+}
+
+/// Serves until the scope drains, then removes the socket.
+pub(super) async fn serve(
+    local: Local,
+    connections: mpsc::Receiver<io::Result<LocalConnection>>,
+    path: PathBuf,
+) {
+    let scope = local.scope.clone();
+    let (_, health) = tonic_health::server::health_reporter();
+    let outcome = tonic::transport::Server::builder()
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .add_service(
+            SpiffeWorkloadApiServer::new(WorkloadService(local.clone()))
+                .max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
+        .add_service(MeshServer::new(MeshService(local)).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(health)
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move { scope.draining().await })
+        .await;
+    if let Err(error) = outcome {
+        tracing::error!(%error, "the workload API failed");
+    }
+    socket::remove(&path);
+}
+
+/// The standard's guard against a browser or proxy that was talked into calling (WE §6): the metadata
+/// exactly once and exactly `true`.
+fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
+    let mut values = request.metadata().get_all(SECURITY_HEADER).iter();
+    match (values.next(), values.next()) {
+        (Some(value), None) if value.as_bytes() == b"true" => Ok(()),
+        _ => Err(Status::invalid_argument("the metadata \"workload.spiffe.io: true\" is needed, once")),
+    }
+}
+
+/// The attested peer. One that could not be attested has no identity.
+fn attested<T>(request: &Request<T>) -> Result<Attested, Status> {
+    let attested = request
+        .extensions()
+        .get::<Attested>()
+        .cloned()
+        .ok_or_else(|| Status::internal("no connection information"))?;
+    if let Err(error) = attested.as_ref() {
+        tracing::warn!(reason = %error, "a caller could not be attested");
+        return Err(no_identity());
+    }
+    Ok(attested)
+}
+
+fn no_identity() -> Status {
+    Status::permission_denied("no identity is registered for this workload")
+}
+
+/// The SPIFFE Workload API.
+#[derive(Debug)]
+struct WorkloadService(Local);
+
+type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl WorkloadService {
+    fn stream<T, M>(
+        &self,
+        request: &Request<T>,
+        make: M,
+    ) -> Result<Response<ResponseStream<M::Message>>, Status>
+    where
+        M: Make + Send + 'static,
+        M::Message: Send + 'static,
+    {
+        check_header(request)?;
+        let feed = Feed {
+            local: self.0.clone(),
+            attested: attested(request)?,
+            make,
+            last: None,
+            logged: false,
+            over: false,
+        };
+        Ok(Response::new(Box::pin(futures::stream::unfold(feed, Feed::next))))
+    }
+
+    fn no_jwt<T, A>(request: &Request<T>) -> Result<Response<A>, Status> {
+        check_header(request)?;
+        Err(Status::unimplemented("this agent gives X.509-SVIDs only: use FetchX509SVID"))
+    }
+}
+
+#[tonic::async_trait]
+impl SpiffeWorkloadApi for WorkloadService {
+    type FetchX509SVIDStream = ResponseStream<proto::X509svidResponse>;
+
+    async fn fetch_x509svid(
+        &self,
+        request: Request<proto::X509svidRequest>,
+    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+        self.stream(&request, MakeSvids)
+    }
+
+    type FetchX509BundlesStream = ResponseStream<proto::X509BundlesResponse>;
+
+    async fn fetch_x509_bundles(
+        &self,
+        request: Request<proto::X509BundlesRequest>,
+    ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
+        self.stream(&request, MakeBundles)
+    }
+
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<proto::JwtsvidRequest>,
+    ) -> Result<Response<proto::JwtsvidResponse>, Status> {
+        Self::no_jwt(&request)
+    }
+
+    type FetchJWTBundlesStream = ResponseStream<proto::JwtBundlesResponse>;
+
+    async fn fetch_jwt_bundles(
+        &self,
+        request: Request<proto::JwtBundlesRequest>,
+    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
+        Self::no_jwt(&request)
+    }
+
+    async fn validate_jwtsvid(
+        &self,
+        request: Request<proto::ValidateJwtsvidRequest>,
+    ) -> Result<Response<proto::ValidateJwtsvidResponse>, Status> {
+        Self::no_jwt(&request)
+    }
+}
+
+/// Makes one kind of message from what a caller may have.
+trait Make {
+    type Message;
+    /// `None` if there is nothing to say yet. The text tells one message from the next, without keys.
+    fn make(
+        &self,
+        domain: &TrustDomain,
+        view: &HostView,
+        svids: &[Arc<X509Svid>],
+    ) -> Option<(String, Self::Message)>;
+}
+
+struct MakeSvids;
+
+impl Make for MakeSvids {
+    type Message = proto::X509svidResponse;
+
+    fn make(
+        &self,
+        _: &TrustDomain,
+        view: &HostView,
+        svids: &[Arc<X509Svid>],
+    ) -> Option<(String, Self::Message)> {
+        if svids.is_empty() {
+            return None;
+        }
+        let bundle = view.bundle.concatenated();
+        let mut text = crate::hex::sha256(&bundle);
+        for svid in svids {
+            text.push('/');
+            text.push_str(svid.serial());
+        }
+        let svids = svids
+            .iter()
+            .map(|svid| proto::X509svid {
+                spiffe_id: svid.id().to_string(),
+                x509_svid: svid.chain().iter().flat_map(|der| der.iter().copied()).collect(),
+                x509_svid_key: svid.key_pkcs8().to_vec(),
+                bundle: bundle.clone(),
+                hint: String::new(),
+            })
+            .collect();
+        Some((text, proto::X509svidResponse { svids, ..Default::default() }))
+    }
+}
+
+struct MakeBundles;
+
+impl Make for MakeBundles {
+    type Message = proto::X509BundlesResponse;
+
+    fn make(
+        &self,
+        domain: &TrustDomain,
+        view: &HostView,
+        _: &[Arc<X509Svid>],
+    ) -> Option<(String, Self::Message)> {
+        let bundle = view.bundle.concatenated();
+        let text = crate::hex::sha256(&bundle);
+        let bundles = [(domain.id_string(), bundle)].into();
+        Some((text, proto::X509BundlesResponse { bundles, ..Default::default() }))
+    }
+}
+
+/// One open stream to a workload.
+struct Feed<M> {
+    local: Local,
+    attested: Attested,
+    make: M,
+    last: Option<String>,
+    logged: bool,
+    over: bool,
+}
+
+impl<M: Make> Feed<M> {
+    /// The next message: at once the first time, then at every change that concerns the caller. The
+    /// stream ends with an error when the caller's entry goes away, or the agent does.
+    async fn next(mut self) -> Option<(Result<M::Message, Status>, Self)> {
+        if self.over {
+            return None;
+        }
+        let outcome = self.wait().await;
+        self.over = outcome.is_err();
+        Some((outcome, self))
+    }
+
+    async fn wait(&mut self) -> Result<M::Message, Status> {
+        let attested = Arc::clone(&self.attested);
+        let Ok(process) = attested.as_ref() else { return Err(no_identity()) };
+        let patience = self.local.clock.sleep(FIRST_SVID_PATIENCE);
+        tokio::pin!(patience);
+        loop {
+            // A socket can outlive the process that opened it, in a child; an identity cannot.
+            if !process.is_alive() {
+                return Err(no_identity());
+            }
+            let view = self.local.view.borrow_and_update().clone();
+            let view = view.ok_or_else(|| Status::unavailable("the agent is starting"))?;
+            let svids = self.local.svids.borrow_and_update().clone();
+            let matching = process.matching(&view);
+            self.log(process, &view, &matching);
+            if matching.is_empty() {
+                return Err(no_identity());
+            }
+            let now = self.local.clock.now();
+            let svids: Vec<_> = matching
+                .iter()
+                .filter_map(|entry| svids.get(&entry.entry_id))
+                .filter(|svid| now < svid.not_after())
+                .cloned()
+                .collect();
+            if let Some((text, message)) = self.make.make(&self.local.trust_domain, &view, &svids)
+                && self.last.as_ref() != Some(&text)
+            {
+                self.last = Some(text);
+                return Ok(message);
+            }
+            // The watches' writers live as long as the agent's tasks.
+            let stopping = |_| Status::unavailable("the agent is stopping");
+            tokio::select! {
+                changed = self.local.view.changed() => changed.map_err(stopping)?,
+                changed = self.local.svids.changed() => changed.map_err(stopping)?,
+                () = self.local.scope.draining() => return Err(Status::unavailable("the agent is stopping")),
+                () = &mut patience, if self.last.is_none() => {
+                    return Err(Status::unavailable("no identity could be signed yet"));
+                }
+            }
+        }
+    }
+
+    fn log(&mut self, process: &Process, view: &HostView, matching: &[&super::upstream::LocalEntry]) {
+        if matching.is_empty() {
+            let near = process.near_misses(view).join("; ");
+            tracing::warn!(caller = process.describe(), near, "no entry matches");
+        } else if !self.logged {
+            self.logged = true;
+            for entry in matching {
+                let by = entry.selectors.describe();
+                tracing::info!(id = %entry.id, pid = process.pid, uid = process.uid, by, "workload attested");
+            }
+        }
+    }
+}
+
+/// The mesh service.
+#[derive(Debug)]
+struct MeshService(Local);
+
+#[tonic::async_trait]
+impl Mesh for MeshService {
+    async fn report(
+        &self,
+        request: Request<pb::ReportRequest>,
+    ) -> Result<Response<pb::ReportResponse>, Status> {
+        check_header(&request)?;
+        let attested = attested(&request)?;
+        let Ok(process) = attested.as_ref() else { return Err(no_identity()) };
+        let view =
+            self.0.view.borrow().clone().ok_or_else(|| Status::unavailable("the agent is starting"))?;
+        let matching = process.matching(&view);
+        let Some(entry) = matching.first().filter(|_| process.is_alive()) else {
+            tracing::warn!(caller = process.describe(), "decisions of a process without identity refused");
+            return Err(no_identity());
+        };
+        let pb::ReportRequest { decisions, dropped } = request.into_inner();
+        if decisions.len() > control::MAX_REPORT_BATCH {
+            return Err(Status::invalid_argument("too many decisions in one batch"));
+        }
+        let accepted = self.0.queue.push(decisions, &entry.id, dropped);
+        Ok(Response::new(pb::ReportResponse { accepted }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::metadata::MetadataValue;
+
+    use super::*;
+
+    #[test]
+    fn identity_2_the_security_header_must_be_there_once_and_exact() {
+        let with = |values: &[&'static str]| {
+            let mut request = Request::new(());
+            for value in values {
+                request.metadata_mut().append(SECURITY_HEADER, MetadataValue::from_static(value));
+            }
+            check_header(&request).map_err(|status| status.code())
+        };
+        assert_eq!(with(&["true"]), Ok(()));
+        for bad in [&[][..], &["True"], &["TRUE"], &["false"], &[""], &["true", "true"], &["true", "false"]] {
+            assert_eq!(with(bad), Err(tonic::Code::InvalidArgument), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn security_14_one_user_cannot_shut_out_the_others() {
+        let users = Users::default();
+        let mut held: Vec<_> = (0..MAX_CONNECTIONS_PER_UID).map(|_| users.enter(1).unwrap()).collect();
+        assert!(users.enter(1).is_none());
+        assert!(users.enter(2).is_some());
+        held.pop();
+        assert!(users.enter(1).is_some());
+        drop(held);
+        assert!(users.0.lock().unwrap().is_empty());
+    }
+}

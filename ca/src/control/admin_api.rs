@@ -1,0 +1,127 @@
+//! The admin socket: HTTP/1.1 and JSON for the command line, for whoever may enter its directory.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Path as Segment, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixListener;
+
+use super::{ControlError, ControlHandle, Entry, JoinTokenError, StoreError};
+use crate::model::DecisionQuery;
+use crate::{socket, state};
+
+/// Permissions of the socket: the owner alone.
+const SOCKET_MODE: u32 = 0o600;
+/// Largest request: a hundred thousand entries of a few hundred bytes.
+const MAX_BODY_BYTES: usize = 64 * 1024 * 1024;
+
+/// What is asked for with [`crate::admin::AdminClient::create_join_token`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct JoinTokenRequest {
+    pub(crate) host: String,
+    pub(crate) ttl_seconds: u64,
+}
+
+/// Every error's body.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ErrorBody {
+    pub(crate) error: String,
+}
+
+/// Binds the socket in its directory, which is checked to be ours alone first.
+pub(super) fn bind(path: &Path) -> Result<UnixListener, ControlError> {
+    let directory = path
+        .parent()
+        .filter(|directory| !directory.as_os_str().is_empty())
+        .ok_or_else(|| ControlError::SocketPath(path.to_owned()))?;
+    state::private_directory(directory)?;
+    Ok(socket::bind(path, SOCKET_MODE)?)
+}
+
+/// Serves until the scope drains, then removes the socket.
+pub(super) async fn serve(control: ControlHandle, listener: UnixListener, path: PathBuf) {
+    let scope = control.0.scope.clone();
+    let router = Router::new()
+        .route("/v1/join-tokens", post(create_join_token))
+        .route("/v1/status", get(status))
+        .route("/v1/decisions", get(decisions))
+        .route("/v1/decisions/{receipt}", get(decision))
+        .route("/v1/bundle", get(bundle))
+        .route("/v1/entries", post(replace_entries))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(control);
+    let outcome =
+        axum::serve(listener, router).with_graceful_shutdown(async move { scope.draining().await }).await;
+    if let Err(error) = outcome {
+        tracing::error!(%error, "the admin socket failed");
+    }
+    socket::remove(&path);
+}
+
+async fn create_join_token(State(control): State<ControlHandle>, body: axum::body::Bytes) -> Response {
+    let request: JoinTokenRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error),
+    };
+    match control.create_join_token(&request.host, Duration::from_secs(request.ttl_seconds)).await {
+        Ok(token) => axum::Json(token).into_response(),
+        Err(error @ (JoinTokenError::Host(_) | JoinTokenError::Ttl)) => {
+            refuse(StatusCode::BAD_REQUEST, &error)
+        }
+        Err(error @ JoinTokenError::Store(StoreError::TooManyTokens)) => refuse(StatusCode::CONFLICT, &error),
+        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &error),
+    }
+}
+
+async fn status(State(control): State<ControlHandle>) -> Response {
+    answer(control.status().await)
+}
+
+async fn decisions(State(control): State<ControlHandle>, Query(query): Query<DecisionQuery>) -> Response {
+    answer(control.decisions(query).await)
+}
+
+async fn decision(State(control): State<ControlHandle>, Segment(receipt): Segment<String>) -> Response {
+    match control.decision(&receipt).await {
+        Ok(None) => {
+            let body = ErrorBody { error: format!("no decision has the receipt {receipt:?}") };
+            (StatusCode::NOT_FOUND, axum::Json(body)).into_response()
+        }
+        found => answer(found),
+    }
+}
+
+async fn bundle(State(control): State<ControlHandle>) -> Response {
+    ([(http::header::CONTENT_TYPE, "application/x-pem-file")], control.bundle().pem()).into_response()
+}
+
+async fn replace_entries(State(control): State<ControlHandle>, body: axum::body::Bytes) -> Response {
+    let entries: Vec<Entry> = match serde_json::from_slice(&body) {
+        Ok(entries) => entries,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error),
+    };
+    match control.replace_entries(entries) {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+    }
+}
+
+fn answer<T: Serialize>(outcome: Result<T, StoreError>) -> Response {
+    match outcome {
+        Ok(value) => axum::Json(value).into_response(),
+        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &error),
+    }
+}
+
+fn refuse(status: StatusCode, error: &(dyn std::error::Error + 'static)) -> Response {
+    if status.is_server_error() {
+        tracing::error!(error, "an admin request failed");
+    }
+    (status, axum::Json(ErrorBody { error: error.to_string() })).into_response()
+}
