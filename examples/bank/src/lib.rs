@@ -14,6 +14,7 @@
 
 mod call;
 mod error;
+mod policies;
 mod serve;
 mod state;
 mod wire;
@@ -23,3 +24,4 @@ pub mod payments;
 pub mod web;
 
 pub use error::BankError;
+pub use policies::POLICIES;
