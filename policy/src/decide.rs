@@ -13,7 +13,7 @@ use identity::txn::User;
 use identity::{SpiffeId, TrustDomain};
 use serde_json::json;
 
-use crate::explain;
+use crate::explain::{self, Scope};
 use crate::map::Source;
 use crate::object::{AttributeValue, Attributes, ObjectRef};
 use crate::receipt::Receipt;
@@ -209,6 +209,7 @@ pub(crate) struct PolicyEntry {
     pub(crate) file: Arc<str>,
     pub(crate) line: usize,
     pub(crate) effect: PolicyEffect,
+    pub(crate) scope: Scope,
 }
 
 impl PolicyEntry {
@@ -216,6 +217,9 @@ impl PolicyEntry {
         Rule::Policy { id: self.id.clone(), file: self.file.to_string(), line: self.line }
     }
 }
+
+/// A request is judged by the policy that mapped it, or not at all.
+const POLICY_CHANGED: &str = "policy.changed";
 
 /// Everything that decides for one service; shared by all modes of it.
 #[derive(Debug)]
@@ -309,6 +313,12 @@ impl ServicePolicy {
         let deny = |rule: Rule, reason: String| {
             self.denial(Some(caller), occasion, understood(mapped.objects()), rule, reason)
         };
+        if !self.shared.routes.mapped(mapped) {
+            return Err(deny(
+                Rule::Builtin(POLICY_CHANGED.into()),
+                "another policy mapped the request".into(),
+            ));
+        }
         if let Err(reason) = self.check_trust_domain(caller) {
             return Err(deny(Rule::Builtin("principal.trust_domain".into()), reason));
         }
@@ -357,6 +367,13 @@ impl ServicePolicy {
         attributes: &Attributes,
         occasion: &Occasion,
     ) -> Verdict {
+        if !self.shared.routes.mapped(mapped) {
+            let understood =
+                Understood { route: Some(mapped.route()), action: mapped.action(), objects: Vec::new() };
+            let rule = Rule::Builtin(POLICY_CHANGED.into());
+            let reason = "another policy mapped the request".to_owned();
+            return Verdict::Deny(self.denial(Some(caller), occasion, understood, rule, reason));
+        }
         let known = |object: &ObjectRef, name: &str| match mapped.route.attributes.get(name) {
             Some((Source::Entities | Source::Response(_), _)) => attributes.get(object, name).cloned(),
             Some((source, kind)) => mapped.known_attribute(source, *kind, caller.user.as_deref()),
@@ -511,8 +528,7 @@ impl ServicePolicy {
             None => None,
         };
         let now = i64::try_from(now.as_secs()).map_err(|error| error.to_string())?;
-        let context = schema::context(user, caller.chain.iter().map(ToString::to_string), now)
-            .map_err(|error| error.to_string())?;
+        let context = schema::context(user, caller.chain.iter().map(ToString::to_string), now)?;
         let schema = Some(&self.shared.schema.schema);
         let request = Request::new(principal.uid(), action.clone(), resource.uid(), context, schema)
             .map_err(|error| error.to_string())?;

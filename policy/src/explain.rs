@@ -4,8 +4,8 @@ use std::str::FromStr;
 
 use cedar_policy::pst::{BinaryOp, Clause, Expr};
 use cedar_policy::{
-    ActionConstraint, EntityTypeName, EntityUid, EvalResult, Expression, PrincipalConstraint,
-    ResourceConstraint, eval_expression,
+    ActionConstraint, Entities, EntityTypeName, EntityUid, EvalResult, Expression, Policy,
+    PrincipalConstraint, ResourceConstraint, eval_expression,
 };
 
 use crate::decide::{PolicyEntry, Question, Shared};
@@ -39,7 +39,7 @@ pub(crate) fn scope_fits(
     kind: &EntityTypeName,
     object: Option<&EntityUid>,
 ) -> bool {
-    mismatches(shared, entry, &Subject { principal, action, kind, object }).is_empty()
+    entry.scope.admits(shared, &Subject { principal, action, kind, object })
 }
 
 /// The explanation of a denial by scope alone, before any attribute is known.
@@ -68,7 +68,7 @@ fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) 
         .entries
         .iter()
         .enumerate()
-        .map(|(index, entry)| (index, entry, mismatches(shared, entry, subject)))
+        .map(|(index, entry)| (index, entry, entry.scope.mismatches(shared, subject)))
         .collect();
     let total = looked_at.len();
     // The nearest ones are kept if there are too many, then shown in the order of the files.
@@ -97,59 +97,100 @@ fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) 
     Explanation { object: None, omitted: total - considered.len(), considered, nearest }
 }
 
-/// The parts of a policy's scope that do not fit.
-///
+/// A policy's scope, taken out of it once.
+#[derive(Debug, Clone)]
+pub(crate) struct Scope {
+    principal: PrincipalConstraint,
+    action: ActionConstraint,
+    resource: ResourceConstraint,
+}
+
 /// INVARIANT: principals and objects have no parents, so `in` is equality for them; actions have those
 /// of the schema. A test holds this against Cedar's own evaluation.
-fn mismatches(shared: &Shared, entry: &PolicyEntry, subject: &Subject<'_>) -> Vec<Mismatch> {
-    let mut found = Vec::new();
-    let mut note = |part, wants: Option<String>, has: String| {
-        if let Some(wants) = wants {
-            found.push(Mismatch { part, wants: shown(&wants), has: shown(&has) });
+impl Scope {
+    pub(crate) fn of(policy: &Policy) -> Self {
+        Self {
+            principal: policy.principal_constraint(),
+            action: policy.action_constraint(),
+            resource: policy.resource_constraint(),
         }
-    };
-    let principal = match entry.policy.principal_constraint() {
-        PrincipalConstraint::Any => None,
-        PrincipalConstraint::Eq(uid) | PrincipalConstraint::In(uid) => {
-            (uid != *subject.principal).then(|| uid.to_string())
-        }
-        PrincipalConstraint::Is(kind) => {
-            (kind != *subject.principal.type_name()).then(|| format!("any {kind}"))
-        }
-        PrincipalConstraint::IsIn(kind, uid) => {
-            (kind != *subject.principal.type_name() || uid != *subject.principal).then(|| uid.to_string())
-        }
-    };
-    note(ScopePart::Principal, principal, subject.principal.to_string());
+    }
 
-    let within = |ancestor: &EntityUid| {
-        ancestor == subject.action || shared.schema.action_entities.is_ancestor_of(ancestor, subject.action)
-    };
-    let action = match entry.policy.action_constraint() {
-        ActionConstraint::Any => None,
-        ActionConstraint::Eq(uid) => (uid != *subject.action).then(|| uid.to_string()),
-        ActionConstraint::In(uids) => (!uids.iter().any(within))
-            .then(|| uids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")),
-    };
-    note(ScopePart::Action, action, subject.action.to_string());
+    fn admits_principal(&self, principal: &EntityUid) -> bool {
+        match &self.principal {
+            PrincipalConstraint::Any => true,
+            PrincipalConstraint::Eq(uid) | PrincipalConstraint::In(uid) => uid == principal,
+            PrincipalConstraint::Is(kind) => kind == principal.type_name(),
+            PrincipalConstraint::IsIn(kind, uid) => kind == principal.type_name() && uid == principal,
+        }
+    }
 
-    let is_object = |uid: &EntityUid| match subject.object {
-        Some(object) => uid == object,
-        None => uid.type_name() == subject.kind,
-    };
-    let resource = match entry.policy.resource_constraint() {
-        ResourceConstraint::Any => None,
-        ResourceConstraint::Eq(uid) | ResourceConstraint::In(uid) => {
-            (!is_object(&uid)).then(|| uid.to_string())
+    fn admits_action(&self, action: &EntityUid, hierarchy: &Entities) -> bool {
+        match &self.action {
+            ActionConstraint::Any => true,
+            ActionConstraint::Eq(uid) => uid == action,
+            ActionConstraint::In(uids) => {
+                uids.iter().any(|uid| uid == action || hierarchy.is_ancestor_of(uid, action))
+            }
         }
-        ResourceConstraint::Is(kind) => (kind != *subject.kind).then(|| format!("any {kind}")),
-        ResourceConstraint::IsIn(kind, uid) => {
-            (kind != *subject.kind || !is_object(&uid)).then(|| uid.to_string())
+    }
+
+    fn admits_object(&self, kind: &EntityTypeName, object: Option<&EntityUid>) -> bool {
+        let is_object = |uid: &EntityUid| object.map_or(uid.type_name() == kind, |object| uid == object);
+        match &self.resource {
+            ResourceConstraint::Any => true,
+            ResourceConstraint::Eq(uid) | ResourceConstraint::In(uid) => is_object(uid),
+            ResourceConstraint::Is(wanted) => wanted == kind,
+            ResourceConstraint::IsIn(wanted, uid) => wanted == kind && is_object(uid),
         }
-    };
-    let object = subject.object.map_or_else(|| format!("a {}", subject.kind), ToString::to_string);
-    note(ScopePart::Resource, resource, object);
-    found
+    }
+
+    fn admits(&self, shared: &Shared, subject: &Subject<'_>) -> bool {
+        self.admits_principal(subject.principal)
+            && self.admits_action(subject.action, &shared.schema.action_entities)
+            && self.admits_object(subject.kind, subject.object)
+    }
+
+    /// The parts that do not fit, as words.
+    fn mismatches(&self, shared: &Shared, subject: &Subject<'_>) -> Vec<Mismatch> {
+        let mut found = Vec::new();
+        if !self.admits_principal(subject.principal) {
+            let wants = match &self.principal {
+                PrincipalConstraint::Any => String::new(),
+                PrincipalConstraint::Is(kind) => format!("any {kind}"),
+                PrincipalConstraint::Eq(uid)
+                | PrincipalConstraint::In(uid)
+                | PrincipalConstraint::IsIn(_, uid) => uid.to_string(),
+            };
+            found.push(mismatch(ScopePart::Principal, &wants, &subject.principal.to_string()));
+        }
+        if !self.admits_action(subject.action, &shared.schema.action_entities) {
+            let wants = match &self.action {
+                ActionConstraint::Any => String::new(),
+                ActionConstraint::Eq(uid) => uid.to_string(),
+                ActionConstraint::In(uids) => {
+                    uids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
+                }
+            };
+            found.push(mismatch(ScopePart::Action, &wants, &subject.action.to_string()));
+        }
+        if !self.admits_object(subject.kind, subject.object) {
+            let wants = match &self.resource {
+                ResourceConstraint::Any => String::new(),
+                ResourceConstraint::Is(kind) => format!("any {kind}"),
+                ResourceConstraint::Eq(uid)
+                | ResourceConstraint::In(uid)
+                | ResourceConstraint::IsIn(_, uid) => uid.to_string(),
+            };
+            let has = subject.object.map_or_else(|| format!("any {}", subject.kind), ToString::to_string);
+            found.push(mismatch(ScopePart::Resource, &wants, &has));
+        }
+        found
+    }
+}
+
+fn mismatch(part: ScopePart, wants: &str, has: &str) -> Mismatch {
+    Mismatch { part, wants: shown(wants), has: shown(has) }
 }
 
 /// What becomes of a policy whose scope fits.

@@ -10,6 +10,7 @@ use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Val
 use identity::{SpiffeId, TrustDomain};
 
 use crate::decide::{PolicyEntry, ServicePolicy, Shared};
+use crate::explain::Scope;
 use crate::map;
 use crate::problem::{Problem, Problems, line_and_column};
 use crate::request::RouteTable;
@@ -260,7 +261,7 @@ fn load_service(
         name: files.name.clone(),
         trust_domain: trust_domain.clone(),
         schema,
-        routes: RouteTable::new(map.routes),
+        routes: RouteTable::new(&files.name, version, map.routes),
         set,
         entries,
         by_id,
@@ -349,6 +350,7 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
             file: file.name.as_str().into(),
             line,
             effect: policy.effect().into(),
+            scope: Scope::of(policy),
         });
     }
     entries

@@ -17,6 +17,7 @@ use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
 use crate::problem::suggest;
 use crate::record::cut;
 use crate::template::{self, Place, is_plain_id};
+use crate::version::PolicyVersion;
 
 /// Where a sidecar asks its own app for the attributes of objects (`POST`, JSON both ways).
 pub const ENTITIES_PATH: &str = "/.well-known/palisade/entities";
@@ -99,6 +100,8 @@ pub struct Mapped {
     pub(crate) route: Arc<Route>,
     values: BTreeMap<Place, AttributeValue>,
     objects: Vec<ObjectRef>,
+    /// Service and version of the map, shared with its table.
+    origin: Arc<str>,
 }
 
 impl Mapped {
@@ -301,16 +304,18 @@ fn read_answer(body: &[u8]) -> Result<Json, Refusal> {
 }
 
 /// The routes of a service, found by method and number of segments.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct RouteTable {
     by_shape: HashMap<(String, usize), Vec<Arc<Route>>>,
     templates: Vec<String>,
+    origin: Arc<str>,
 }
 
 impl RouteTable {
     /// INVARIANT: the routes do not overlap (checked when the map is parsed), so their order is free.
-    pub(crate) fn new(routes: Vec<Route>) -> Self {
-        let mut table = Self::default();
+    pub(crate) fn new(service: &str, version: &PolicyVersion, routes: Vec<Route>) -> Self {
+        let origin = format!("{service} {version}").into();
+        let mut table = Self { by_shape: HashMap::new(), templates: Vec::new(), origin };
         for route in routes {
             table.templates.push(route.template.clone());
             let shape = (route.method.clone(), route.path.len());
@@ -328,11 +333,16 @@ impl RouteTable {
             self.find(parts.method.as_str(), &segments).ok_or_else(|| self.unmapped(&parts.method, path))?;
         check_body_headers(route.body, &parts.headers).map_err(|refusal| refusal.on(&route))?;
         read_query(&route, parts.uri.query(), &mut values).map_err(|refusal| refusal.on(&route))?;
-        let mut mapped = Mapped { route, values, objects: Vec::new() };
+        let mut mapped = Mapped { route, values, objects: Vec::new(), origin: Arc::clone(&self.origin) };
         if !mapped.route.needs_body() {
             mapped.objects = mapped.name_objects()?;
         }
         Ok(mapped)
+    }
+
+    /// Whether this table, or one of the same service and version, mapped the request.
+    pub(crate) fn mapped(&self, mapped: &Mapped) -> bool {
+        mapped.origin == self.origin
     }
 
     fn find(&self, method: &str, segments: &[&str]) -> Option<(Arc<Route>, BTreeMap<Place, AttributeValue>)> {

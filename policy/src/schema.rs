@@ -276,9 +276,9 @@ pub(crate) fn context(
     user: Option<RestrictedExpression>,
     chain: impl IntoIterator<Item = String>,
     now: i64,
-) -> Result<Context, cedar_policy::ContextCreationError> {
+) -> Result<Context, String> {
     let chain = RestrictedExpression::new_set(chain.into_iter().map(RestrictedExpression::new_string));
     let always = [("chain".to_owned(), chain), ("now".to_owned(), RestrictedExpression::new_long(now))];
     let user = user.map(|user| ("user".to_owned(), user));
-    Context::from_pairs(always.into_iter().chain(user))
+    Context::from_pairs(always.into_iter().chain(user)).map_err(|error| error.to_string())
 }

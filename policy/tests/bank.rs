@@ -1,4 +1,10 @@
 //! The bank's real policies: who may do what, with the rule that decides, and what a denial looks like.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests, which clippy.toml allows only inside #[test]"
+)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +17,7 @@ use policy::{
     Mode, ObjectRef, Occasion, Outcome, Policies, Principal, Receipt, Recorder, Refusal, Rule, ServicePolicy,
     Style, Verdict, refuse_connection, render, render_with,
 };
+use proptest::{prop_assert, prop_assert_eq, proptest};
 
 fn trust_domain() -> TrustDomain {
     TrustDomain::new("bank.example").unwrap()
@@ -171,14 +178,25 @@ fn denied(verdict: Verdict) -> Denial {
 const JSON: &str = "application/json";
 const FORM: &str = "application/x-www-form-urlencoded";
 
+/// Service, caller, person, request, media type, body, and the decision with its rule.
+type Case = (
+    &'static str,
+    &'static str,
+    Option<&'static str>,
+    &'static str,
+    &'static str,
+    &'static str,
+    Outcome,
+    &'static str,
+);
+
 #[test]
 fn who_may_do_what_and_which_rule_says_so() {
     use Outcome::{Deny, Permit};
     let transfer = r#"{"id":"t1","from":"17","to":"42","amount_cents":500,"memo":"rent"}"#;
     let order = r#"{"from":"17","to":"42","amount_cents":500}"#;
     #[rustfmt::skip]
-    let table: &[(&str, &str, Option<&str>, &str, &str, &str, Outcome, &str)] = &[
-        // service, caller, person, request, media, body, decision, rule
+    let table: &[Case] = &[
         ("accounts", "web", Some("alice"), "GET /accounts/17", "", "", Permit, "web-reads-own-accounts"),
         ("accounts", "web", Some("alice"), "GET /accounts/42", "", "", Deny, "none"),
         ("accounts", "web", Some("bob"), "GET /accounts/42", "", "", Permit, "web-reads-own-accounts"),
@@ -209,12 +227,14 @@ fn who_may_do_what_and_which_rule_says_so() {
         ("web", "gateway", Some("alice"), "GET /", "", "", Permit, "gateway-opens-pages-for-people"),
         ("web", "gateway", None, "GET /", "", "", Deny, "none"),
         ("web", "accounts", Some("alice"), "GET /", "", "", Deny, "none"),
+        ("web", "gateway", Some("alice"), "GET /assets/style.css", "", "", Permit, "gateway-opens-pages-for-people"),
+        ("web", "gateway", Some("alice"), "GET /assets/..", "", "", Deny, "request.path"),
         ("web", "gateway", Some("alice"), "GET /accounts/42", "", "", Permit, "gateway-opens-pages-for-people"),
         ("web", "gateway", Some("alice"), "GET /api/accounts/17", "", "", Permit, "gateway-reads-own-accounts"),
         ("web", "gateway", Some("alice"), "GET /api/accounts/42", "", "", Deny, "none"),
         ("web", "gateway", Some("alice"), "GET /api/accounts", "", "", Permit, "gateway-lists-own-accounts"),
         ("web", "gateway", Some("bob"), "GET /api/accounts", "", "", Deny, "none"),
-        ("web", "gateway", Some("alice"), "POST /transfers", FORM, "from=17&to=42&amount=5.00&memo=so+long", Permit, "gateway-opens-pages-for-people"),
+        ("web", "gateway", Some("alice"), "POST /transfers", FORM, "from=17&key=0f&to=42&amount=5.00&memo=so+long", Permit, "gateway-opens-pages-for-people"),
         ("web", "gateway", Some("alice"), "POST /transfers", FORM, "from=17&to=42&amount=5.00&from=42", Deny, "request.body"),
         ("web", "gateway", Some("alice"), "POST /api/transfers", JSON, order, Permit, "gateway-opens-pages-for-people"),
         // Look-alikes of a permitted caller (policy 31).
@@ -257,6 +277,10 @@ fn objects_named_without_a_map_are_decided_alike() {
     assert_eq!(secret("accounts", "web/session-key"), deny("none"));
     assert_eq!(secret("accounts", "accounts/../accounts/db-key"), deny("none"));
     assert_eq!(secret("accounts", "accounts/db-key/"), deny("none"));
+    for action in ["WriteSecret", "DeleteSecret", "ListSecrets"] {
+        let asked = ask("vault", caller("accounts", None), action, "Vault::Secret", "accounts/db-key");
+        assert_eq!(asked, deny("none"), "{action}");
+    }
     assert_eq!(
         ask("vault", caller("accounts", None), "Delete", "Vault::Secret", "accounts/db-key"),
         deny("request.unknown")
@@ -318,6 +342,65 @@ fn policy_19_a_body_that_was_not_read_is_never_decided_on() {
     let long = format!(r#"{{"from":"17","to":"42","amount_cents":1,"memo":"{}"}}"#, "a".repeat(65536));
     let refusal = mapped.with_body(long.as_bytes()).unwrap_err();
     assert_eq!((refusal.rule(), refusal.status()), ("request.body_length", 400));
+}
+
+#[test]
+fn policy_35_a_request_is_judged_by_the_policy_that_mapped_it() {
+    let copy = tempfile::tempdir().unwrap();
+    copy_directory(&directory(), copy.path());
+    let policies = copy.path().join("services/accounts/accounts.cedar");
+    let text = std::fs::read_to_string(&policies).unwrap();
+    std::fs::write(&policies, format!("{text}\n// another version\n")).unwrap();
+    let (old, new) = (service("accounts"), Policies::load(copy.path(), &trust_domain()).unwrap());
+    let new = new.service("accounts").unwrap();
+    let mapped = old.map(&get("/owners/alice/accounts")).unwrap();
+    let (who, occasion) = (caller("web", Some("alice")), occasion("GET", "/owners/alice/accounts"));
+    let decided =
+        |policy: &ServicePolicy| outcome(&policy.decide(&who, &mapped, &Attributes::none(), &occasion));
+    assert_eq!(decided(&old), (Outcome::Permit, "web-lists-own-accounts".into()));
+    assert_eq!(decided(&new), (Outcome::Deny, "policy.changed".into()));
+    assert_eq!(decided(&service("web")), (Outcome::Deny, "policy.changed".into()));
+    assert_eq!(new.screen(&who, &mapped, &occasion).unwrap_err().rule().name(), "policy.changed");
+    // The same directory read again, or the same policy in another mode, is the same policy.
+    assert_eq!(decided(&service("accounts")).0, Outcome::Permit);
+    assert_eq!(decided(&old.with_mode(Mode::Audit)).0, Outcome::Permit);
+}
+
+fn copy_directory(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            std::fs::create_dir_all(&target).unwrap();
+            copy_directory(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+proptest! {
+    /// What is mapped has one spelling: the template filled with the object's id is the request again.
+    #[test]
+    fn any_target_is_mapped_in_its_one_spelling_or_refused(
+        target in "(/accounts|/Accounts|/accounts/|//accounts)(/[ -~]{0,4}|/[0-9]{1,3}(/history|/|\\.|%30|;a)?)?([?#][ -~]{0,6})?"
+    ) {
+        let policy = service_once();
+        if let Ok(uri) = http::Uri::try_from(target.as_str())
+            && let Ok(mapped) = policy.map(&parts(http::Request::get(uri.clone())))
+        {
+            let id = mapped.objects()[0].id();
+            let spelled = mapped.route().replace("{id:int}", id);
+            prop_assert_eq!(spelled, format!("GET {}", uri.path()));
+            prop_assert!(uri.query().unwrap_or_default().is_empty());
+            prop_assert_eq!(id.parse::<u64>().unwrap().to_string(), id);
+        }
+    }
+}
+
+fn service_once() -> &'static ServicePolicy {
+    static ACCOUNTS: std::sync::OnceLock<Arc<ServicePolicy>> = std::sync::OnceLock::new();
+    ACCOUNTS.get_or_init(|| service("accounts"))
 }
 
 /// Every disguise of `GET /accounts/42` and friends: refused, and with which status.
