@@ -147,9 +147,9 @@ impl Denial {
         json!({ "error": error, "receipt": self.0.receipt.as_str() }).to_string()
     }
 
-    /// Leave to pass the request on all the same, if its service is in audit mode: the record keeps
-    /// the verdict `deny` with mode `audit`. A request that was not understood (400) is refused in
-    /// every mode, because what it would do cannot be told.
+    /// Leave to pass the request on all the same, if a policy in audit mode denied it: the record
+    /// keeps the verdict `deny` with mode `audit`. Refusals are enforced in every mode: what a request
+    /// that was not understood would do cannot be told, and a caller who proved nothing stays outside.
     ///
     /// # Errors
     /// The denial itself, unchanged, if it is to be enforced.
@@ -220,6 +220,10 @@ impl PolicyEntry {
 
 /// A request is judged by the policy that mapped it, or not at all.
 const POLICY_CHANGED: &str = "policy.changed";
+/// A caller of another trust domain is denied.
+const TRUST_DOMAIN: &str = "principal.trust_domain";
+/// Denials of a decision that audit mode does not soften: they are not about what a policy lacks.
+const ENFORCED_ALWAYS: [&str; 2] = [POLICY_CHANGED, TRUST_DOMAIN];
 
 /// Everything that decides for one service; shared by all modes of it.
 #[derive(Debug)]
@@ -320,7 +324,7 @@ impl ServicePolicy {
             ));
         }
         if let Err(reason) = self.check_trust_domain(caller) {
-            return Err(deny(Rule::Builtin("principal.trust_domain".into()), reason));
+            return Err(deny(Rule::Builtin(TRUST_DOMAIN.into()), reason));
         }
         let (Some(action), Some(kind)) = (
             self.shared.schema.actions.get(mapped.action()),
@@ -395,9 +399,10 @@ impl ServicePolicy {
         self.judge(caller, None, action, std::slice::from_ref(object), &known, occasion)
     }
 
-    /// Turns a refusal into a denial with a receipt.
+    /// Turns a refusal into a denial with a receipt, enforced in every mode.
     pub fn refuse(&self, caller: Option<&Caller>, refusal: Refusal, occasion: &Occasion) -> Denial {
         let mut record = self.record(caller, occasion);
+        record.mode = Mode::Enforce;
         record.status = Some(refusal.status());
         record.rule = Rule::Builtin(refusal.rule.into());
         record.reason = refusal.reason;
@@ -421,7 +426,7 @@ impl ServicePolicy {
             Verdict::Deny(self.denial(Some(caller), occasion, understood(objects), rule, reason))
         };
         if let Err(reason) = self.check_trust_domain(caller) {
-            return builtin("principal.trust_domain", reason, recorded);
+            return builtin(TRUST_DOMAIN, reason, recorded);
         }
         let Some(action_uid) = self.shared.schema.actions.get(action).map(|action| &action.uid) else {
             return builtin(
@@ -572,6 +577,9 @@ impl ServicePolicy {
         let mut record = self.record(caller, occasion);
         understood.write(&mut record);
         record.status = Some(403);
+        if matches!(&rule, Rule::Builtin(name) if ENFORCED_ALWAYS.contains(&name.as_ref())) {
+            record.mode = Mode::Enforce;
+        }
         record.rule = rule;
         record.reason = reason;
         Denial(Box::new(record))

@@ -561,9 +561,10 @@ impl Places<'_> {
             Source::Claim(_) if wanted == AttributeType::Text => Ok(()),
             Source::Claim(_) => Err(format!("a claim is a String, the attribute a {wanted}")),
             Source::Entities => Ok(()),
-            Source::Response(_) if method == "GET" => Ok(()),
+            // The sidecar asks the app with GET for a HEAD, so there is a body to judge.
+            Source::Response(_) if matches!(method, "GET" | "HEAD") => Ok(()),
             Source::Response(_) => Err(format!(
-                "a {method} is done before its response is seen; only GET takes attributes from the response"
+                "a {method} is done before its response is seen; only GET and HEAD take attributes from the response"
             )),
         }
     }

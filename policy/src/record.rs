@@ -163,7 +163,7 @@ pub struct DecisionRecord {
     pub objects: Vec<RecordedObject>,
     /// The policies that decided; `None` if none took part.
     pub policy_version: Option<String>,
-    /// Whether it was enforced.
+    /// Whether it is enforced: refusals are, whatever the service's mode.
     pub mode: Mode,
     /// The transaction's id, the same at every hop.
     pub transaction: Option<String>,

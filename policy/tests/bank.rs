@@ -604,7 +604,15 @@ fn audit_mode_lets_denials_through_and_keeps_the_verdict() {
     let audited = enforced.with_mode(Mode::Audit);
     let permit = denied(serve(&audited, &who, &get("/accounts/42"), b"")).audited().unwrap();
     assert_eq!((permit.record().verdict, permit.record().mode), (Outcome::Deny, Mode::Audit));
-    assert!(denied(serve(&audited, &who, &get("/accounts//42"), b"")).audited().is_err(), "not understood");
+    for (caller, target) in
+        [(&who, "/accounts//42"), (&who, "/healthz"), (&caller("evil web", None), "/accounts/17")]
+    {
+        let refused = denied(serve(&audited, caller, &get(target), b""));
+        assert_eq!(refused.record().mode, Mode::Enforce, "{target}");
+        assert!(refused.audited().is_err(), "{target}");
+    }
+    let forged = Refusal::denied("txn.bad_signature", "forged");
+    assert!(audited.refuse(Some(&who), forged, &occasion("GET", "/accounts/17")).audited().is_err());
 }
 
 #[test]
