@@ -183,8 +183,7 @@ impl Audit {
         use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
         let failed = |source| AuditError::Open { path: path.to_owned(), source };
         let mut options = std::fs::OpenOptions::new();
-        let mut file =
-            options.read(true).append(true).create(true).mode(0o600).open(path).map_err(failed)?;
+        let mut file = options.read(true).append(true).create(true).mode(0o600).open(path).map_err(failed)?;
         let about = file.metadata().map_err(failed)?;
         let mode = about.mode() & 0o777;
         if mode & 0o077 != 0 {
@@ -248,8 +247,8 @@ impl Audit {
     fn append(&self, entry: &Map<String, Value>) -> Result<Head, AuditError> {
         let mut chain = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = chain.head.seq + 1;
-        let mut line = serde_json::to_vec(&Line { seq, prev: &chain.head.hash, entry })
-            .map_err(|_| AuditError::Line)?;
+        let mut line =
+            serde_json::to_vec(&Line { seq, prev: &chain.head.hash, entry }).map_err(|_| AuditError::Line)?;
         if line.len() > MAX_LINE_BYTES {
             return Err(AuditError::Line);
         }
@@ -386,7 +385,10 @@ mod tests {
             let mut doubled = good.clone();
             doubled.insert(at, good[at].clone());
             assert!(check(&doubled, Some(&head)).is_err(), "double of {at}");
-            assert!(matches!(check(&good[..at], Some(&head)), Err(Fault::Truncated { seq: 6 })), "cut at {at}");
+            assert!(
+                matches!(check(&good[..at], Some(&head)), Err(Fault::Truncated { seq: 6 })),
+                "cut at {at}"
+            );
         }
         let mut swapped = good.clone();
         swapped.swap(2, 3);

@@ -169,7 +169,12 @@ impl Client {
 
     /// Writes a version of a secret and returns its number. `data` is a JSON object; `cas`, if given, must
     /// be the current version, 0 if there is none yet.
-    pub async fn kv_put(&self, path: &SecretPath, data: &Value, cas: Option<u64>) -> Result<u64, ClientError> {
+    pub async fn kv_put(
+        &self,
+        path: &SecretPath,
+        data: &Value,
+        cas: Option<u64>,
+    ) -> Result<u64, ClientError> {
         let options = cas.map_or_else(|| json!({}), |cas| json!({ "cas": cas }));
         let body = json!({ "data": data, "options": options });
         let answer: Enveloped<VersionNumber> =
@@ -184,7 +189,8 @@ impl Client {
         body: Option<String>,
     ) -> Result<T, ClientError> {
         let exchange = self.exchange(method, path, body);
-        let (status, answer) = tokio::time::timeout(TIMEOUT, exchange).await.map_err(|_| ClientError::Timeout)??;
+        let (status, answer) =
+            tokio::time::timeout(TIMEOUT, exchange).await.map_err(|_| ClientError::Timeout)??;
         if !status.is_success() {
             let errors = serde_json::from_slice::<Refusal>(&answer).map(|refusal| refusal.errors);
             return Err(ClientError::Refused { status, errors: errors.unwrap_or_default() });
@@ -205,8 +211,9 @@ impl Client {
         if let Some(token) = &self.token {
             request = request.header("x-vault-token", token.expose_secret());
         }
-        let request =
-            request.body(Full::new(Bytes::from(body.unwrap_or_default()))).map_err(|_| ClientError::Request)?;
+        let request = request
+            .body(Full::new(Bytes::from(body.unwrap_or_default())))
+            .map_err(|_| ClientError::Request)?;
         let stream = TcpStream::connect(self.address)
             .await
             .map_err(|source| ClientError::Connect { address: self.address, source })?;
@@ -253,7 +260,8 @@ mod tests {
     fn a_token_never_leaves_the_machine() {
         assert!(matches!(Client::new("192.0.2.1:8200".parse().unwrap()), Err(ClientError::Address(_))));
         assert!(Client::new("[::1]:8200".parse().unwrap()).is_ok());
-        let client = Client::new("127.0.0.1:1".parse().unwrap()).unwrap().with_token("hvs.secret".to_owned().into());
+        let client =
+            Client::new("127.0.0.1:1".parse().unwrap()).unwrap().with_token("hvs.secret".to_owned().into());
         assert!(!format!("{client:?}").contains("secret"));
     }
 }

@@ -230,8 +230,7 @@ impl Core {
         if let Some(maker) = maker {
             self.token(maker).await?;
         }
-        let (issued, change) =
-            token::issue(self.barrier.keyring()?.as_ref(), new, self.now(), &self.random)?;
+        let (issued, change) = token::issue(self.barrier.keyring()?.as_ref(), new, self.now(), &self.random)?;
         self.barrier.transaction(vec![change]).await?;
         Ok(issued)
     }
@@ -288,7 +287,11 @@ impl Core {
         if head.seq > noted.seq || head == noted {
             return Ok(());
         }
-        tracing::error!(noted = noted.seq, found = head.seq, "the audit file was cut off, replaced or moved away");
+        tracing::error!(
+            noted = noted.seq,
+            found = head.seq,
+            "the audit file was cut off, replaced or moved away"
+        );
         let entry = Map::from_iter([
             ("time".to_owned(), Value::String(Stamp::new(self.now()).text())),
             ("type".to_owned(), json!("chain-break")),

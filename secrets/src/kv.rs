@@ -511,7 +511,9 @@ mod tests {
         assert!(matches!(kv.list(&permit(Action::List, "nowhere")).await, Err(KvError::NotFound)));
         kv.delete_metadata(&permit(Action::Delete, "web")).await.unwrap();
         assert!(matches!(get(&kv, "web", None).await, Err(KvError::NotFound)));
-        assert!(kv.barrier.storage().list("kv/secret/data/1/").await.unwrap().iter().all(|name| name != "web"));
+        assert!(
+            kv.barrier.storage().list("kv/secret/data/1/").await.unwrap().iter().all(|name| name != "web")
+        );
         // A secret made again starts at version 1.
         assert_eq!(put(&kv, "web", "{}", Some(0)).await.unwrap(), 1);
     }

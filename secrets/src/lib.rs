@@ -35,8 +35,8 @@ mod vault;
 
 pub use crate::core::{CoreError, SealStatus};
 pub use crate::http::{
-    BODY_TIMEOUT, CLOSE_GRACE, HANDSHAKE_TIMEOUT, HEAD_TIMEOUT, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_HEAD_BYTES,
-    MAX_HEADERS, MAX_STREAMS, REQUEST_TIMEOUT,
+    BODY_TIMEOUT, CLOSE_GRACE, HANDSHAKE_TIMEOUT, HEAD_TIMEOUT, MAX_BODY_BYTES, MAX_CONNECTIONS,
+    MAX_HEAD_BYTES, MAX_HEADERS, MAX_STREAMS, REQUEST_TIMEOUT,
 };
 pub use crate::random::SharedRandom;
 pub use crate::vault::{POLICY_SERVICE, Vault, VaultConfig, VaultError};

@@ -111,7 +111,9 @@ mod tests {
     #[test]
     fn vault_3_4_security_32_names_have_no_second_spelling_and_no_wildcard() {
         assert_ne!(SecretPath::new("Accounts/db-key"), SecretPath::new("accounts/db-key"));
-        for bad in ["a*", "a+b", "+/db-key", "\u{212a}ey", "acc\u{f6}unts", "a\u{200b}", "{{x}}", "a?b", "a#b"] {
+        for bad in
+            ["a*", "a+b", "+/db-key", "\u{212a}ey", "acc\u{f6}unts", "a\u{200b}", "{{x}}", "a?b", "a#b"]
+        {
             assert_eq!(SecretPath::new(bad), Err(PathError::Character), "{bad:?}");
         }
     }

@@ -191,7 +191,9 @@ fn check_parameters(shares: u8, threshold: u8) -> Result<(), SealError> {
         (shares, threshold) if threshold > shares => {
             Err(SealError::Parameters("secret_threshold cannot be larger than secret_shares"))
         }
-        (2.., 1) => Err(SealError::Parameters("secret_threshold must be greater than one for multiple shares")),
+        (2.., 1) => {
+            Err(SealError::Parameters("secret_threshold must be greater than one for multiple shares"))
+        }
         _ => Ok(()),
     }
 }
@@ -309,7 +311,10 @@ mod tests {
     #[test]
     fn impossible_numbers_of_shares_are_refused() {
         for (shares, threshold) in [(0, 0), (0, 1), (1, 0), (2, 3), (5, 1)] {
-            assert!(SealConfig::create(shares, threshold, &root(), &random()).is_err(), "{shares} {threshold}");
+            assert!(
+                SealConfig::create(shares, threshold, &root(), &random()).is_err(),
+                "{shares} {threshold}"
+            );
         }
         assert!(SealConfig::create(255, 255, &root(), &random()).is_ok());
     }
@@ -322,7 +327,10 @@ mod tests {
                 assert_eq!(parse_share(&text.into(), &config).unwrap(), shares[0]);
             }
             for bad in ["", "zz", "abcd", &"0".repeat(62)] {
-                assert!(matches!(parse_share(&bad.to_owned().into(), &config), Err(SealError::Encoding)), "{bad}");
+                assert!(
+                    matches!(parse_share(&bad.to_owned().into(), &config), Err(SealError::Encoding)),
+                    "{bad}"
+                );
             }
         }
     }

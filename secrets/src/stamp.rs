@@ -39,7 +39,10 @@ mod tests {
     #[test]
     fn stamps_are_rfc_3339_in_utc() {
         assert_eq!(Stamp::new(Duration::ZERO).text(), "1970-01-01T00:00:00Z");
-        assert_eq!(Stamp::new(Duration::new(1_521_685_446, 945_319_214)).text(), "2018-03-22T02:24:06.945319214Z");
+        assert_eq!(
+            Stamp::new(Duration::new(1_521_685_446, 945_319_214)).text(),
+            "2018-03-22T02:24:06.945319214Z"
+        );
         assert!(Stamp(u64::MAX).text().starts_with("2554-"));
     }
 }

@@ -387,7 +387,8 @@ mod tests {
 
     #[test]
     fn vault_3_security_32_policy_names_are_compared_as_they_stand() {
-        let parse = |names: &[&str]| Policy::parse(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        let parse =
+            |names: &[&str]| Policy::parse(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
         assert!(matches!(parse(&["root"]), Ok(Policy::Root)));
         assert!(matches!(parse(&["default"]), Ok(Policy::Default)));
         for bad in [&["Root"][..], &["root "], &["ro\u{200b}ot"], &[], &["root", "default"], &["admin"]] {

@@ -52,7 +52,9 @@ impl fmt::Debug for VaultConfig {
 #[derive(Debug, Error)]
 pub enum VaultError {
     /// The operator's listener is reachable from other machines.
-    #[error("the operator's listener is on {0}; without TLS it must be on a loopback address such as 127.0.0.1")]
+    #[error(
+        "the operator's listener is on {0}; without TLS it must be on a loopback address such as 127.0.0.1"
+    )]
     OperatorAddress(SocketAddr),
     /// A listener cannot be used.
     #[error("a listener cannot be used")]
@@ -61,7 +63,9 @@ pub enum VaultError {
     #[error("the vault's TLS configuration cannot be made")]
     Tls(#[source] rustls::Error),
     /// There is no policy for the vault: nobody could be permitted anything.
-    #[error("there is no policy for the service \"{POLICY_SERVICE}\"; add services/{POLICY_SERVICE} to the policies")]
+    #[error(
+        "there is no policy for the service \"{POLICY_SERVICE}\"; add services/{POLICY_SERVICE} to the policies"
+    )]
     NoPolicy,
     /// State, audit file or seal.
     #[error(transparent)]
@@ -86,7 +90,10 @@ pub struct Vault {
 
 impl fmt::Debug for Vault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vault").field("listen", &self.listen).field("operator", &self.operator).finish_non_exhaustive()
+        f.debug_struct("Vault")
+            .field("listen", &self.listen)
+            .field("operator", &self.operator)
+            .finish_non_exhaustive()
     }
 }
 
@@ -140,8 +147,11 @@ impl Vault {
         }
 
         let listen = mesh.local_addr().map_err(VaultError::Listener)?;
-        let operator_address =
-            operator.as_ref().map(tokio::net::TcpListener::local_addr).transpose().map_err(VaultError::Listener)?;
+        let operator_address = operator
+            .as_ref()
+            .map(tokio::net::TcpListener::local_addr)
+            .transpose()
+            .map_err(VaultError::Listener)?;
         let service = Arc::new(Service { core: Arc::clone(&core), authorizer, scope: scope.clone() });
         let serving = {
             let service = Arc::clone(&service);

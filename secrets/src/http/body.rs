@@ -63,10 +63,7 @@ pub(crate) fn parse(route: &Route, body: &[u8]) -> Result<(Input, Option<Value>)
 }
 
 /// The body as its type. That it is one strict object is known already: `_strict` is the proof.
-fn typed<T: DeserializeOwned>(
-    body: &[u8],
-    _strict: serde_json::Map<String, Value>,
-) -> Result<T, ApiError> {
+fn typed<T: DeserializeOwned>(body: &[u8], _strict: serde_json::Map<String, Value>) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| malformed(Shape(error)))
 }
 
@@ -75,7 +72,12 @@ struct Shape(serde_json::Error);
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // serde_json quotes the offending value, which may be the secret: only the place is told.
-        write!(f, "a field is missing, unknown or of the wrong type (line {} column {})", self.0.line(), self.0.column())
+        write!(
+            f,
+            "a field is missing, unknown or of the wrong type (line {} column {})",
+            self.0.line(),
+            self.0.column()
+        )
     }
 }
 
@@ -132,9 +134,9 @@ fn unseal(body: UnsealBody) -> Result<Input, ApiError> {
         (_, _, true) => Err(ApiError::bad_request("seal migration is not supported")),
         (_, true, false) => Ok(Input::ResetUnseal),
         (Some(share), false, false) => Ok(Input::Unseal { share }),
-        (None, false, false) => {
-            Err(ApiError::bad_request("'key' must be specified in request body as JSON, or 'reset' set to true"))
-        }
+        (None, false, false) => Err(ApiError::bad_request(
+            "'key' must be specified in request body as JSON, or 'reset' set to true",
+        )),
     }
 }
 
@@ -225,14 +227,15 @@ struct NewTokenBody {
 }
 
 fn new_token(body: NewTokenBody) -> Result<Input, ApiError> {
-    if body.renewable == Some(true) || body.no_parent == Some(true) || body.num_uses.is_some_and(|uses| uses > 0) {
-        return Err(ApiError::bad_request("renewable, orphan and counted tokens are not supported"));
+    if body.no_parent == Some(true) || body.num_uses.is_some_and(|uses| uses > 0) {
+        return Err(ApiError::bad_request("orphan and counted tokens are not supported"));
     }
     if !matches!(body.kind.as_deref(), None | Some("" | "service" | "default-service")) {
         return Err(ApiError::bad_request("only service tokens are supported"));
     }
-    // `default` is added to every token by Vault; here a root token needs no default policy.
-    let _default_anyway = body.no_default_policy;
+    // Passed over, and the answer says what was made: clients ask for renewable tokens by default, and a
+    // root token needs no default policy.
+    let _passed_over = (body.renewable, body.no_default_policy);
     let policy = match body.policies {
         Some(names) => Policy::parse(&names).map_err(ApiError::from)?,
         // As in Vault, a token without policies of its own has its maker's, and only root makes tokens.
@@ -260,7 +263,8 @@ fn duration(value: &Value) -> Result<Option<Duration>, ApiError> {
         }
         _ => None,
     };
-    let seconds = seconds.ok_or_else(|| ApiError::bad_request("ttl is not a duration such as 3600 or \"1h\""))?;
+    let seconds =
+        seconds.ok_or_else(|| ApiError::bad_request("ttl is not a duration such as 3600 or \"1h\""))?;
     Ok((seconds > 0).then(|| Duration::from_secs(seconds)))
 }
 
@@ -310,7 +314,12 @@ mod tests {
             "",
             "\u{feff}{}",
         ] {
-            assert_eq!(put(bad).err().map(|error| error.status.as_u16()), Some(400), "{}", &bad[..bad.len().min(60)]);
+            assert_eq!(
+                put(bad).err().map(|error| error.status.as_u16()),
+                Some(400),
+                "{}",
+                &bad[..bad.len().min(60)]
+            );
         }
     }
 
@@ -349,7 +358,10 @@ mod tests {
         ] {
             assert!(parse_at(method, path, body).is_err(), "{path} {body}");
         }
-        assert!(parse_at("POST", "/v1/secret/metadata/a", r#"{"delete_version_after":"0s","max_versions":3}"#).is_ok());
+        assert!(
+            parse_at("POST", "/v1/secret/metadata/a", r#"{"delete_version_after":"0s","max_versions":3}"#)
+                .is_ok()
+        );
     }
 
     #[test]

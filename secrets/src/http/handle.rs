@@ -196,10 +196,10 @@ async fn carry_out(
             Caller::Workload { .. } | Caller::Operator(_) => Reply::data(&id, kv_mount()),
         },
         (Route::CertLogin, _) => match caller {
-            Caller::Workload { peer, .. } => Reply::auth(&id, issued(&auth::login(core, peer).await?, core.now())),
-            Caller::Operator(_) | Caller::Nobody => Err(ApiError::bad_request(
-                "a login by certificate needs mutual TLS; this listener has none",
-            )),
+            Caller::Workload { peer, .. } => Reply::auth(&id, issued(&auth::login(core, peer).await?)),
+            Caller::Operator(_) | Caller::Nobody => {
+                Err(ApiError::bad_request("a login by certificate needs mutual TLS; this listener has none"))
+            }
         },
         (Route::CreateToken, Input::NewToken { policy, display_name, ttl }) => {
             let maker = root(caller)?;
@@ -208,7 +208,7 @@ async fn carry_out(
             let path = "auth/token/create";
             let parent = Some(&maker.token);
             let new = NewToken { policy, display_name, path, ttl, parent, bound_to: None };
-            Reply::auth(&id, issued(&core.issue(new, Some(&maker.secret)).await?, core.now()))
+            Reply::auth(&id, issued(&core.issue(new, Some(&maker.secret)).await?))
         }
         (Route::LookupSelf, _) => {
             let presented = own_token(caller)?;
@@ -249,7 +249,9 @@ async fn secret(
             let (number, version, custom) = kv.write(&permit, &data, cas, now).await?;
             Reply::data(id, version_metadata(number, version, custom.as_ref()))
         }
-        (KvOperation::DeleteLatest, _) => kv.delete_latest(&permit, now).await.map(|()| Reply::Empty).map_err(Into::into),
+        (KvOperation::DeleteLatest, _) => {
+            kv.delete_latest(&permit, now).await.map(|()| Reply::Empty).map_err(Into::into)
+        }
         (KvOperation::Change(fate), Input::Versions(numbers)) => {
             kv.change(&permit, fate, &numbers, now).await?;
             Ok(Reply::Empty)
@@ -398,8 +400,11 @@ fn version_times(version: Version) -> Value {
 }
 
 fn metadata(metadata: &Metadata) -> Value {
-    let versions: Map<String, Value> =
-        metadata.versions.iter().map(|(number, version)| (number.to_string(), version_times(*version))).collect();
+    let versions: Map<String, Value> = metadata
+        .versions
+        .iter()
+        .map(|(number, version)| (number.to_string(), version_times(*version)))
+        .collect();
     json!({
         "cas_required": metadata.cas_required,
         "created_time": metadata.created.text(),
@@ -413,7 +418,7 @@ fn metadata(metadata: &Metadata) -> Value {
     })
 }
 
-fn issued(issued: &Issued, now: Duration) -> Value {
+fn issued(issued: &Issued) -> Value {
     let token = &issued.token;
     json!({
         "client_token": issued.secret.expose_secret(),
@@ -421,7 +426,7 @@ fn issued(issued: &Issued, now: Duration) -> Value {
         "policies": [token.policy().name()],
         "token_policies": [token.policy().name()],
         "metadata": token.bound_to().map(|id| json!({ "spiffe_id": id })),
-        "lease_duration": token.ttl(now).map_or(0, |ttl| ttl.as_secs()),
+        "lease_duration": token.ttl(token.created().since_epoch()).map_or(0, |ttl| ttl.as_secs()),
         "renewable": false,
         "entity_id": "",
         "token_type": "service",

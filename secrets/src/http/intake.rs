@@ -36,7 +36,11 @@ pub(crate) fn headers(front: Front, parts: &Parts) -> Result<Intake, ApiError> {
         refuse_browsers(headers)?;
     }
     // To ignore these would be to answer from another namespace, or in the clear, than was asked for.
-    if headers.get_all(NAMESPACE).iter().any(|name| !matches!(name.as_bytes(), b"" | b"/" | b"root" | b"root/")) {
+    if headers
+        .get_all(NAMESPACE)
+        .iter()
+        .any(|name| !matches!(name.as_bytes(), b"" | b"/" | b"root" | b"root/"))
+    {
         return Err(ApiError::bad_request("namespaces are not supported"));
     }
     if headers.contains_key(WRAP_TTL) {
@@ -141,7 +145,10 @@ mod tests {
         assert_eq!(status(Front::Operator, &[("Host", "[::1]:8200")]), 200);
         assert_eq!(status(Front::Operator, &[("Host", "evil.example:8200")]), 403);
         assert_eq!(status(Front::Operator, &[("Host", "127.0.0.1.evil.example")]), 403);
-        assert_eq!(status(Front::Operator, &[("Host", "127.0.0.1"), ("Origin", "https://evil.example")]), 403);
+        assert_eq!(
+            status(Front::Operator, &[("Host", "127.0.0.1"), ("Origin", "https://evil.example")]),
+            403
+        );
     }
 
     #[test]

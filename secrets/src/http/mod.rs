@@ -109,7 +109,9 @@ pub(crate) async fn listen(service: Arc<Service>, listener: TcpListener, tls: Op
         scope.spawn("vault connection", async move {
             match tls {
                 Some(tls) => serve_mesh(service, stream, address, tls).await,
-                None => serve_connection(service, TokioIo::new(stream), Connection { address, peer: None }).await,
+                None => {
+                    serve_connection(service, TokioIo::new(stream), Connection { address, peer: None }).await
+                }
             }
             drop(slot);
         });
@@ -155,7 +157,11 @@ where
     let answer = service_fn(move |request: Request<Incoming>| {
         let service = Arc::clone(&service);
         let connection = Arc::clone(&connection);
-        async move { Ok::<http::Response<Full<Bytes>>, std::convert::Infallible>(handle::answer(service, connection, request).await) }
+        async move {
+            Ok::<http::Response<Full<Bytes>>, std::convert::Infallible>(
+                handle::answer(service, connection, request).await,
+            )
+        }
     });
     let builder = builder(&scope);
     let mut serving = pin!(builder.serve_connection(io, answer));

@@ -33,7 +33,8 @@ impl Reply {
 
     /// `body` with a status.
     pub(crate) fn json(status: StatusCode, body: &impl Serialize) -> Result<Self, ApiError> {
-        let body = serde_json::to_vec(body).map_err(|_| ApiError::internal("an answer could not be written"))?;
+        let body =
+            serde_json::to_vec(body).map_err(|_| ApiError::internal("an answer could not be written"))?;
         Ok(Self::Json { status, body })
     }
 
@@ -175,7 +176,9 @@ impl From<RouteError> for ApiError {
     fn from(error: RouteError) -> Self {
         let text = error.to_string();
         match error {
-            RouteError::Path(_) | RouteError::CredentialInQuery | RouteError::Query => Self::bad_request(text),
+            RouteError::Path(_) | RouteError::CredentialInQuery | RouteError::Query => {
+                Self::bad_request(text)
+            }
             RouteError::Unknown => Self::new(StatusCode::NOT_FOUND, text),
             RouteError::Method(allow) => {
                 Self { allow: Some(allow), ..Self::new(StatusCode::METHOD_NOT_ALLOWED, text) }

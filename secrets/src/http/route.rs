@@ -16,7 +16,8 @@ pub(crate) const KV_MOUNT: &str = "secret";
 
 const MOUNT_INFO: &str = "sys/internal/ui/mounts/";
 /// Names under which tools have sent credentials in a query, where every log on the way keeps them.
-const CREDENTIAL_PARAMETERS: [&str; 5] = ["token", "x-vault-token", "vault_token", "access_token", "client_token"];
+const CREDENTIAL_PARAMETERS: [&str; 5] =
+    ["token", "x-vault-token", "vault_token", "access_token", "client_token"];
 
 /// Why a request asks for nothing that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -291,20 +292,39 @@ mod tests {
         ] {
             assert!(matches!(operator("GET", bad), Err(RouteError::Path(_))), "{bad}");
         }
-        for unknown in ["/v1", "/secret/data/a", "/V1/secret/data/a", "/v1/Secret/data/a", "/v1/secret/Data/a",
-            "/v1/other/data/a", "/v1/sys/health/", "/v1/sys/raw/core/keyring", "/v1/secret/config"]
-        {
+        for unknown in [
+            "/v1",
+            "/secret/data/a",
+            "/V1/secret/data/a",
+            "/v1/Secret/data/a",
+            "/v1/secret/Data/a",
+            "/v1/other/data/a",
+            "/v1/sys/health/",
+            "/v1/sys/raw/core/keyring",
+            "/v1/secret/config",
+        ] {
             assert_eq!(operator("GET", unknown), Err(RouteError::Unknown), "{unknown}");
         }
     }
 
     #[test]
     fn vault_17_security_35_nothing_rekeys_or_generates_a_root_token() {
-        for path in ["sys/rekey/init", "sys/rekey/update", "sys/generate-root/attempt", "sys/generate-root/update",
-            "sys/rekey-recovery-key/init", "sys/raw/core/seal", "sys/audit/file", "sys/config/auditing/request-headers"]
-        {
+        for path in [
+            "sys/rekey/init",
+            "sys/rekey/update",
+            "sys/generate-root/attempt",
+            "sys/generate-root/update",
+            "sys/rekey-recovery-key/init",
+            "sys/raw/core/seal",
+            "sys/audit/file",
+            "sys/config/auditing/request-headers",
+        ] {
             for method in ["GET", "PUT", "POST", "DELETE"] {
-                assert_eq!(operator(method, &format!("/v1/{path}")), Err(RouteError::Unknown), "{method} {path}");
+                assert_eq!(
+                    operator(method, &format!("/v1/{path}")),
+                    Err(RouteError::Unknown),
+                    "{method} {path}"
+                );
             }
         }
     }
