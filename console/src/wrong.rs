@@ -31,27 +31,29 @@ pub(crate) struct Finding {
     pub(crate) link: Option<String>,
 }
 
-/// Everything that is wrong, worst first and otherwise in a steady order.
+/// Everything that is wrong: what is broken first, then what will break, then who is being refused.
 pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) -> Vec<Finding> {
     let mut found = Vec::new();
     authority(overview, now, &mut found);
-    for identity in &overview.identities {
-        let id = &identity.spiffe_id;
+    let mut identities: Vec<_> = overview.identities.iter().collect();
+    identities.sort_by(|a, b| (a.expires, &a.spiffe_id).cmp(&(b.expires, &b.spiffe_id)));
+    for identity in identities {
+        let id = short(&identity.spiffe_id, &overview.trust_domain);
         if identity.expires <= now {
             found.push(Finding {
                 severity: Severity::Broken,
-                what: format!("the identity of {id} expired {} ago", when::span(now - identity.expires)),
-                next: "its calls are refused; is its agent running and connected to control?".to_owned(),
+                what: format!("The identity of {id} expired {} ago", when::span(now - identity.expires)),
+                next: "Its calls are refused; is its agent running and connected to control?".to_owned(),
                 link: None,
             });
         } else if identity.expires - now < IDENTITY_WARN_S {
             found.push(Finding {
                 severity: Severity::Attention,
                 what: format!(
-                    "the identity of {id} ends in {} and has not been rotated",
+                    "The identity of {id} ends in {} and has not been rotated",
                     when::span(identity.expires - now)
                 ),
-                next: "its agent should have renewed it by now; look at the agent's log".to_owned(),
+                next: "Its agent should have renewed it by now; look at the agent's log".to_owned(),
                 link: None,
             });
         }
@@ -61,17 +63,18 @@ pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) ->
             found.push(Finding {
                 severity: Severity::Attention,
                 what: format!(
-                    "nothing heard from the agent on {} for {}",
+                    "Nothing heard from the agent on {} for {}",
                     node.host,
                     when::span(now - node.last_seen)
                 ),
-                next: "identities on that host live on until they expire; start its agent".to_owned(),
+                next: "Identities on that host live on until they expire; start its agent".to_owned(),
                 link: None,
             });
         }
     }
-    denials(recent, now, &mut found);
-    found.sort_by(|a, b| (a.severity, &a.what).cmp(&(b.severity, &b.what)));
+    denials(recent, &overview.trust_domain, now, &mut found);
+    // Stable: within a severity the order above holds.
+    found.sort_by_key(|finding| finding.severity);
     found
 }
 
@@ -81,25 +84,25 @@ fn authority(overview: &Overview, now: u64, found: &mut Vec<Finding>) {
         found.push(Finding {
             severity: Severity::Broken,
             what: format!(
-                "the authority of {} expired {} ago",
+                "The authority of {} expired {} ago",
                 overview.trust_domain,
                 when::span(now - ends)
             ),
-            next: "no identity under it is valid; rotate the authority".to_owned(),
+            next: "No identity under it is valid; rotate the authority".to_owned(),
             link: None,
         });
     } else if ends - now < AUTHORITY_WARN_S {
         found.push(Finding {
             severity: Severity::Attention,
-            what: format!("the authority of {} ends in {}", overview.trust_domain, when::span(ends - now)),
-            next: "rotate it before then: no identity outlives it".to_owned(),
+            what: format!("The authority of {} ends in {}", overview.trust_domain, when::span(ends - now)),
+            next: "Rotate it before then: no identity outlives it".to_owned(),
             link: None,
         });
     }
 }
 
 /// Denials of one caller for one action are one finding, however many there were.
-fn denials(recent: &[DecisionRow], now: u64, found: &mut Vec<Finding>) {
+fn denials(recent: &[DecisionRow], trust_domain: &str, now: u64, found: &mut Vec<Finding>) {
     let mut groups: Vec<(&DecisionRow, u64)> = Vec::new();
     for row in recent.iter().filter(|row| row.verdict == Verdict::Denied) {
         if now.saturating_sub(row.time_ms / 1_000) > DENIAL_RECENT_S {
@@ -115,15 +118,30 @@ fn denials(recent: &[DecisionRow], now: u64, found: &mut Vec<Finding>) {
         }
     }
     for (row, count) in groups {
+        let principal = short(&row.principal, trust_domain);
         let times = if count == 1 { String::new() } else { format!(", {count} times") };
         let user = row.user.as_deref().map(|user| format!(" for {user}")).unwrap_or_default();
         found.push(Finding {
             severity: Severity::Attention,
-            what: format!("{} denied {} to {}{user}{times}", row.service, row.action, row.principal),
+            what: format!("{} denied {} to {principal}{user}{times}", capital(&row.service), row.action),
             next: row.reason.clone(),
             link: Some(format!("/decisions/{}", row.receipt)),
         });
     }
+}
+
+/// A SPIFFE ID of the own trust domain by its path; any other in full.
+fn short<'a>(id: &'a str, trust_domain: &str) -> &'a str {
+    id.strip_prefix("spiffe://")
+        .and_then(|rest| rest.strip_prefix(trust_domain))
+        .and_then(|rest| rest.strip_prefix('/'))
+        .unwrap_or(id)
+}
+
+/// Findings are sentences.
+fn capital(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -184,13 +202,10 @@ mod tests {
         assert_eq!(
             shown,
             [
-                (Severity::Broken, "the identity of spiffe://bank.example/service/web expired 5 s ago"),
-                (
-                    Severity::Attention,
-                    "accounts denied ReadAccount to spiffe://bank.example/service/web for alice"
-                ),
-                (Severity::Attention, "nothing heard from the agent on one for 2 min 1 s"),
-                (Severity::Attention, "the authority of bank.example ends in 1 d 0 h"),
+                (Severity::Broken, "The identity of service/web expired 5 s ago"),
+                (Severity::Attention, "The authority of bank.example ends in 1 d 0 h"),
+                (Severity::Attention, "Nothing heard from the agent on one for 2 min 1 s"),
+                (Severity::Attention, "Accounts denied ReadAccount to service/web for alice"),
             ]
         );
     }
@@ -204,6 +219,14 @@ mod tests {
         assert_eq!(findings(&wrong, &[], NOW)[0].severity, Severity::Attention);
         wrong.identities[0].expires = NOW + IDENTITY_WARN_S;
         assert_eq!(findings(&wrong, &[], NOW), []);
+    }
+
+    #[test]
+    fn an_identity_of_another_trust_domain_is_named_in_full() {
+        assert_eq!(short("spiffe://bank.example/service/web", "bank.example"), "service/web");
+        for other in ["spiffe://bank.example.evil/service/web", "spiffe://other/service/web", "bank-cli"] {
+            assert_eq!(short(other, "bank.example"), other);
+        }
     }
 
     #[test]

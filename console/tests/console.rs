@@ -1,5 +1,13 @@
 //! The console as a browser meets it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test's helpers fail as its tests do"
+)]
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -173,9 +181,9 @@ async fn the_overview_says_what_is_wrong_first() {
     console.model.overview.lock().unwrap().identities[2].expires = NOW - 4;
     let page = console.get("/").await.text;
     let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("{text} is not in {page}"));
-    assert!(at("2 things to look at") < at("service/payments expired 4 s ago"));
-    assert!(at("expired 4 s ago") < at("accounts denied ReadAccount"));
-    assert!(at("accounts denied ReadAccount") < at("<dt>Identities</dt>"));
+    assert!(at("2 things to look at") < at("The identity of service/payments expired 4 s ago"));
+    assert!(at("expired 4 s ago") < at("Accounts denied ReadAccount"));
+    assert!(at("Accounts denied ReadAccount") < at("<dt>Identities</dt>"));
     console.model.overview.lock().unwrap().identities.remove(2);
     console.model.decisions.lock().unwrap().clear();
     assert!(console.get("/").await.text.contains("Nothing is wrong"));

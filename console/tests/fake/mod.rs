@@ -1,6 +1,6 @@
 //! A made-up mesh for the tests and the preview.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use console::{DecisionDetail, DecisionRow, IdentityRow, NodeRow, Overview, ReadModel, Verdict};
 use futures::FutureExt as _;
@@ -29,15 +29,30 @@ impl FakeModel {
 
 impl ReadModel for FakeModel {
     fn overview(&self) -> BoxFuture<'_, Overview> {
-        async { self.overview.lock().unwrap().clone() }.boxed()
+        async { self.overview.lock().unwrap_or_else(PoisonError::into_inner).clone() }.boxed()
     }
 
     fn decisions(&self, limit: usize) -> BoxFuture<'_, Vec<DecisionRow>> {
-        async move { self.decisions.lock().unwrap().iter().take(limit).cloned().collect() }.boxed()
+        async move {
+            self.decisions
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .iter()
+                .take(limit)
+                .cloned()
+                .collect()
+        }
+        .boxed()
     }
 
     fn decision(&self, receipt: &str) -> BoxFuture<'_, Option<DecisionDetail>> {
-        let row = self.decisions.lock().unwrap().iter().find(|row| row.receipt == receipt).cloned();
+        let row = self
+            .decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .find(|row| row.receipt == receipt)
+            .cloned();
         async { row.map(|row| DecisionDetail { text: explanation(&row), row }) }.boxed()
     }
 

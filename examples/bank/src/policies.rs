@@ -4,14 +4,23 @@
 pub const POLICIES: &[(&str, &str)] = &[
     ("mesh.cedarschema", include_str!("../policies/mesh.cedarschema")),
     ("services/accounts/accounts.cedar", include_str!("../policies/services/accounts/accounts.cedar")),
-    ("services/accounts/accounts.cedarschema", include_str!("../policies/services/accounts/accounts.cedarschema")),
+    (
+        "services/accounts/accounts.cedarschema",
+        include_str!("../policies/services/accounts/accounts.cedarschema"),
+    ),
     ("services/accounts/map.toml", include_str!("../policies/services/accounts/map.toml")),
     ("services/gateway/gateway.cedar", include_str!("../policies/services/gateway/gateway.cedar")),
-    ("services/gateway/gateway.cedarschema", include_str!("../policies/services/gateway/gateway.cedarschema")),
+    (
+        "services/gateway/gateway.cedarschema",
+        include_str!("../policies/services/gateway/gateway.cedarschema"),
+    ),
     ("services/gateway/map.toml", include_str!("../policies/services/gateway/map.toml")),
     ("services/payments/map.toml", include_str!("../policies/services/payments/map.toml")),
     ("services/payments/payments.cedar", include_str!("../policies/services/payments/payments.cedar")),
-    ("services/payments/payments.cedarschema", include_str!("../policies/services/payments/payments.cedarschema")),
+    (
+        "services/payments/payments.cedarschema",
+        include_str!("../policies/services/payments/payments.cedarschema"),
+    ),
     ("services/vault/map.toml", include_str!("../policies/services/vault/map.toml")),
     ("services/vault/vault.cedar", include_str!("../policies/services/vault/vault.cedar")),
     ("services/vault/vault.cedarschema", include_str!("../policies/services/vault/vault.cedarschema")),

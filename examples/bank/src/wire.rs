@@ -90,14 +90,9 @@ checked_string!(
 );
 checked_string!(
     /// What a transfer is for, in the sender's words.
+    #[derive(Default)]
     Memo, WireError::Memo, is_memo
 );
-
-impl Default for Memo {
-    fn default() -> Self {
-        Self(String::new())
-    }
-}
 
 fn is_slug(value: &str) -> bool {
     (1..=ID_BYTES_MAX).contains(&value.len())

@@ -9,7 +9,7 @@ pub(super) fn shown(cents: i64) -> String {
     let digits = euros.to_string();
     let mut grouped = String::new();
     for (n, digit) in digits.chars().enumerate() {
-        if n > 0 && (digits.len() - n) % 3 == 0 {
+        if n > 0 && (digits.len() - n).is_multiple_of(3) {
             grouped.push(',');
         }
         grouped.push(digit);
@@ -40,7 +40,7 @@ mod tests {
     #[test]
     fn amounts_are_shown_with_grouping_and_two_decimals() {
         assert_eq!(shown(0), "€0.00");
-        assert_eq!(shown(1_234_567_89), "€1,234,567.89");
+        assert_eq!(shown(123_456_789), "€1,234,567.89");
         assert_eq!(shown(-5), "−€0.05");
         assert_eq!(shown(i64::MIN), "−€92,233,720,368,547,758.08");
     }

@@ -279,7 +279,7 @@ fn entries(entries: &[Entry]) -> Markup {
                                     Direction::Out => (money::shown(entry.amount_cents.saturating_neg())),
                                 }
                             }
-                            span .after { "Balance " (money::shown(entry.balance_cents)) }
+                            span .after { span .word { "Balance " } (money::shown(entry.balance_cents)) }
                         }
                     }
                 }
