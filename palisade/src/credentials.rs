@@ -9,6 +9,7 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use secrecy::SecretString;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -31,6 +32,10 @@ pub(crate) enum Credential {
     OidcClientSecret,
     /// Admits a new agent, once.
     JoinToken,
+    /// The authorities that a new agent trusts, PEM. Not secret, but whoever changes it is trusted.
+    TrustBundle,
+    /// Opens the console.
+    ConsoleToken,
 }
 
 impl Credential {
@@ -42,6 +47,8 @@ impl Credential {
             Self::GatewaySessionKey => "gateway-session-key",
             Self::OidcClientSecret => "oidc-client-secret",
             Self::JoinToken => "join-token",
+            Self::TrustBundle => "trust-bundle",
+            Self::ConsoleToken => "console-token",
         }
     }
 }
@@ -63,6 +70,8 @@ pub(crate) enum CredentialError {
     Owner { path: PathBuf, owner: u32 },
     #[error("{} is empty", .0.display())]
     Empty(PathBuf),
+    #[error("{} is not text", .0.display())]
+    NotText(PathBuf),
     #[error("{} is larger than {MAX_CREDENTIAL_BYTES} bytes", .0.display())]
     TooLarge(PathBuf),
 }
@@ -84,7 +93,7 @@ impl CredentialError {
             Self::Owner { path, .. } => {
                 format!("chown {} {}", rustix::process::getuid().as_raw(), path.display())
             }
-            Self::Empty(path) | Self::TooLarge(path) => {
+            Self::Empty(path) | Self::TooLarge(path) | Self::NotText(path) => {
                 format!("write the secret itself into {}", path.display())
             }
         }
@@ -110,21 +119,34 @@ impl Credentials {
     }
 
     /// Reads one; a last newline, which editors add, is not part of it.
-    pub(crate) fn read(&self, credential: Credential) -> Result<Zeroizing<Vec<u8>>, CredentialError> {
+    fn read(&self, credential: Credential) -> Result<Zeroizing<Vec<u8>>, CredentialError> {
         let directory = self.directory.as_ref().ok_or(CredentialError::NoDirectory)?;
         read(directory.join(credential.file_name()))
     }
 
-    /// Reads one that need not be there.
-    pub(crate) fn read_optional(
+    /// Reads one that is text.
+    pub(crate) fn text(&self, credential: Credential) -> Result<SecretString, CredentialError> {
+        let bytes = self.read(credential)?;
+        match std::str::from_utf8(&bytes) {
+            Ok(text) => Ok(SecretString::from(text)),
+            Err(_) => Err(CredentialError::NotText(self.path(credential))),
+        }
+    }
+
+    /// Reads one that is text and need not be there.
+    pub(crate) fn optional_text(
         &self,
         credential: Credential,
-    ) -> Result<Option<Zeroizing<Vec<u8>>>, CredentialError> {
-        match self.read(credential) {
+    ) -> Result<Option<SecretString>, CredentialError> {
+        match self.text(credential) {
             Ok(secret) => Ok(Some(secret)),
             Err(CredentialError::NoDirectory | CredentialError::Missing(_)) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    fn path(&self, credential: Credential) -> PathBuf {
+        self.directory.clone().unwrap_or_default().join(credential.file_name())
     }
 }
 
@@ -184,7 +206,7 @@ mod tests {
         write(directory.path(), "open sesame\n", 0o600);
         let credentials = Credentials::new(None, Some(directory.path().into()));
         assert_eq!(credentials.read(Credential::CaPassphrase).unwrap().as_slice(), b"open sesame");
-        assert!(credentials.read_optional(Credential::JoinToken).unwrap().is_none());
+        assert!(credentials.optional_text(Credential::JoinToken).unwrap().is_none());
         assert!(matches!(credentials.read(Credential::JoinToken), Err(CredentialError::Missing(_))));
     }
 
@@ -194,7 +216,7 @@ mod tests {
         let credentials = Credentials::new(Some(directory.path()), None);
         for mode in [0o644, 0o640, 0o601] {
             let path = write(directory.path(), "x", mode);
-            let error = credentials.read_optional(Credential::CaPassphrase).unwrap_err();
+            let error = credentials.optional_text(Credential::CaPassphrase).unwrap_err();
             assert_eq!(error.hint(), format!("chmod 0600 {}", path.display()));
             assert!(error.to_string().contains(&format!("{mode:04o}")));
         }

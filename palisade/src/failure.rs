@@ -14,7 +14,7 @@ pub(crate) enum Exit {
     Failed,
     /// The command line is not one.
     Usage,
-    /// A policy says no.
+    /// This user may not.
     Denied,
     /// A file that was read is wrong.
     Invalid,
@@ -82,7 +82,11 @@ impl Failure {
     pub(crate) fn because(mut self, cause: &dyn Error) -> Self {
         let mut next = Some(cause);
         while let Some(cause) = next {
-            self.causes.push(cause.to_string());
+            let text = cause.to_string();
+            // Some errors end with their source's own words: said once is enough.
+            if !self.causes.last().is_some_and(|above| above.ends_with(&text)) {
+                self.causes.push(text);
+            }
             next = cause.source();
         }
         self

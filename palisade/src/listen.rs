@@ -3,20 +3,18 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
-
-use tokio::net::TcpListener;
 
 use crate::failure::Failure;
 
-/// Binds `address` for `what`, such as "the gateway"; `key` is where mesh.toml sets it.
-pub(crate) async fn tcp(what: &str, key: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(address).await.map_err(|error| refused(what, key, address, &error))
+/// Binds `address`, before anything is started, for `what`, such as "the gateway"; `key` is where mesh.toml sets it.
+pub(crate) fn tcp(what: &str, key: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(address).map_err(|error| refused(what, key, address, &error))
 }
 
 /// Why `address` could not be bound.
-pub(crate) fn refused(what: &str, key: &str, address: SocketAddr, error: &io::Error) -> Failure {
+fn refused(what: &str, key: &str, address: SocketAddr, error: &io::Error) -> Failure {
     let failure = Failure::new(format!("{what} cannot listen on {address}")).because(error);
     match error.kind() {
         io::ErrorKind::AddrInUse => {
@@ -38,9 +36,9 @@ pub(crate) fn refused(what: &str, key: &str, address: SocketAddr, error: &io::Er
 
 /// A process that has a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Holder {
-    pub(crate) pid: u32,
-    pub(crate) name: String,
+struct Holder {
+    pid: u32,
+    name: String,
 }
 
 impl fmt::Display for Holder {
@@ -50,7 +48,7 @@ impl fmt::Display for Holder {
 }
 
 /// The process that holds `address`, as far as `proc` (the proc file system) lets this user see.
-pub(crate) fn holder(proc: &Path, address: SocketAddr) -> Option<Holder> {
+fn holder(proc: &Path, address: SocketAddr) -> Option<Holder> {
     let inode = socket_inode(proc, address)?;
     let wanted = format!("socket:[{inode}]");
     let mut processes: Vec<u32> =
@@ -122,11 +120,11 @@ fn socket_address(text: &str) -> Option<SocketAddr> {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn a_taken_port_names_the_process_that_has_it_and_the_key_to_change() {
-        let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    #[test]
+    fn a_taken_port_names_the_process_that_has_it_and_the_key_to_change() {
+        let first = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = first.local_addr().unwrap();
-        let failure = tcp("the gateway", "[gateway] listen", address).await.unwrap_err();
+        let failure = tcp("the gateway", "[gateway] listen", address).unwrap_err();
         assert_eq!(failure.message, format!("the gateway cannot listen on {address}"));
         let hint = failure.hint.unwrap();
         assert!(

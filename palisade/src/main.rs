@@ -4,6 +4,7 @@
 
 mod cmd;
 mod credentials;
+mod decisions;
 #[expect(dead_code, reason = "the demo's own verb, which uses all of it, is composed on top")]
 mod demo;
 mod failure;
@@ -13,6 +14,7 @@ mod mesh;
 mod printer;
 mod serve;
 mod supervised;
+mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,7 +39,7 @@ struct Cli {
 struct Global {
     /// The file that describes the mesh.
     #[arg(long, global = true, value_name = "FILE", default_value = "mesh.toml")]
-    mesh: PathBuf,
+    config: PathBuf,
     /// The directory of secrets, one file each. Default: $CREDENTIALS_DIRECTORY.
     #[arg(long, global = true, value_name = "DIR")]
     credentials: Option<PathBuf>,
@@ -51,8 +53,28 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Run the certificate authority: registrations, decisions, the console.
+    Control,
+    /// Run the agent of this host, which gives its services their identities.
+    Agent,
+    /// Run the proxy beside one service.
+    Sidecar(cmd::sidecar::Args),
+    /// Run the front door for browsers and API clients.
+    Gateway,
+    /// Run the vault.
+    Vault,
+    /// Run the embedded OpenID Connect provider.
+    Idp,
     /// Check or show mesh.toml, or print its schema.
     Config(cmd::config::Args),
+    /// Check the policies.
+    Policy(cmd::policy::Args),
+    /// Explain a decision by its receipt.
+    Explain(cmd::explain::Args),
+    /// Make what a new host joins with.
+    Token(cmd::token::Args),
+    /// Show hosts, identities and the authority.
+    Status(cmd::status::Args),
 }
 
 fn main() -> ExitCode {
@@ -74,7 +96,18 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
+    let global = &cli.global;
     match &cli.verb {
-        Verb::Config(args) => cmd::config::run(args, &cli.global, printer),
+        Verb::Control => cmd::control::run(global),
+        Verb::Agent => cmd::agent::run(global),
+        Verb::Sidecar(args) => cmd::sidecar::run(args, global),
+        Verb::Gateway => cmd::gateway::run(global),
+        Verb::Vault => cmd::vault::run(global),
+        Verb::Idp => cmd::idp::run(global),
+        Verb::Config(args) => cmd::config::run(args, global, printer),
+        Verb::Policy(args) => cmd::policy::run(args, global, printer),
+        Verb::Explain(args) => cmd::explain::run(args, global, printer),
+        Verb::Token(args) => cmd::token::run(args, global, printer),
+        Verb::Status(args) => cmd::status::run(args, global, printer),
     }
 }

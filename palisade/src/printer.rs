@@ -17,6 +17,8 @@ const REPORT_COLUMNS: usize = 100;
 /// How this process may write.
 #[derive(Debug, Clone)]
 pub(crate) struct Printer {
+    /// `NO_COLOR` is not set.
+    wanted: bool,
     /// Standard error is a terminal whose reader wants colour.
     colour: bool,
     /// Standard error is a terminal, so a line may be rewritten.
@@ -28,18 +30,23 @@ impl Printer {
     pub(crate) fn new() -> Self {
         let live = std::io::stderr().is_terminal();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self { colour: live && wanted, live }
+        Self { wanted, colour: live && wanted, live }
     }
 
     /// A printer that writes plain lines, for tests.
     #[cfg(test)]
     pub(crate) fn plain() -> Self {
-        Self { colour: false, live: false }
+        Self { wanted: false, colour: false, live: false }
     }
 
     /// Whether progress may be drawn over itself.
     pub(crate) fn is_live(&self) -> bool {
         self.live
+    }
+
+    /// Whether what goes to standard output may be coloured.
+    pub(crate) fn colours_data(&self) -> bool {
+        self.wanted && std::io::stdout().is_terminal()
     }
 
     /// Writes what was asked for to standard output.

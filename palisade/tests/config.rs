@@ -51,7 +51,7 @@ fn what_is_no_toml_is_shown_where_it_stops_being_toml() {
 
 #[test]
 fn a_file_that_is_not_there_is_named_with_the_way_to_get_one() {
-    expect("missing", &["--mesh", "no-such.toml", "config", "check"]);
+    expect("missing", &["--config", "no-such.toml", "config", "check"]);
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub(crate) struct Args {
 enum What {
     /// Say everything that is wrong with the file. Exit code 4 if something is.
     Check {
-        /// The file; else that of --mesh.
+        /// The file; else that of --config.
         file: Option<PathBuf>,
         /// Print the problems as JSON.
         #[arg(long)]
@@ -28,7 +28,7 @@ enum What {
     },
     /// Print the file as it is understood: defaults filled in, paths absolute.
     Show {
-        /// The file; else that of --mesh.
+        /// The file; else that of --config.
         file: Option<PathBuf>,
         /// Print it as JSON.
         #[arg(long)]
@@ -42,8 +42,8 @@ enum What {
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
     match &args.what {
-        What::Check { file, json } => check(file.as_deref().unwrap_or(&global.mesh), *json, printer),
-        What::Show { file, json } => show(file.as_deref().unwrap_or(&global.mesh), *json, printer),
+        What::Check { file, json } => check(file.as_deref().unwrap_or(&global.config), *json, printer),
+        What::Show { file, json } => show(file.as_deref().unwrap_or(&global.config), *json, printer),
         What::Schema => {
             printer.data(&format!("{:#}\n", schema::json_schema()))?;
             Ok(Exit::Ok)

@@ -62,7 +62,7 @@ impl Layout {
     /// Control's socket for the command line. Not below the state directory, whose path may be longer than
     /// the 107 bytes that a socket's may have.
     pub(crate) fn admin_socket(&self) -> PathBuf {
-        self.sockets().join("control.sock")
+        self.sockets().join("control").join("admin.sock")
     }
 
     /// The Workload API's socket.

@@ -8,12 +8,14 @@
 //! | [`ports`] | free ports, the same ones after a restart |
 //! | [`roles`] | a name of the binary for each role, so that attestation tells them apart |
 //! | [`ready`] | the file that says where everything is |
+//! | [`run`] | runs processes until somebody ends it, and tells of their deaths |
 //! | [`progress`] | what is shown while it starts |
 
 mod ports;
 mod progress;
 mod ready;
 mod roles;
+mod run;
 mod state;
 mod supervisor;
 
@@ -64,5 +66,8 @@ enum What {
     Token {
         /// alice or bob.
         user: String,
+        /// The file that the demo wrote once it was ready.
+        #[arg(long, value_name = "FILE")]
+        ready: Option<PathBuf>,
     },
 }

@@ -57,7 +57,6 @@ pub(crate) fn mesh(
 /// The SPIFFE ID of one of the mesh's own processes.
 pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
     let path = match own {
-        Own::Control => "/palisade/control",
         Own::Gateway => "/palisade/gateway",
         Own::Idp => "/palisade/idp",
         Own::Vault => "/palisade/vault",
@@ -206,16 +205,12 @@ impl Check<'_> {
         names: &BTreeSet<ServiceName>,
     ) -> Option<Gateway> {
         let listen = self.bind(Some(&section.listen), "", "the gateway's listen", Reach::Any);
-        let admin = section
-            .admin
-            .as_ref()
-            .map(|text| self.bind(Some(text), "", "the gateway's admin", Reach::Loopback));
         let public_url = match &section.public_url {
-            Some(text) => self.url(text, &["https"]),
-            None => listen.and_then(|listen| self.own_url("https", listen, &section.listen, "public_url")),
+            Some(text) => self.url(text),
+            None => listen.and_then(|listen| self.own_url(listen, &section.listen, "public_url")),
         };
         let issuer = match &section.issuer {
-            Some(text) => self.url(text, &["https", "http"]),
+            Some(text) => self.url(text),
             None => match idp {
                 Some(idp) => Some(idp.issuer.clone()),
                 None if self.declared.contains("idp") => None,
@@ -254,35 +249,30 @@ impl Check<'_> {
         Some(Gateway {
             listen: listen?,
             issuer: issuer?,
+            issuer_ca: self.path_or(section.issuer_ca.as_ref(), "/etc/ssl/certs/ca-certificates.crt"),
+            scopes: section.scopes.iter().map(|scope| scope.get_ref().clone()).collect(),
             client_id: text(&section.client_id).unwrap_or_else(|| "palisade-gateway".to_owned()),
             audience: text(&section.audience).unwrap_or_else(|| origin(&public_url)),
             public_url,
             routes,
             state: self.path_or(section.state.as_ref(), "/var/lib/palisade/gateway"),
-            admin: match admin {
-                Some(admin) => Some(admin?),
-                None => None,
-            },
             attest: attest?,
         })
     }
 
     fn idp(&mut self, section: &super::file::IdpSection) -> Option<Idp> {
-        let listen = self.bind(Some(&section.listen), "", "the provider's listen", Reach::Loopback);
+        let listen = self.bind(Some(&section.listen), "", "the provider's listen", Reach::Any);
         let issuer = match &section.issuer {
-            Some(text) => self.url(text, &["https", "http"]),
-            None => listen.and_then(|listen| self.own_url("http", listen, &section.listen, "issuer")),
+            Some(text) => self.url(text),
+            None => listen.and_then(|listen| self.own_url(listen, &section.listen, "issuer")),
         };
-        let attest = section.attest.as_ref().map(|attest| self.attest(attest));
+        let attest = self.attest(&section.attest);
         Some(Idp {
             listen: listen?,
             issuer: issuer?,
             users: self.path(&section.users),
             state: self.path_or(section.state.as_ref(), "/var/lib/palisade/idp"),
-            attest: match attest {
-                Some(attest) => Some(attest?),
-                None => None,
-            },
+            attest: attest?,
         })
     }
 
@@ -314,10 +304,7 @@ impl Check<'_> {
         let host = section.host.as_ref().map_or(ANY_HOST, |host| host.get_ref()).to_owned();
         let app = self.bind_on(&host, Some(&section.app), "", &what("app"), Reach::Loopback);
         let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), Reach::Dialled);
-        let admin = section
-            .admin
-            .as_ref()
-            .map(|admin| self.bind_on(&host, Some(admin), "", &what("admin"), Reach::Loopback));
+        let admin = self.bind_on(&host, Some(&section.admin), "", &what("admin"), Reach::Loopback);
         let id = trust_domain.and_then(|td| self.service_id(section.id.as_ref(), written, td));
         let mut calls = BTreeMap::new();
         for (callee, address) in &section.calls {
@@ -360,10 +347,7 @@ impl Check<'_> {
             host,
             app: app?,
             inbound: inbound?,
-            admin: match admin {
-                Some(admin) => Some(admin?),
-                None => None,
-            },
+            admin: admin?,
             attest: attest?,
             calls,
             secrets,
@@ -594,45 +578,33 @@ impl Check<'_> {
         parsed
     }
 
-    fn url(&mut self, text: &Text, schemes: &[&str]) -> Option<Url> {
-        let complain = |check: &mut Self, why: String| {
-            let hint = format!("for example {}://id.example.org", schemes.first().unwrap_or(&"https"));
-            check.report(text, format!("`{}` {why}", text.get_ref()), Some(hint));
-            None
+    fn url(&mut self, text: &Text) -> Option<Url> {
+        let wrong = match Url::parse(text.get_ref()) {
+            Ok(url) if url.scheme() != "https" => "does not start with https://".to_owned(),
+            Ok(url) if url.host().is_none() => "names no host".to_owned(),
+            Ok(url)
+                if !url.username().is_empty()
+                    || url.password().is_some()
+                    || url.query().is_some()
+                    || url.fragment().is_some() =>
+            {
+                "holds more than scheme, host, port and path".to_owned()
+            }
+            Ok(url) => return Some(url),
+            Err(error) => format!("is not a URL: {error}"),
         };
-        let url = match Url::parse(text.get_ref()) {
-            Ok(url) => url,
-            Err(error) => return complain(self, format!("is not a URL: {error}")),
-        };
-        if !schemes.contains(&url.scheme()) {
-            return complain(self, format!("starts with neither of {}", schemes.join("://, ") + "://"));
-        }
-        if !url.username().is_empty()
-            || url.password().is_some()
-            || url.query().is_some()
-            || url.fragment().is_some()
-        {
-            return complain(self, "holds more than scheme, host, port and path".into());
-        }
-        let local = match url.host() {
-            Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
-            Some(url::Host::Domain(name)) => name == "localhost",
-            None => return complain(self, "names no host".into()),
-        };
-        if url.scheme() == "http" && !local {
-            return complain(self, "is plain http to another host".into());
-        }
-        Some(url)
+        let hint = "for example https://id.example.org";
+        self.report(text, format!("`{}` {wrong}", text.get_ref()), Some(hint.into()));
+        None
     }
 
-    fn own_url(&mut self, scheme: &str, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
+    fn own_url(&mut self, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
         if listen.ip().is_unspecified() {
-            let hint = format!("add {key} = \"{scheme}://HOST:{}\"", listen.port());
+            let hint = format!("add {key} = \"https://HOST:{}\"", listen.port());
             self.report(at, "nobody can tell its URL from an address that stands for all".into(), Some(hint));
             return None;
         }
-        Url::parse(&format!("{scheme}://{listen}")).ok()
+        Url::parse(&format!("https://{listen}")).ok()
     }
 
     fn duration(

@@ -118,23 +118,28 @@ pub(crate) struct GatewaySection {
     #[schemars(with = "Option<String>", example = "https://127.0.0.1:8443")]
     pub(crate) public_url: Option<Text>,
     /// The OpenID Connect provider that people log in with. Default: the issuer of [idp].
-    #[schemars(with = "Option<String>", example = "http://127.0.0.1:4820")]
+    #[schemars(with = "Option<String>", example = "https://127.0.0.1:4820")]
     pub(crate) issuer: Option<Text>,
+    /// The authorities that vouch for the provider's certificate, PEM. Not read for [idp], whose
+    /// certificate is the mesh's own. Default: /etc/ssl/certs/ca-certificates.crt.
+    #[schemars(with = "Option<String>", example = "/etc/ssl/certs/ca-certificates.crt")]
+    pub(crate) issuer_ca: Option<Text>,
     /// The gateway's client id at that provider. Default: palisade-gateway.
     #[schemars(with = "Option<String>", example = "palisade-gateway")]
     pub(crate) client_id: Option<Text>,
     /// What an API client's access token must name as its audience. Default: public_url.
     #[schemars(with = "Option<String>", example = "https://127.0.0.1:8443")]
     pub(crate) audience: Option<Text>,
+    /// What people are asked to grant at login, beside openid, profile, groups and offline_access.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["bank"])]
+    pub(crate) scopes: Vec<Text>,
     /// Which path prefix goes to which service; the longest prefix wins.
     #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"/": "web"}))]
     pub(crate) routes: BTreeMap<Text, Text>,
     /// Where sessions and the listener's certificate are kept. Default: /var/lib/palisade/gateway.
     #[schemars(with = "Option<String>", example = "/var/lib/palisade/gateway")]
     pub(crate) state: Option<Text>,
-    /// /ready and /metrics, loopback only. Default: none.
-    #[schemars(with = "Option<String>", example = "127.0.0.1:4831")]
-    pub(crate) admin: Option<Text>,
     /// How the agent knows the gateway's process.
     #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-gateway"}))]
     pub(crate) attest: Spanned<AttestSection>,
@@ -144,11 +149,11 @@ pub(crate) struct GatewaySection {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct IdpSection {
-    /// Where browsers and the gateway reach it, loopback only.
+    /// Where browsers and the gateway reach it, TLS.
     #[schemars(with = "String", example = "127.0.0.1:4820")]
     pub(crate) listen: Text,
-    /// Its name in the tokens it issues. Default: http:// and the listen address.
-    #[schemars(with = "Option<String>", example = "http://127.0.0.1:4820")]
+    /// Its name in the tokens it issues. Default: https:// and the listen address.
+    #[schemars(with = "Option<String>", example = "https://127.0.0.1:4820")]
     pub(crate) issuer: Option<Text>,
     /// The file of users and password hashes.
     #[schemars(with = "String", example = "users.toml")]
@@ -156,9 +161,9 @@ pub(crate) struct IdpSection {
     /// Where its signing keys are kept. Default: /var/lib/palisade/idp.
     #[schemars(with = "Option<String>", example = "/var/lib/palisade/idp")]
     pub(crate) state: Option<Text>,
-    /// How the agent knows the provider's process. Default: it gets no identity of the mesh.
-    #[schemars(with = "Option<AttestSection>", example = serde_json::json!({"path": "/usr/bin/palisade-idp"}))]
-    pub(crate) attest: Option<Spanned<AttestSection>>,
+    /// How the agent knows the provider's process.
+    #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-idp"}))]
+    pub(crate) attest: Spanned<AttestSection>,
 }
 
 /// The vault: secrets for services, which log in with their identity. Leave the section out where
@@ -199,9 +204,9 @@ pub(crate) struct ServiceSection {
     /// Where other services' sidecars reach this one, mTLS.
     #[schemars(with = "String", example = "127.0.0.1:5001")]
     pub(crate) inbound: Text,
-    /// /ready, /live and /metrics of the sidecar, loopback only. Default: none.
-    #[schemars(with = "Option<String>", example = "127.0.0.1:5002")]
-    pub(crate) admin: Option<Text>,
+    /// /ready, /live and /metrics of the sidecar, loopback only.
+    #[schemars(with = "String", example = "127.0.0.1:5002")]
+    pub(crate) admin: Text,
     /// How the agent knows the sidecar's process; all that is given must match.
     #[schemars(with = "AttestSection", example = serde_json::json!({"uid": 1001, "path": "/usr/bin/palisade"}))]
     pub(crate) attest: Spanned<AttestSection>,

@@ -82,13 +82,13 @@ pub(crate) struct Gateway {
     pub(crate) public_url: Url,
     #[serde(serialize_with = "shown")]
     pub(crate) issuer: Url,
+    pub(crate) issuer_ca: PathBuf,
+    pub(crate) scopes: Vec<String>,
     pub(crate) client_id: String,
     pub(crate) audience: String,
     /// Path prefix to service.
     pub(crate) routes: BTreeMap<String, ServiceName>,
     pub(crate) state: PathBuf,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) admin: Option<SocketAddr>,
     pub(crate) attest: Attest,
 }
 
@@ -100,8 +100,7 @@ pub(crate) struct Idp {
     pub(crate) issuer: Url,
     pub(crate) users: PathBuf,
     pub(crate) state: PathBuf,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) attest: Option<Attest>,
+    pub(crate) attest: Attest,
 }
 
 /// `[vault]`
@@ -121,8 +120,7 @@ pub(crate) struct Service {
     pub(crate) host: String,
     pub(crate) app: SocketAddr,
     pub(crate) inbound: SocketAddr,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) admin: Option<SocketAddr>,
+    pub(crate) admin: SocketAddr,
     pub(crate) attest: Attest,
     pub(crate) calls: BTreeMap<Callee, SocketAddr>,
     pub(crate) secrets: Vec<String>,
@@ -258,7 +256,6 @@ fn hex<S: Serializer>(digest: &Option<[u8; 32]>, serializer: S) -> Result<S::Ok,
 /// The identity of one of the mesh's own processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Own {
-    Control,
     Gateway,
     Idp,
     Vault,
@@ -271,6 +268,8 @@ pub(crate) struct Registration {
     pub(crate) id: SpiffeId,
     /// The host it runs on, or `local` for any.
     pub(crate) host: String,
+    /// The host, name or address, as which browsers know it; none for what only the mesh talks to.
+    pub(crate) public_host: Option<url::Host>,
     pub(crate) attest: Attest,
 }
 
@@ -298,19 +297,22 @@ impl Mesh {
             name: name.to_string(),
             id: service.id.clone(),
             host: service.host.clone(),
+            public_host: None,
             attest: service.attest.clone(),
         });
+        let host = |url: &Url| url.host().map(|host| host.to_owned());
         let own = [
-            (Own::Gateway, "gateway", self.gateway.as_ref().map(|gateway| &gateway.attest)),
-            (Own::Idp, "idp", self.idp.as_ref().and_then(|idp| idp.attest.as_ref())),
-            (Own::Vault, "vault", self.vault.as_ref().map(|vault| &vault.attest)),
+            self.gateway.as_ref().map(|own| (Own::Gateway, "gateway", host(&own.public_url), &own.attest)),
+            self.idp.as_ref().map(|own| (Own::Idp, "idp", host(&own.issuer), &own.attest)),
+            self.vault.as_ref().map(|own| (Own::Vault, "vault", None, &own.attest)),
         ];
-        let own = own.into_iter().filter_map(|(own, name, attest)| {
+        let own = own.into_iter().flatten().filter_map(|(own, name, public_host, attest)| {
             Some(Registration {
                 name: name.to_owned(),
                 id: self.own_id(own)?,
                 host: check::ANY_HOST.to_owned(),
-                attest: attest?.clone(),
+                public_host,
+                attest: attest.clone(),
             })
         });
         services.chain(own).collect()
@@ -323,7 +325,7 @@ fn read(file: &Path) -> Result<String, Problem> {
         let problem = Problem::file(file, format!("cannot be read: {error}"));
         match error.kind() {
             std::io::ErrorKind::NotFound => problem.hint(
-                "name it with --mesh FILE; `palisade config example > mesh.toml` writes one to start from",
+                "name it with --config FILE; `palisade config example > mesh.toml` writes one to start from",
             ),
             std::io::ErrorKind::PermissionDenied => {
                 problem.hint("it must be readable for the user you run as")

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use identity::tls::ALPN_HTTP11;
 use identity::{BundleSet, IdentitySource, TrustBundle, TrustDomain, X509Svid};
+use rustls_pki_types::UnixTime;
 use zeroize::Zeroizing;
 
 use super::Outcome;
@@ -63,7 +64,7 @@ async fn no_identity(stage: &Stage, accounts: SocketAddr, twin: bool) -> anyhow:
 }
 
 async fn foreign_trust_domain(stage: &Stage, accounts: SocketAddr, twin: bool) -> anyhow::Result<Outcome> {
-    let svid = foreign_svid("evil.example", "/service/web")?;
+    let svid = foreign_svid("evil.example", "/service/web", stage.clock.unix_time())?;
     let config = as_client(stage, svid)?;
     let (local, outcome) = calls::handshake(accounts, config).await?;
     stage
@@ -152,7 +153,7 @@ fn as_client(stage: &Stage, svid: X509Svid) -> anyhow::Result<Arc<rustls::Client
 }
 
 /// An SVID that keeps every rule of the standard, under an authority nobody here knows.
-fn foreign_svid(trust_domain: &str, path: &str) -> anyhow::Result<X509Svid> {
+fn foreign_svid(trust_domain: &str, path: &str, now: UnixTime) -> anyhow::Result<X509Svid> {
     use rcgen::{
         BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair,
         KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
@@ -176,7 +177,6 @@ fn foreign_svid(trust_domain: &str, path: &str) -> anyhow::Result<X509Svid> {
     let certificate = leaf.signed_by(&key, &authority)?;
     // It would verify at home: what is wrong with it is only whom it names.
     let bundle = TrustBundle::new(TrustDomain::new(trust_domain)?, vec![authority.der().clone()])?;
-    let now = rustls_pki_types::UnixTime::now();
     identity::verify::verify_chain(certificate.der(), &[], &BundleSet::new([bundle]), now)?;
     Ok(X509Svid::new(vec![certificate.der().clone()], Zeroizing::new(key.serialize_der()))?)
 }

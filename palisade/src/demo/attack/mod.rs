@@ -7,18 +7,22 @@
 //! | `calls.rs` | how they call: over mTLS as a workload, over HTTPS as a browser or script |
 //! | `objects.rs`, `identities.rs`, `tokens.rs`, `paths.rs` | the attacks |
 
-mod calls;
+pub(super) mod calls;
 mod identities;
 mod objects;
 mod paths;
 mod stage;
 mod tokens;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::Path;
 
+use identity::{BundleSet, TrustBundle, TrustDomain};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 use serde::Serialize;
 
+use crate::failure::{Exit, Failure};
+use crate::printer::Printer;
 use stage::Stage;
 
 /// What an attack was met with.
@@ -48,47 +52,76 @@ struct Report {
     attacks: Vec<Outcome>,
 }
 
-/// Runs every attack against the demo that wrote `ready`. Exit code 0 only if each was stopped and each
+/// Runs every attack against the demo that wrote `ready`. [`Exit::Ok`] only if each was stopped and each
 /// twin succeeded.
-pub async fn run(ready: PathBuf, json: bool) -> anyhow::Result<ExitCode> {
-    let stage = Stage::set(&ready).await?;
-    let mut attacks = Vec::new();
-    for attack in [objects::run(&stage).await, identities::run(&stage).await, tokens::run(&stage).await, paths::run(&stage).await] {
-        for outcome in attack? {
-            if !json {
-                print_one(&outcome);
-            }
-            attacks.push(outcome);
+pub(super) fn run(ready: &Path, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
+    runtime.block_on(async {
+        let attacks = attack(ready, json, printer).await;
+        let attacks = attacks.map_err(|error| Failure::new("the attacks could not be tried").because(error.as_ref()))?;
+        let all = attacks.iter().all(|attack| attack.stopped && attack.twin_ok);
+        if json {
+            let report = serde_json::to_string(&Report { version: 1, attacks })
+                .map_err(|error| Failure::new("the report cannot be written").because(&error))?;
+            printer.data(&format!("{report}\n"))?;
+        } else {
+            printer.data(&sum(&attacks))?;
         }
-    }
-    let all = attacks.iter().all(|attack| attack.stopped && attack.twin_ok);
-    if json {
-        println!("{}", serde_json::to_string(&Report { version: 1, attacks })?);
-    } else {
-        print_sum(&attacks);
-    }
-    Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if all { Exit::Ok } else { Exit::Failed })
+    })
 }
 
-fn print_one(outcome: &Outcome) {
+async fn attack(ready: &Path, json: bool, printer: &Printer) -> anyhow::Result<Vec<Outcome>> {
+    let stage = Stage::set(ready).await?;
+    let mut attacks = Vec::new();
+    let show = |outcomes: &[Outcome]| -> anyhow::Result<()> {
+        for outcome in outcomes.iter().filter(|_| !json) {
+            printer.data(&one(outcome)).map_err(|failure| anyhow::anyhow!(failure.message))?;
+        }
+        Ok(())
+    };
+    for outcomes in [
+        objects::run(&stage).await?,
+        identities::run(&stage).await?,
+        tokens::run(&stage).await?,
+        paths::run(&stage).await?,
+    ] {
+        show(&outcomes)?;
+        attacks.extend(outcomes);
+    }
+    Ok(attacks)
+}
+
+/// The mesh's authorities from a PEM file.
+pub(super) fn bundle(ca_bundle: &Path) -> Result<BundleSet, Failure> {
+    let unreadable = |error: &dyn std::error::Error| Failure::new("the mesh's authorities cannot be read").because(error);
+    let authorities: Vec<_> = CertificateDer::pem_file_iter(ca_bundle)
+        .and_then(Iterator::collect)
+        .map_err(|error| unreadable(&error))?;
+    let trust_domain = TrustDomain::new(super::plan::TRUST_DOMAIN).map_err(|error| unreadable(&error))?;
+    let bundle = TrustBundle::new(trust_domain, authorities).map_err(|error| unreadable(&error))?;
+    Ok(BundleSet::new([bundle]))
+}
+
+fn one(outcome: &Outcome) -> String {
     let verdict = match (outcome.stopped, outcome.twin_ok) {
         (true, true) => "stopped",
         (true, false) => "stopped, BUT THE RIGHTFUL CALL FAILED TOO",
         (false, _) => "NOT STOPPED",
     };
-    println!("{:<34} {verdict}", outcome.name);
-    println!("    tried    {}", outcome.tried);
-    println!("    by       {} — {}", outcome.layer, outcome.rule);
-    println!("    receipt  {}", outcome.receipt);
-    println!("    beside   {} — {}", outcome.twin, if outcome.twin_ok { "succeeded" } else { "FAILED" });
+    let twin = if outcome.twin_ok { "succeeded" } else { "FAILED" };
+    format!(
+        "{:<34} {verdict}\n    tried    {}\n    by       {}: {}\n    receipt  {}\n    beside   {}: {twin}\n",
+        outcome.name, outcome.tried, outcome.layer, outcome.rule, outcome.receipt, outcome.twin,
+    )
 }
 
-fn print_sum(attacks: &[Outcome]) {
+fn sum(attacks: &[Outcome]) -> String {
+    let all = attacks.len();
     let stopped = attacks.iter().filter(|attack| attack.stopped).count();
     let twins = attacks.iter().filter(|attack| attack.twin_ok).count();
-    println!();
-    println!("{stopped} of {} attacks stopped, {twins} of {} rightful calls succeeded.", attacks.len(), attacks.len());
-    if let Some(first) = attacks.iter().find(|attack| !attack.receipt.is_empty()) {
-        println!("Why was one refused?  palisade explain {}", first.receipt);
-    }
+    format!("\n{stopped} of {all} attacks stopped, {twins} of {all} rightful calls succeeded.\n")
 }

@@ -8,17 +8,20 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use ca::admin::AdminClient;
+use gateway::https::Trust;
 use identity::clock::{SharedClock, SystemClock};
 use identity::txn::{self, Arrival, User, Verifier};
 use identity::{SpiffeId, TrustDomain};
 use policy::DecisionRecord;
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::Outcome;
 use super::calls::{Answer, Call, Https, Workload};
 use crate::cmd::id;
-use crate::demo::people::{self, Login};
+use crate::demo::layout::Layout;
+use crate::demo::people;
 use crate::demo::ready::Ready;
 
 /// How long a refusal may take from a sidecar through its agent to control.
@@ -92,14 +95,15 @@ impl Stage {
     pub async fn set(ready: &Path) -> anyhow::Result<Self> {
         let ready = Ready::read(ready)?;
         let clock = SystemClock::shared();
-        let socket = PathBuf::from(&ready.agent_socket);
-        let become_role = |role: &str| id::fetch_as(&ready.program(role), &socket);
+        let socket = ready.agent_socket.clone();
+        let layout = Layout::new(&ready.state);
+        let become_role = |role: &str| id::fetch_as(&layout.program(role), &socket);
         let web = become_role("web-sidecar")?;
-        let alice = person(&ready, &web, "alice").await?;
-        let bob = person(&ready, &web, "bob").await?;
+        let alice = person(&ready, "alice", &clock).await?;
+        let bob = person(&ready, "bob", &clock).await?;
         Ok(Self {
-            trust_domain: TrustDomain::new(&ready.trust_domain)?,
-            admin: AdminClient::new(ready.admin_socket()),
+            trust_domain: ready.trust_domain.clone(),
+            admin: AdminClient::new(Layout::new(&ready.state).admin_socket(), clock.clone()),
             https: Https::new(address_of(&ready.gateway)?, &web.bundles)?,
             idp: Https::new(address_of(&ready.idp)?, &web.bundles)?,
             accounts: become_role("accounts-sidecar")?,
@@ -128,12 +132,12 @@ impl Stage {
     /// A service's mTLS listener.
     pub fn inbound(&self, service: &str) -> anyhow::Result<SocketAddr> {
         let service = self.ready.services.get(service).with_context(|| format!("no service {service} in the ready file"))?;
-        Ok(service.inbound.parse()?)
+        Ok(service.inbound)
     }
 
     /// A role's program.
     pub fn program(&self, role: &str) -> PathBuf {
-        self.ready.program(role)
+        Layout::new(&self.ready.state).program(role)
     }
 
     /// The path of the provider's JWKS.
@@ -171,7 +175,7 @@ impl Stage {
     /// Calls the vault as `workload`.
     pub async fn at_vault(&self, workload: &Workload, call: &Call) -> anyhow::Result<Answer> {
         let vault = self.trust_domain.workload("/palisade/vault")?;
-        workload.call(&vault, self.ready.vault.tls_addr.parse()?, call, &self.clock).await
+        workload.call(&vault, self.ready.vault.tls_addr, call, &self.clock).await
     }
 
     /// Judges an attack that came back with an HTTP answer, by the receipt in it.
@@ -225,7 +229,9 @@ impl Stage {
     async fn record(&self, wanted: impl Fn(&DecisionRecord) -> bool) -> anyhow::Result<Option<DecisionRecord>> {
         let until = self.now() + RECORD_DEADLINE;
         loop {
-            let found = self.admin.recent_decisions().await?.into_iter().find(|record| wanted(record));
+            let stored = self.admin.decisions(&DecisionQuery::default()).await?;
+            let records = stored.into_iter().filter_map(|stored| serde_json::from_str(&stored.json).ok());
+            let found = records.into_iter().find(|record| wanted(record));
             if found.is_some() || self.now() > until {
                 return Ok(found);
             }
@@ -236,7 +242,7 @@ impl Stage {
 
 fn named(record: Option<&DecisionRecord>) -> (String, String) {
     match record {
-        Some(record) => (format!("{} of {}", record.layer, record.service), record.rule.to_string()),
+        Some(record) => (format!("{} of {}", record.layer, record.service), record.rule.name().to_owned()),
         None => ("nobody recorded it".to_owned(), String::new()),
     }
 }
@@ -248,22 +254,28 @@ fn address_of(url: &str) -> anyhow::Result<SocketAddr> {
     Ok(authority.parse()?)
 }
 
-async fn person(ready: &Ready, web: &Workload, name: &str) -> anyhow::Result<Person> {
+async fn person(ready: &Ready, name: &str, clock: &SharedClock) -> anyhow::Result<Person> {
     let Some(user) = ready.users.get(name) else { bail!("no user {name} in the ready file") };
-    let login = Login { idp: &ready.idp, user: name, password: &user.password, bundles: &web.bundles };
-    let tokens = people::tokens(&login, people::CLI_CLIENT).await?;
-    let elsewhere = people::tokens(&login, people::OTHER_CLIENT).await?;
+    let trust = Trust::pem_file(&ready.ca_bundle)?;
+    let password = SecretString::from(user.password.clone());
+    let login = async |client: &str| {
+        let tokens = people::tokens(&ready.idp, client, name, &password, trust.clone(), clock).await;
+        tokens.map_err(|failure| anyhow!("{}: {}", failure.message, failure.causes.join(": ")))
+    };
+    let tokens = login(people::CLI_CLIENT).await?;
+    let elsewhere = login(people::OTHER_CLIENT).await?;
+    let id_token = tokens.id_token.as_ref().context("the provider gave no ID token")?;
     Ok(Person {
         user: User {
             id: name.to_owned(),
             issuer: ready.idp.clone(),
             client: people::CLI_CLIENT.to_owned(),
-            scopes: vec!["openid".into(), "bank".into()],
+            scopes: vec!["openid".into(), people::BANK_SCOPE.into()],
             groups: Vec::new(),
             auth_time: 0,
         },
-        access_token: tokens.access_token,
-        id_token: tokens.id_token,
-        other_audience_token: elsewhere.access_token,
+        id_token: id_token.expose_secret().to_owned(),
+        access_token: tokens.access_token.expose_secret().to_owned(),
+        other_audience_token: elsewhere.access_token.expose_secret().to_owned(),
     })
 }

@@ -1,5 +1,6 @@
 //! The bank as a mesh: which processes there are, and the mesh.toml that describes them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -31,8 +32,10 @@ pub(crate) fn addresses() -> Vec<String> {
     names
 }
 
-/// The mesh.toml of the demo. `at` gives the address of each of [`addresses`].
-pub(crate) fn mesh_toml(layout: &Layout, at: &dyn Fn(&str) -> SocketAddr, svid_ttl: Duration, rotate_after: Duration) -> String {
+/// The mesh.toml of the demo; `addresses` has one for each of [`addresses`].
+pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr>, svid_ttl: Duration, rotate_after: Duration) -> String {
+    // INVARIANT: `addresses` has every name of `addresses()`; one left out would show as port 0.
+    let at = |name: &str| addresses.get(name).copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     let path = |path: std::path::PathBuf| toml::Value::String(path.display().to_string()).to_string();
     let program = |role: &str| path(layout.program(role));
     let data = |role: &str| path(layout.data(role));
@@ -78,7 +81,7 @@ pub(crate) fn mesh_toml(layout: &Layout, at: &dyn Fn(&str) -> SocketAddr, svid_t
             inbound = at(&format!("{service}.inbound")),
             admin = at(&format!("{service}.admin")),
             program = program(&format!("{service}-sidecar")),
-            calls = calls(service, at),
+            calls = calls(service, &at),
             secrets = if service == "accounts" { "\"accounts/db-key\"" } else { "" },
         );
     }

@@ -1,0 +1,119 @@
+//! `palisade gateway`: the front door for browsers and API clients.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use gateway::config::{Algorithm, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits};
+use gateway::{Gateway, GatewayConfig, Trust};
+use identity::IdentitySource;
+
+use crate::Global;
+use crate::credentials::Credential;
+use crate::decisions;
+use crate::failure::{Exit, Failure};
+use crate::listen;
+use crate::mesh::{self, Mesh, Own};
+use crate::serve;
+use crate::workload::{Workload, not_started};
+
+/// How long requests under way may go on once the gateway is asked to end: as long as a service's own.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Requests of one principal: what a person with an impatient browser does, and far below what hurts.
+const REQUESTS: Rate = Rate { per_second: 500.0, burst: 1000 };
+/// Failed authentications of one address: guessing is hopeless, a script with an old token recovers.
+const FAILED_AUTHENTICATIONS: Rate = Rate { per_second: 5.0, burst: 50 };
+
+/// What is asked for at login beside what mesh.toml names: who the person is, and to stay logged in.
+const SCOPES: [&str; 3] = ["profile", "groups", "offline_access"];
+
+/// Signatures of an external provider that are taken: those that providers use, all asymmetric.
+const ALGORITHMS: [Algorithm; 6] = [
+    Algorithm::Es256,
+    Algorithm::EdDsa,
+    Algorithm::Rs256,
+    Algorithm::Ps256,
+    Algorithm::Es384,
+    Algorithm::Rs384,
+];
+
+pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
+    let workload = Workload::begin(global)?;
+    let gateway = workload.mesh.gateway.as_ref().ok_or_else(|| workload.no_section("gateway"))?;
+    let policies = workload.policies()?;
+    let listen = listen::tcp("the gateway", "[gateway] listen", gateway.listen)?;
+    let client_secret = workload.credentials.text(Credential::OidcClientSecret)?;
+    let seal_key =
+        SealKey::new(workload.credentials.text(Credential::GatewaySessionKey)?).map_err(|error| {
+            Failure::invalid("the credential gateway-session-key is not usable")
+                .because(&error)
+                .hint("head -c 32 /dev/urandom | base64 makes one")
+        })?;
+    let issuer = Issuer::try_from(gateway.issuer.clone())
+        .map_err(|error| Failure::invalid("[gateway] issuer is not usable").because(&error))?;
+    let routes = routes(gateway, &workload.mesh)?;
+    serve::run("gateway", DRAIN, async |scope| {
+        let source = workload.identity(&scope);
+        let issuer = IssuerConfig {
+            issuer,
+            client_id: gateway.client_id.clone(),
+            client_secret,
+            audience: gateway.audience.clone(),
+            algorithms: ALGORITHMS.to_vec(),
+            require_at_jwt_typ: true,
+            scopes: SCOPES.iter().map(ToString::to_string).chain(gateway.scopes.iter().cloned()).collect(),
+            // Our own provider repeats the successor of a refresh token whose answer was lost.
+            refresh_retry_safe: is_own_provider(gateway, &workload.mesh),
+            trust: trust(gateway, &workload.mesh, &source)?,
+        };
+        let config = GatewayConfig {
+            listen,
+            public_url: gateway.public_url.clone(),
+            issuers: vec![issuer],
+            routes,
+            sessions: SessionLimits::default(),
+            requests: REQUESTS,
+            failed_authentications: FAILED_AUTHENTICATIONS,
+            state: gateway.state.clone(),
+            seal_keys: vec![seal_key],
+            cookie: SESSION_COOKIE.to_owned(),
+        };
+        let recorder = decisions::recorder(&workload, &scope);
+        let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
+        Gateway::start(config, source, policies, recorder, clock, random, &scope)
+            .await
+            .map_err(|error| not_started("the gateway", &error))
+    })
+}
+
+fn is_own_provider(gateway: &mesh::Gateway, mesh: &Mesh) -> bool {
+    mesh.idp.as_ref().is_some_and(|idp| idp.issuer == gateway.issuer)
+}
+
+/// Our own provider proves its SPIFFE ID; others have a certificate of the public authorities.
+fn trust(gateway: &mesh::Gateway, mesh: &Mesh, source: &IdentitySource) -> Result<Trust, Failure> {
+    if is_own_provider(gateway, mesh) {
+        return Ok(Trust::Mesh { source: source.clone(), expected: mesh.own_id(Own::Idp) });
+    }
+    Trust::pem_file(&gateway.issuer_ca).map_err(|error| {
+        Failure::invalid("the authorities for the provider's certificate cannot be used")
+            .because(&error)
+            .hint("name a PEM file with [gateway] issuer_ca")
+    })
+}
+
+fn routes(gateway: &mesh::Gateway, mesh: &Mesh) -> Result<Vec<Route>, Failure> {
+    let route = |(prefix, name): (&String, &mesh::ServiceName)| {
+        let service = mesh.service.get(name)?;
+        Some(Route {
+            prefix: prefix.clone(),
+            service: name.to_string(),
+            service_id: service.id.clone(),
+            endpoints: vec![service.inbound],
+        })
+    };
+    let routes: Option<Vec<Route>> = gateway.routes.iter().map(route).collect();
+    routes.ok_or_else(|| {
+        Failure::invalid("a route of the gateway names a service that mesh.toml does not have")
+    })
+}

@@ -1,0 +1,90 @@
+//! `palisade sidecar`: the proxy beside one service.
+
+use std::sync::Arc;
+
+use sidecar::app::AppProtocol;
+use sidecar::upstream::UpstreamConfig;
+use sidecar::{Call, Sidecar, SidecarConfig};
+
+use crate::Global;
+use crate::decisions;
+use crate::failure::{Exit, Failure};
+use crate::listen;
+use crate::mesh::{self, Callee, Mesh, Own, Service};
+use crate::serve;
+use crate::workload::{Workload, not_started};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The service's name in mesh.toml.
+    #[arg(long, value_name = "NAME")]
+    service: String,
+}
+
+pub(crate) fn run(args: &Args, global: &Global) -> Result<Exit, Failure> {
+    let workload = Workload::begin(global)?;
+    let found = workload.mesh.service.iter().find(|(name, _)| name.as_str() == args.service);
+    let Some((_, service)) = found else {
+        let hint =
+            policy::suggest(&args.service, workload.mesh.service.keys().map(mesh::ServiceName::as_str));
+        let failure = Failure::usage(format!("mesh.toml has no service `{}`", args.service));
+        return Err(match hint {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        });
+    };
+    let policy = workload.policy(&args.service)?;
+    let config = configure(&args.service, service, &workload.mesh)?;
+    serve::run("sidecar", service.drain_timeout, async |scope| {
+        let source = workload.identity(&scope);
+        let recorder = decisions::recorder(&workload, &scope);
+        let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
+        Sidecar::start(config, source, policy, recorder, clock, random, &scope)
+            .map_err(|error| not_started("the sidecar", &error))
+    })
+}
+
+fn configure(name: &str, service: &Service, mesh: &Mesh) -> Result<SidecarConfig, Failure> {
+    let key = |part: &str| format!("[service.{name}] {part}");
+    let inbound = listen::tcp("the sidecar", &key("inbound"), service.inbound)?;
+    let admin = listen::tcp("the sidecar's admin port", &key("admin"), service.admin)?;
+    let mut calls = Vec::new();
+    for (callee, address) in &service.calls {
+        let listener = listen::tcp(&format!("the calls to {callee}"), &key("calls"), *address)?;
+        let target = match callee {
+            Callee::Vault => {
+                mesh.vault.as_ref().and_then(|vault| Some((mesh.own_id(Own::Vault)?, vault.listen)))
+            }
+            Callee::Service(callee) => {
+                mesh.service.get(callee).map(|callee| (callee.id.clone(), callee.inbound))
+            }
+        };
+        let Some((id, endpoint)) = target else {
+            return Err(Failure::invalid(format!("mesh.toml says nothing of {callee}, which {name} calls")));
+        };
+        calls.push(Call {
+            listener,
+            upstream: UpstreamConfig {
+                service: callee.to_string(),
+                id,
+                endpoints: vec![endpoint],
+                response_timeout: service.request_timeout,
+            },
+        });
+    }
+    Ok(SidecarConfig {
+        service: name.to_owned(),
+        id: service.id.clone(),
+        app: service.app,
+        app_protocol: match service.app_protocol {
+            mesh::AppProtocol::Http1 => AppProtocol::Http1,
+            mesh::AppProtocol::H2c => AppProtocol::H2c,
+        },
+        inbound,
+        admin,
+        calls,
+        gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
+        request_timeout: service.request_timeout,
+        access_log: mesh.telemetry.access_log,
+    })
+}

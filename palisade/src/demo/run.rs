@@ -1,0 +1,155 @@
+//! Running a set of processes until somebody ends it: shows the start, tells of deaths, keeps the word
+//! on where everything is up to date.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::Path;
+
+use identity::clock::SharedClock;
+use tokio::sync::mpsc;
+
+use super::progress::Progress;
+use super::supervisor::{ChildSpec, Event, Supervisor};
+use crate::failure::{Exit, Failure};
+use crate::printer::Printer;
+use crate::serve;
+
+/// Process ids by role.
+pub(crate) type Pids = BTreeMap<String, u32>;
+
+/// Starts `specs` and keeps them running until SIGINT or SIGTERM; a second signal ends them at once.
+///
+/// `prepare` runs beside the start: it waits for roles, does what needs them, and opens the `gates`.
+/// `tell` is given the process ids when all is ready, and again whenever one has changed.
+pub(crate) async fn supervise<P>(
+    specs: Vec<ChildSpec>,
+    gates: &[&str],
+    logs: &Path,
+    clock: SharedClock,
+    printer: &Printer,
+    prepare: impl FnOnce(&Supervisor) -> P,
+    mut tell: impl FnMut(&Pids, bool) -> Result<(), Failure>,
+) -> Result<Exit, Failure>
+where
+    P: Future<Output = Result<(), Failure>>,
+{
+    // Before anything is started, so that no signal finds children and nobody to end them.
+    let stop = serve::stop_signal()?;
+    tokio::pin!(stop);
+    let (supervisor, mut events) = Supervisor::start(specs, gates, logs, clock).map_err(Failure::from)?;
+    let mut progress = Progress::new(printer);
+
+    let outcome = {
+        let start = async {
+            prepare(&supervisor).await?;
+            supervisor.all_ready().await.map_err(Failure::from)
+        };
+        tokio::pin!(start);
+        loop {
+            tokio::select! {
+                // What has happened is shown before what comes of it.
+                biased;
+                Some(event) = events.recv() => show_start(&mut progress, event),
+                started = &mut start => break started.map(|()| true),
+                () = &mut stop => break Ok(false),
+            }
+        }
+    };
+    while let Ok(event) = events.try_recv() {
+        show_start(&mut progress, event);
+    }
+    progress.end();
+    let outcome = match outcome {
+        Ok(true) => watch(&supervisor, &mut events, printer, &mut tell, &mut stop).await,
+        Ok(false) => Ok(()),
+        Err(failure) => Err(failure),
+    };
+
+    printer.progress("ending everything");
+    let again = serve::stop_signal()?;
+    tokio::pin!(again);
+    let ended = supervisor.stop();
+    tokio::pin!(ended);
+    tokio::select! {
+        () = &mut ended => {}
+        () = &mut again => {
+            supervisor.kill();
+            ended.await;
+        }
+    }
+    outcome.map(|()| Exit::Ok)
+}
+
+/// All is ready: tells so, then of every change, until asked to end.
+async fn watch(
+    supervisor: &Supervisor,
+    events: &mut mpsc::Receiver<Event>,
+    printer: &Printer,
+    tell: &mut impl FnMut(&Pids, bool) -> Result<(), Failure>,
+    stop: &mut (impl Future<Output = ()> + Unpin),
+) -> Result<(), Failure> {
+    let mut status = supervisor.status();
+    let mut told = status.borrow_and_update().pids();
+    tell(&told, true)?;
+    loop {
+        tokio::select! {
+            () = &mut *stop => return Ok(()),
+            Some(event) = events.recv() => show(printer, event),
+            changed = status.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                let now = status.borrow_and_update().pids();
+                // One that is between two lives keeps its old number here: it has no other.
+                let merged: Pids = told.iter().chain(&now).map(|(role, pid)| (role.clone(), *pid)).collect();
+                if merged != told {
+                    told = merged;
+                    // A full disk must not end a mesh that serves.
+                    if let Err(failure) = tell(&told, false) {
+                        printer.failure(&failure);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn show_start(progress: &mut Progress, event: Event) {
+    match event {
+        Event::Starting { role } => progress.starting(&role),
+        Event::Ready { role, after } => progress.ready(&role, after),
+        other => {
+            if let Some(line) = trouble(&other) {
+                progress.say(&line);
+            }
+        }
+    }
+}
+
+fn show(printer: &Printer, event: Event) {
+    match event {
+        Event::Starting { .. } => {}
+        Event::Ready { role, after } => {
+            printer.progress(&format!("{role}: back after {} ms", after.as_millis()));
+        }
+        other => {
+            if let Some(line) = trouble(&other) {
+                printer.warning(&line);
+            }
+        }
+    }
+}
+
+fn trouble(event: &Event) -> Option<String> {
+    let indented = |tail: &str| tail.lines().map(|line| format!("\n    {line}")).collect::<String>();
+    match event {
+        Event::Starting { .. } | Event::Ready { .. } => None,
+        Event::Late { role, tail } => Some(format!("{role}: not ready yet{}", indented(tail))),
+        Event::Died { role, how, tail, again_in } => Some(format!(
+            "{role}: ended with {how}, started again in {} ms{}",
+            again_in.as_millis(),
+            indented(tail)
+        )),
+        Event::LogLost { role, why } => Some(format!("{role}: its log is lost, {why}")),
+    }
+}

@@ -1,0 +1,91 @@
+//! What every long-running verb begins with: the file, the log, the policies, an identity.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use identity::clock::SharedClock;
+use identity::{IdentitySource, Scope, SystemClock};
+use policy::{Mode, Policies, ServicePolicy};
+use ring::rand::SecureRandom;
+
+use crate::Global;
+use crate::cmd::config;
+use crate::credentials::Credentials;
+use crate::failure::Failure;
+use crate::logging;
+use crate::mesh::{self, Mesh};
+
+/// The machine's generator, as most crates take it.
+pub(crate) type SharedRandom = Arc<dyn SecureRandom + Send + Sync>;
+
+/// What a verb works with.
+pub(crate) struct Workload {
+    pub(crate) mesh: Mesh,
+    pub(crate) credentials: Credentials,
+    pub(crate) clock: SharedClock,
+    pub(crate) random: SharedRandom,
+}
+
+impl Workload {
+    /// Reads mesh.toml and starts the log.
+    pub(crate) fn begin(global: &Global) -> Result<Self, Failure> {
+        let mesh = config::load(&global.config)?;
+        logging::start(global.log.as_deref().unwrap_or(&mesh.telemetry.log))?;
+        Ok(Self {
+            mesh,
+            credentials: Credentials::new(
+                global.credentials.as_deref(),
+                std::env::var_os("CREDENTIALS_DIRECTORY"),
+            ),
+            clock: SystemClock::shared(),
+            random: Arc::new(ring::rand::SystemRandom::new()),
+        })
+    }
+
+    /// The policies that mesh.toml names, all of them right.
+    pub(crate) fn policies(&self) -> Result<Arc<Policies>, Failure> {
+        policies(&self.mesh)
+    }
+
+    /// The policy of `service`, in the mode that holds for the mesh.
+    pub(crate) fn policy(&self, service: &str) -> Result<Arc<ServicePolicy>, Failure> {
+        let policies = self.policies()?;
+        let policy = policies.service(service).ok_or_else(|| no_policy(&self.mesh.mesh.policies, service))?;
+        Ok(match self.mesh.mesh.mode {
+            // What a service says of itself holds.
+            mesh::Mode::Enforce => policy,
+            mesh::Mode::Audit => Arc::new(policy.with_mode(Mode::Audit)),
+        })
+    }
+
+    /// Our identity, as the agent gives and renews it.
+    pub(crate) fn identity(&self, scope: &Scope) -> IdentitySource {
+        identity::workload_api::watch(self.mesh.agent.socket.clone(), Arc::clone(&self.clock), scope)
+    }
+
+    /// The failure of a verb whose section mesh.toml does not have.
+    pub(crate) fn no_section(&self, section: &str) -> Failure {
+        Failure::invalid(format!("{} has no [{section}]", self.mesh.file.display()))
+            .hint("add the section; `palisade config example` shows it with every key")
+    }
+}
+
+/// The policies that `mesh` names.
+pub(crate) fn policies(mesh: &Mesh) -> Result<Arc<Policies>, Failure> {
+    let directory = &mesh.mesh.policies;
+    Policies::load(directory, &mesh.mesh.trust_domain).map_err(|problems| {
+        Failure::problems(&directory.display().to_string(), problems.0)
+            .next(format!("mend it, then run `palisade --config {} policy check`", mesh.file.display()))
+    })
+}
+
+/// The failure of a service that no policy speaks of: nobody could be allowed anything.
+pub(crate) fn no_policy(directory: &Path, service: &str) -> Failure {
+    Failure::invalid(format!("{} has no policy for {service}", directory.display()))
+        .hint(format!("make services/{service}/ there, with a schema, map.toml and at least one policy"))
+}
+
+/// Why a process could not be started.
+pub(crate) fn not_started(what: &str, error: &dyn std::error::Error) -> Failure {
+    Failure::new(format!("{what} cannot be started")).because(error)
+}
