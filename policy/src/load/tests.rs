@@ -238,6 +238,28 @@ fn policies_with_mistakes_are_problems_with_a_place() {
 }
 
 #[test]
+fn policy_38_templates_are_refused_and_never_silently_outside() {
+    let found = policy_problem(&format!(
+        "{POLICY}@id(\"t\") permit (principal == ?principal, action, resource in ?resource);"
+    ));
+    assert!(found.contains("shop.cedar:4:1: a template"), "{found}");
+    assert!(found.contains("hint: write out the policy"), "{found}");
+}
+
+#[test]
+fn policy_31_a_policy_for_a_look_alike_trust_domain_does_not_load() {
+    for id in [
+        "spiffe://bank.example.org/service/web",
+        "spiffe://evil-bank.example/service/web",
+        "spiffe://bank.example",
+    ] {
+        let named = format!("== Mesh::Workload::\"{id}\"");
+        let found = policy_problem(&POLICY.replace("is Mesh::Workload", &named));
+        assert!(found.contains(id), "{found}");
+    }
+}
+
+#[test]
 fn schemas_with_mistakes_are_problems() {
     let schema = |text: &str| problems(&[("services/shop/shop.cedarschema", Some(text))]);
     assert!(
