@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
 use identity::txn::{self, RequestBinding, User};
@@ -57,7 +57,7 @@ pub(crate) async fn handle(
     let response = outcome.unwrap_or_else(|refusal| {
         let situation = Situation {
             method: method.as_str(),
-            target: asked.path_and_query().map_or("", |target| target.as_str()),
+            target: recorded_target(&asked),
             remote: connection.remote,
             user,
             trace_id: &trace_id,
@@ -71,6 +71,14 @@ pub(crate) async fn handle(
         user = user.map(|user| user.id.as_str()), remote = %connection.remote, trace_id, "request"
     );
     protect(&gateway, response)
+}
+
+/// What is written down of a target: not the query where it may hold a code, a state or a token.
+fn recorded_target(uri: &Uri) -> &str {
+    if uri.path().starts_with(OWN_PREFIX) || target::has_token(uri) {
+        return uri.path();
+    }
+    uri.path_and_query().map_or("", |target| target.as_str())
 }
 
 /// One step after the other; the first that objects ends it. `seen` learns the user for the record.

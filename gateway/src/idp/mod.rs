@@ -289,7 +289,8 @@ impl Provider {
             }
         };
         tracing::info!(
-            method = parts.method.as_str(), path = parts.uri.path(), status = response.status().as_u16(), %remote, "request"
+            issuer = self.issuer.as_str(), method = parts.method.as_str(), path = parts.uri.path(),
+            status = response.status().as_u16(), %remote, "request"
         );
         response
     }
