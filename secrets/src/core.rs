@@ -17,7 +17,7 @@ use crate::audit::{Audit, AuditError, CHECKPOINT_INTERVAL_ENTRIES, Head, Redacto
 use crate::barrier::{Barrier, BarrierError, Change, KEYRING_PATH, Key, Keyring};
 use crate::kv::Kv;
 use crate::random::{self, RandomError, SharedRandom};
-use crate::seal::{self, Progress, SEAL_PATH, SealConfig, SealError};
+use crate::seal::{self, Progress, SEAL_PATH, SealConfig, SealError, Share};
 use crate::stamp::Stamp;
 use crate::storage::{Op, RedbStorage, Storage, StorageError};
 use crate::token::{self, Issued, NewToken, Token, TokenError};
@@ -56,7 +56,7 @@ pub enum CoreError {
 /// What `init` gives out, once.
 pub(crate) struct Init {
     /// The shares of the unseal key.
-    pub(crate) shares: Vec<Zeroizing<Vec<u8>>>,
+    pub(crate) shares: Vec<Share>,
     /// The first root token.
     pub(crate) root_token: SecretString,
 }

@@ -25,6 +25,9 @@ const UNSEAL_TERM: u32 = 0;
 const CHECK_LABEL: &[u8] = b"palisade vault unseal key check";
 const FORMAT: u32 = 1;
 
+/// A share of the unseal key, wiped when dropped.
+pub type Share = Zeroizing<Vec<u8>>;
+
 /// Why keys cannot be made, or do not open the seal.
 #[derive(Debug, Error)]
 pub enum SealError {
@@ -70,7 +73,7 @@ impl SealConfig {
         threshold: u8,
         root_key: &Key,
         random: &SharedRandom,
-    ) -> Result<(Self, Vec<Zeroizing<Vec<u8>>>), SealError> {
+    ) -> Result<(Self, Vec<Share>), SealError> {
         check_parameters(shares, threshold)?;
         let unseal_key: Key = random::secret(random.as_ref())?;
         let wrapped =
@@ -101,7 +104,7 @@ impl SealConfig {
     }
 
     /// The root key, from as many shares as the threshold says.
-    pub fn root_key(&self, shares: &[Zeroizing<Vec<u8>>]) -> Result<Key, SealError> {
+    pub fn root_key(&self, shares: &[Share]) -> Result<Key, SealError> {
         let unseal_key = self.combine(shares)?;
         let check = STANDARD.decode(&self.check).map_err(|_| SealError::Config)?;
         // ring compares in constant time.
@@ -111,7 +114,7 @@ impl SealConfig {
         key_from(&root_key).ok_or(SealError::Config)
     }
 
-    fn combine(&self, shares: &[Zeroizing<Vec<u8>>]) -> Result<Key, SealError> {
+    fn combine(&self, shares: &[Share]) -> Result<Key, SealError> {
         if shares.len() != usize::from(self.threshold) {
             return Err(SealError::WrongKey);
         }
@@ -133,7 +136,7 @@ impl SealConfig {
 }
 
 /// A share as a person or a file gives it: hexadecimal or base64, whichever has the length of a share.
-pub fn parse_share(text: &SecretString, config: &SealConfig) -> Result<Zeroizing<Vec<u8>>, SealError> {
+pub fn parse_share(text: &SecretString, config: &SealConfig) -> Result<Share, SealError> {
     let text = text.expose_secret().trim();
     let base64 = || STANDARD.decode(text).ok().map(Zeroizing::new);
     // 64 or 66 hexadecimal digits are base64 too; the length tells which was meant.
@@ -147,7 +150,7 @@ pub fn parse_share(text: &SecretString, config: &SealConfig) -> Result<Zeroizing
 /// Shares given so far. Forgotten (and wiped) when enough are there, right or wrong.
 #[derive(Default)]
 pub struct Progress {
-    shares: Vec<Zeroizing<Vec<u8>>>,
+    shares: Vec<Share>,
     nonce: String,
 }
 
@@ -155,10 +158,10 @@ impl Progress {
     /// Adds a share; the same share again changes nothing. Returns the full set once `threshold` is met.
     pub fn add(
         &mut self,
-        share: Zeroizing<Vec<u8>>,
+        share: Share,
         config: &SealConfig,
         random: &SharedRandom,
-    ) -> Result<Option<Vec<Zeroizing<Vec<u8>>>>, SealError> {
+    ) -> Result<Option<Vec<Share>>, SealError> {
         if self.shares.is_empty() {
             self.nonce = random::uuid(random.as_ref())?;
         }
@@ -211,7 +214,7 @@ fn split(
     shares: u8,
     threshold: u8,
     random: &SharedRandom,
-) -> Result<Vec<Zeroizing<Vec<u8>>>, SealError> {
+) -> Result<Vec<Share>, SealError> {
     if shares == 1 {
         return Ok(vec![Zeroizing::new(unseal_key.to_vec())]);
     }
@@ -268,7 +271,7 @@ mod tests {
         Zeroizing::new([9; 32])
     }
 
-    fn pick(shares: &[Zeroizing<Vec<u8>>], which: &[usize]) -> Vec<Zeroizing<Vec<u8>>> {
+    fn pick(shares: &[Share], which: &[usize]) -> Vec<Share> {
         which.iter().map(|at| shares[*at].clone()).collect()
     }
 

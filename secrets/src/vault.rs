@@ -272,6 +272,28 @@ mod tests {
         assert!(!directory.path().join("state").exists(), "nothing is half started");
     }
 
+    /// Time stands still and jumps as soon as everybody waits: who says nothing is waited for no longer.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_is_closed() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let directory = tempfile::tempdir().unwrap();
+        let (vault, scope) = start(directory.path(), listener("127.0.0.1:0")).await.unwrap();
+        for begun in ["", "PRI * HT", "GET /v1/sys/health HTTP/1.1\r\nhost: 127.0.0.1\r\n"] {
+            let mut stream = tokio::net::TcpStream::connect(vault.operator_address().unwrap()).await.unwrap();
+            stream.write_all(begun.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await.unwrap();
+            assert!(!answer.starts_with(b"HTTP/1.1 200"), "{begun:?}");
+        }
+        // Not even a handshake.
+        let mut stream = tokio::net::TcpStream::connect(vault.address()).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.is_empty());
+        scope.drain();
+        scope.finished(Duration::from_secs(10)).await.unwrap();
+    }
+
     #[tokio::test]
     async fn security_37_no_audit_no_answer_and_health_says_so_until_it_heals() {
         let directory = tempfile::tempdir().unwrap();

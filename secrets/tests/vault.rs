@@ -1,6 +1,8 @@
 //! A real vault on loopback: made, unsealed, filled and restarted by an operator, read by workloads over
 //! mutual TLS, and attacked on both listeners.
 
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests may panic as tests may")]
+
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -314,7 +316,7 @@ async fn a_vault_with_one_share_unseals_itself_and_a_wrong_key_stops_the_start()
 }
 
 #[tokio::test]
-async fn a_workload_reads_its_own_secret_by_being_who_it_is_and_no_other() {
+async fn vault_13_security_38_a_workload_reads_its_own_secret_by_being_who_it_is_and_no_other() {
     let world = World::new();
     let (running, client, keys) = world.ready().await;
     client.kv_put(&path("accounts/db-key"), &json!({"key": "c2VjcmV0"}), None).await.unwrap();

@@ -9,15 +9,17 @@ mod intake;
 mod reply;
 mod route;
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{Either, select};
-use http::Request;
+use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -144,39 +146,37 @@ async fn serve_mesh(service: Arc<Service>, stream: TcpStream, address: SocketAdd
     serve_connection(service, TokioIo::new(stream), Connection { address, peer: Some(peer) }).await;
 }
 
-/// Serves one connection until it ends, the scope drains, or the peer's SVID expires.
+/// Serves one connection until it ends, stays silent from the start, the scope drains, or the peer's SVID
+/// expires.
 async fn serve_connection<I>(service: Arc<Service>, io: TokioIo<I>, connection: Connection)
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let address = connection.address;
-    let clock = Arc::clone(&service.core.clock);
+    let over = until_over(&service, &connection);
     let scope = service.scope.clone();
-    let not_after = connection.peer.as_ref().map(Peer::not_after);
     let connection = Arc::new(connection);
+    let asked = Arc::new(AtomicBool::new(false));
+    let has_asked = Arc::clone(&asked);
     let answer = service_fn(move |request: Request<Incoming>| {
-        let service = Arc::clone(&service);
-        let connection = Arc::clone(&connection);
-        async move {
-            Ok::<http::Response<Full<Bytes>>, std::convert::Infallible>(
-                handle::answer(service, connection, request).await,
-            )
-        }
+        has_asked.store(true, Ordering::Relaxed);
+        let answered = handle::answer(Arc::clone(&service), Arc::clone(&connection), request);
+        async move { Ok::<Response<Full<Bytes>>, Infallible>(answered.await) }
     });
     let builder = builder(&scope);
     let mut serving = pin!(builder.serve_connection(io, answer));
-    let over = async {
-        match not_after {
-            Some(end) => {
-                let left = clock.sleep(end.saturating_sub(clock.now()));
-                select(pin!(scope.draining()), left).await;
-            }
-            None => scope.draining().await,
+    // hyper limits the time of a request's head, not of the bytes that tell HTTP/1 from HTTP/2.
+    let silent = async {
+        tokio::time::sleep(HEAD_TIMEOUT).await;
+        if asked.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
         }
     };
-    let outcome = match select(serving.as_mut(), pin!(over)).await {
+    let (over, silent) = (pin!(over), pin!(silent));
+    let outcome = match select(serving.as_mut(), select(over, silent)).await {
         Either::Left((outcome, _)) => outcome,
-        Either::Right(_) => {
+        Either::Right((Either::Right(_), _)) => return,
+        Either::Right((Either::Left(_), _)) => {
             serving.as_mut().graceful_shutdown();
             match tokio::time::timeout(CLOSE_GRACE, serving).await {
                 Ok(outcome) => outcome,
@@ -186,6 +186,22 @@ where
     };
     if let Err(error) = outcome {
         tracing::debug!(%address, %error, "a connection to the vault ended badly");
+    }
+}
+
+/// Completes when a connection has to end: at the drain, or with its peer's SVID.
+fn until_over(service: &Service, connection: &Connection) -> impl Future<Output = ()> + Send + use<> {
+    let clock = Arc::clone(&service.core.clock);
+    let scope = service.scope.clone();
+    let not_after = connection.peer.as_ref().map(Peer::not_after);
+    async move {
+        match not_after {
+            Some(end) => {
+                let left = clock.sleep(end.saturating_sub(clock.now()));
+                select(pin!(scope.draining()), left).await;
+            }
+            None => scope.draining().await,
+        }
     }
 }
 

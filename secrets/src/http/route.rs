@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn vault_17_security_35_nothing_rekeys_or_generates_a_root_token() {
+    fn vault_8_17_security_35_37_nothing_rekeys_makes_root_tokens_or_sets_audit_paths() {
         for path in [
             "sys/rekey/init",
             "sys/rekey/update",
