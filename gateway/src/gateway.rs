@@ -85,7 +85,6 @@ impl Gateway {
     /// up; requests that need one which is down are answered 503.
     ///
     /// Fails if the configuration cannot be used; nothing is left running then.
-    #[expect(clippy::too_many_arguments, reason = "each is a different thing that only the binary can give")]
     pub async fn start(
         config: GatewayConfig,
         source: IdentitySource,

@@ -112,7 +112,8 @@ async fn gateway_9_security_45_documents_come_from_the_issuers_own_origin_and_ar
         change(&mut document);
         document.to_string()
     };
-    let cases: Vec<Box<dyn Fn(&mut Value)>> = vec![
+    type Change = Box<dyn Fn(&mut Value)>;
+    let cases: Vec<Change> = vec![
         Box::new(|document| document["issuer"] = json!("https://evil.example")),
         Box::new(|document| document["issuer"] = json!(format!("{ISSUER}/"))),
         Box::new(|document| document["jwks_uri"] = json!("https://evil.example/jwks.json")),

@@ -10,8 +10,10 @@ fn access(pins: &Pins, keys: &KeySet, token: &str) -> Result<AccessToken, JwtErr
     pins.access_token(&Compact::parse(token)?, keys, now())
 }
 
+type Change = fn(&mut Value, &mut Value);
+
 /// Every change must be refused, and the same token without it accepted.
-fn refuse(cases: &[(&str, fn(&mut Value, &mut Value))]) {
+fn refuse(cases: &[(&str, Change)]) {
     let key = TestKey::new("k1");
     assert!(access(&pins(), &key.keys(), &key.access(|_, _| {})).is_ok());
     for (name, change) in cases {
@@ -340,7 +342,7 @@ fn gateway_11_13_id_tokens_are_for_this_client_this_login_and_this_access_token(
     let good = id_claims("access");
     assert_eq!(read(&header, &good, Some("n")).unwrap().subject, "alice");
     assert!(read(&header, &good, None).is_ok());
-    let cases: &[(&str, fn(&mut Value, &mut Value))] = &[
+    let cases: &[(&str, Change)] = &[
         ("aud", |_, claims| claims["aud"] = json!("bank")),
         ("azp of another", |_, claims| claims["azp"] = json!("cli")),
         ("two audiences, no azp", |_, claims| claims["aud"] = json!(["gateway", "x"])),

@@ -108,13 +108,15 @@ pub(crate) fn config(issuer: &str) -> IssuerConfig {
 
 type Answer = Result<(StatusCode, String), HttpsError>;
 
+type Page = dyn Fn(&str) -> Answer + Send + Sync;
+
 /// A network in which every URL has a closure behind it.
 #[derive(Clone, Default)]
 pub(crate) struct Network(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    pages: Mutex<HashMap<String, Arc<dyn Fn(&str) -> Answer + Send + Sync>>>,
+    pages: Mutex<HashMap<String, Arc<Page>>>,
     requests: AtomicUsize,
 }
 

@@ -100,10 +100,10 @@ fn described(provider: &Provider, headers: &HeaderMap) -> Option<Value> {
     let user = provider.passwords.user(text("sub")?)?;
     let mut claims = json!({ "sub": user.name });
     if scopes.contains(&"profile") {
-        claims["name"] = user.display_name.as_str().into();
+        set(&mut claims, "name", user.display_name.as_str());
     }
     if scopes.contains(&"groups") {
-        claims["groups"] = user.groups.clone().into();
+        set(&mut claims, "groups", user.groups.clone());
     }
     Some(claims)
 }
@@ -240,21 +240,27 @@ fn tokens(
             "exp": now.saturating_add(ID_TOKEN_LIFETIME_SECONDS),
         });
         if let Some(nonce) = nonce {
-            claims["nonce"] = nonce.into();
+            set(&mut claims, "nonce", nonce);
         }
         if granted("profile") {
-            claims["name"] = user.display_name.as_str().into();
+            set(&mut claims, "name", user.display_name.as_str());
         }
         if granted("groups") {
-            claims["groups"] = user.groups.clone().into();
+            set(&mut claims, "groups", user.groups.clone());
         }
-        answer["id_token"] = provider.keys.sign("JWT", &claims).map_err(|_| UNAVAILABLE)?.into();
+        set(&mut answer, "id_token", provider.keys.sign("JWT", &claims).map_err(|_| UNAVAILABLE)?);
     }
     if let Some(token) = refresh_token {
-        answer["refresh_token"] = token.as_str().into();
+        set(&mut answer, "refresh_token", token.as_str());
     }
-    answer["access_token"] = access.into();
+    set(&mut answer, "access_token", access);
     Ok(answer)
+}
+
+fn set(object: &mut Value, name: &str, value: impl Into<Value>) {
+    if let Some(object) = object.as_object_mut() {
+        object.insert(name.to_owned(), value.into());
+    }
 }
 
 /// Which client is speaking (RFC 6749 §2.3): by Basic, or by form, never by both.

@@ -1,0 +1,476 @@
+//! The front door as a whole: a real gateway, a real provider, and a service behind mTLS that says what it
+//! was sent. Nothing between them is faked; time is set by hand.
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+mod bench;
+mod provider;
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use gateway::{Rate, SESSION_COOKIE, SessionLimits};
+use http::header::{AUTHORIZATION, LOCATION, ORIGIN, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE};
+use http::{Method, StatusCode};
+use identity::jws;
+use policy::Outcome;
+use secrecy::ExposeSecret as _;
+use serde_json::{Value, json};
+
+use crate::bench::{ACCESS_LIFE, HTML, Jar, PASSWORD, Site, bench, log};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_logs_in_through_the_form_and_the_service_sees_who_it_is() {
+    let bench = bench().await;
+    let jar = Jar::default();
+    let start = bench.get("/accounts?sort=date", &[("accept", HTML)]).await;
+    assert_eq!(start.status, StatusCode::FOUND);
+    jar.keep(&start);
+    let form = jar.visit(&bench, start.location().as_str()).await;
+    assert_eq!(form.status, StatusCode::OK);
+    assert!(form.header("content-security-policy").contains("default-src 'none'"));
+    let back = jar.submit(&bench, &form, "alice", PASSWORD).await;
+    assert_eq!(back.status, StatusCode::SEE_OTHER);
+    let done = jar.visit(&bench, back.location().as_str()).await;
+    assert_eq!((done.status, done.header(LOCATION)), (StatusCode::SEE_OTHER, "/accounts?sort=date"));
+    let set = done.headers.get_all(SET_COOKIE).iter().map(|value| value.to_str().unwrap());
+    let session: Vec<&str> = set.filter(|value| value.starts_with("__Host-palisade=")).collect();
+    assert_eq!(session.len(), 1);
+    for attribute in ["Secure", "HttpOnly", "SameSite=Lax", "Path=/"] {
+        assert!(session[0].split("; ").any(|part| part == attribute), "{attribute} in {}", session[0]);
+    }
+    assert!(!session[0].contains("Domain"));
+    let page = jar.visit(&bench, bench.gateway.join("/accounts?sort=date").unwrap().as_str()).await;
+    assert_eq!(page.status, StatusCode::OK);
+    let told = page.json();
+    assert_eq!(told["target"], "/accounts?sort=date");
+    assert_eq!(told["peer"], "spiffe://bank.example/palisade/gateway");
+    let user = &told["user"]["Ok"];
+    assert_eq!(
+        (&user["id"], &user["client"], &user["issuer"]),
+        (&json!("alice"), &json!("gateway"), &json!(bench.issuer.as_str()))
+    );
+    assert_eq!(user["groups"], json!(["customers"]));
+    assert!(user["scopes"].as_array().unwrap().contains(&json!("bank")));
+    assert!(user["auth_time"].as_u64().unwrap() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_29_the_service_sees_nothing_that_the_caller_claims_about_itself() {
+    let bench = bench().await;
+    let cookie = format!("theme=dark; {}; __Host-palisade-login-x=y", bench.cookie("alice").await);
+    let forged = [
+        ("cookie", cookie.as_str()),
+        ("x-forwarded-user", "bob"),
+        ("x_forwarded_user", "bob"),
+        ("x-forwarded-client-cert", "URI=spiffe://bank.example/service/payments"),
+        ("x_forwarded-client_cert", "x"),
+        ("x-forwarded-for", "192.0.2.1"),
+        ("x-forwarded-host", "evil.example"),
+        ("forwarded", "for=192.0.2.1"),
+        ("txn-token", "forged"),
+        ("txn_token", "forged"),
+        ("x-palisade-user", "bob"),
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ("tracestate", "a=b"),
+        ("x-secret", "hop"),
+        ("x-kept", "yes"),
+        ("connection", "x-secret, txn-token, x-forwarded-proto"),
+    ];
+    let answer = bench.get("/", &forged).await;
+    assert_eq!(answer.status, StatusCode::OK, "{:?}", answer.body);
+    let authority = bench.gateway.as_str().trim_start_matches("https://").trim_end_matches('/');
+    assert_eq!(answer.json()["user"]["Ok"]["id"], "alice");
+    assert_eq!(answer.sent("cookie"), ["theme=dark"]);
+    assert_eq!(answer.sent("x-forwarded-for"), ["127.0.0.1"]);
+    assert_eq!(answer.sent("x-forwarded-proto"), ["https"]);
+    assert_eq!(answer.sent("x-forwarded-host"), [authority]);
+    assert_eq!(answer.sent("txn-token").len(), 1);
+    assert_eq!(answer.sent("x-kept"), ["yes"]);
+    assert_eq!(answer.sent("traceparent").len(), 1);
+    assert!(!answer.sent("traceparent")[0].contains("0af7651916cd43dd8448eb211c80319c"));
+    for gone in [
+        "x-forwarded-user",
+        "x_forwarded_user",
+        "x-forwarded-client-cert",
+        "x_forwarded-client_cert",
+        "forwarded",
+        "txn_token",
+        "x-palisade-user",
+        "tracestate",
+        "x-secret",
+        "connection",
+        "authorization",
+    ] {
+        assert_eq!(answer.sent(gone), Vec::<String>::new(), "{gone}");
+    }
+    let set: Vec<_> = answer.headers.get_all(SET_COOKIE).iter().collect();
+    assert_eq!(set, ["basket=1"], "a service cannot plant a session");
+    assert!(!answer.headers.contains_key("txn-token"));
+    let bearer = bench.bearer().await;
+    let answer = bench.get("/", &[("authorization", &bearer)]).await;
+    assert_eq!(answer.sent("authorization"), Vec::<String>::new(), "the access token goes no further");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_1_to_19_forged_and_misused_tokens_are_refused_and_the_good_one_works() {
+    let bench = bench().await;
+    let tokens = bench.tokens("palisade-cli", "alice", PASSWORD).await.unwrap();
+    let good = tokens.access_token.expose_secret().to_owned();
+    let (input, signature) = good.rsplit_once('.').unwrap();
+    let (header, claims) = input.split_once('.').unwrap();
+    let decode = |text: &str| -> Value { serde_json::from_slice(&jws::decode(text).unwrap()).unwrap() };
+    let forge = |change: &dyn Fn(&mut Value, &mut Value)| {
+        let (mut header, mut claims) = (decode(header), decode(claims));
+        change(&mut header, &mut claims);
+        format!("{}.{}", jws::encode(header.to_string()), jws::encode(claims.to_string()))
+    };
+    let jwks = bench.request(Method::GET, &bench.idp("/jwks.json"), &[], "").await.json();
+    let none = forge(&|header, _| header["alg"] = json!("none"));
+    let hs = forge(&|header, _| header["alg"] = json!("HS256"));
+    let hs_key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, jwks["keys"][0].to_string().as_bytes());
+    let bob = forge(&|_, claims| claims["sub"] = json!("bob"));
+    let other_audience = bench.tokens("other-cli", "alice", PASSWORD).await.unwrap();
+    let attacks = [
+        ("jwt.algorithm", format!("{none}.")),
+        ("jwt.algorithm", format!("{none}.{signature}")),
+        ("jwt.algorithm", format!("{hs}.{}", jws::encode(ring::hmac::sign(&hs_key, hs.as_bytes())))),
+        ("jwt.signature", format!("{bob}.{signature}")),
+        ("jwt.audience", other_audience.access_token.expose_secret().to_owned()),
+        ("jwt.type", tokens.id_token.unwrap().expose_secret().to_owned()),
+        ("jwt.form", tokens.refresh_token.unwrap().expose_secret().to_owned()),
+        ("jwt.form", "a.b".into()),
+    ];
+    let ok = bench.get("/", &[("authorization", &format!("Bearer {good}"))]).await;
+    assert_eq!((ok.status, &ok.json()["user"]["Ok"]["id"]), (StatusCode::OK, &json!("alice")));
+    for (rule, token) in attacks {
+        let answer = bench.get("/", &[("authorization", &format!("Bearer {token}"))]).await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{rule}");
+        let challenge = answer.header(WWW_AUTHENTICATE);
+        assert!(
+            challenge.starts_with("Bearer ") && challenge.contains("error=\"invalid_token\""),
+            "{challenge}"
+        );
+        assert!(challenge.contains("resource_metadata=\""), "{challenge}");
+        let receipt = answer.json()["receipt"].as_str().unwrap().to_owned();
+        assert_eq!(answer.json(), json!({"error": "invalid_token", "receipt": receipt}), "no oracle");
+        let records = bench.recorder.records();
+        let record = records.iter().find(|record| record.receipt.as_str() == receipt).unwrap();
+        assert_eq!(record.rule.name(), rule);
+    }
+    let bearer = format!("Bearer {good}");
+    let cookie = bench.cookie("alice").await;
+    for (path, headers) in [
+        ("/?access_token=x", vec![("authorization", bearer.as_str())]),
+        ("/", vec![("authorization", bearer.as_str()), ("cookie", cookie.as_str())]),
+        ("/", vec![("authorization", bearer.as_str()), ("authorization", bearer.as_str())]),
+    ] {
+        assert_eq!(bench.get(path, &headers).await.status, StatusCode::BAD_REQUEST, "{path} {headers:?}");
+    }
+    bench.site.clock.advance(ACCESS_LIFE);
+    assert_eq!(
+        bench.get("/", &[("authorization", &bearer)]).await.status,
+        StatusCode::UNAUTHORIZED,
+        "expired"
+    );
+    let log = log();
+    let log = log.0.lock().unwrap();
+    for secret in [signature, PASSWORD, cookie.split_once('=').unwrap().1] {
+        assert!(!log.contains(secret), "a secret was logged");
+    }
+    assert!(log.contains("jwt.signature"), "and the log was looked at");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_19_21_strangers_are_challenged_and_only_navigations_are_sent_to_log_in() {
+    let bench = bench().await;
+    let page = bench.get("/x", &[("accept", HTML), ("sec-fetch-mode", "navigate")]).await;
+    assert_eq!(page.status, StatusCode::FOUND);
+    assert!(page.location().as_str().starts_with(&bench.idp("/authorize?")));
+    for headers in [
+        vec![],
+        vec![("accept", "*/*")],
+        vec![("accept", "application/json")],
+        vec![("accept", HTML), ("sec-fetch-mode", "cors")],
+        vec![("accept", HTML), ("x-requested-with", "XMLHttpRequest")],
+    ] {
+        let answer = bench.get("/x", &headers).await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{headers:?}");
+        assert_eq!(answer.json()["error"], "unauthenticated");
+        assert!(answer.header(WWW_AUTHENTICATE).starts_with("Bearer resource_metadata="));
+    }
+    let posted = bench.post("/x", &[("accept", HTML)]).await;
+    assert_eq!(posted.status, StatusCode::UNAUTHORIZED, "a lost form is not turned into a login");
+    let metadata = bench.get("/.well-known/oauth-protected-resource", &[]).await.json();
+    assert_eq!(metadata["authorization_servers"], json!([bench.issuer.as_str()]));
+    let dead = format!("{SESSION_COOKIE}={}", "A".repeat(43));
+    assert_eq!(
+        bench.get("/x", &[("cookie", &dead)]).await.status,
+        StatusCode::UNAUTHORIZED,
+        "a cookie alone proves nothing"
+    );
+    let twice = format!("{dead}; {dead}");
+    assert_eq!(bench.get("/x", &[("cookie", &twice)]).await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(bench.get("/.palisade/unknown", &[]).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_28_unsafe_requests_of_a_session_must_come_from_this_site() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    let origin = bench.gateway.origin().ascii_serialization();
+    let with = |pairs: &[(&'static str, &'static str)]| {
+        let mut headers: Vec<(&str, &str)> = pairs.to_vec();
+        headers.push(("cookie", &cookie));
+        headers
+    };
+    let mut good = with(&[]);
+    good.push((ORIGIN.as_str(), &origin));
+    let ok = bench.post("/transfers", &good).await;
+    assert_eq!((ok.status, &ok.json()["user"]["Ok"]["id"]), (StatusCode::OK, &json!("alice")));
+    for bad in [
+        with(&[]),
+        with(&[("origin", "https://evil.example")]),
+        with(&[("origin", "null")]),
+        with(&[("sec-fetch-site", "cross-site")]),
+        with(&[("sec-fetch-site", "same-site")]),
+    ] {
+        let answer = bench.post("/transfers", &bad).await;
+        assert_eq!(
+            (answer.status, &answer.json()["error"]),
+            (StatusCode::FORBIDDEN, &json!("cross_site_request")),
+            "{bad:?}"
+        );
+        assert_eq!(bench.post("/.palisade/logout", &bad).await.status, StatusCode::FORBIDDEN, "{bad:?}");
+    }
+    assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::OK, "still logged in");
+    let bearer = bench.bearer().await;
+    let api = bench.post("/transfers", &[("authorization", &bearer)]).await;
+    assert_eq!(api.status, StatusCode::OK, "a token is not sent by a browser on its own");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_28_security_46_a_login_leads_nowhere_else_and_repeats_nothing() {
+    let bench = bench().await;
+    for target in [
+        "//evil.example",
+        "https://evil.example/",
+        "/\\evil.example",
+        "%2F%2Fevil.example",
+        "/.palisade/login",
+    ] {
+        let jar = Jar::default();
+        let start = bench.get(&format!("/.palisade/login?return_to={target}"), &[("accept", HTML)]).await;
+        jar.keep(&start);
+        let form = jar.visit(&bench, start.location().as_str()).await;
+        let back = jar.submit(&bench, &form, "alice", PASSWORD).await;
+        let done = jar.visit(&bench, back.location().as_str()).await;
+        assert_eq!(done.header(LOCATION), "/", "{target}");
+    }
+    for query in [
+        "",
+        "?state=x",
+        "?code=a&state=b",
+        "?error=%3Cscript%3E&error_description=%3Cscript%3E&state=x",
+        "?state=a&state=b",
+    ] {
+        let answer = bench.get(&format!("/.palisade/callback{query}"), &[("accept", HTML)]).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{query}");
+        assert!(!String::from_utf8_lossy(&answer.body).contains("script"), "{query}");
+    }
+    for query in [
+        "client_id=nobody&redirect_uri=https://evil.example",
+        "client_id=gateway&redirect_uri=https://evil.example",
+        "client_id=gateway&redirect_uri=javascript:alert(1)",
+        "client_id=%3Cscript%3E",
+    ] {
+        let answer = bench
+            .request(Method::GET, &bench.idp(&format!("/authorize?{query}")), &[("accept", HTML)], "")
+            .await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{query}");
+        assert!(!String::from_utf8_lossy(&answer.body).contains("script"), "{query}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_27_a_logout_ends_the_session_here_and_at_the_issuer() {
+    let bench = bench().await;
+    let jar = Jar::default();
+    let start = bench.get("/", &[("accept", HTML)]).await;
+    jar.keep(&start);
+    let authorize = start.location();
+    let form = jar.visit(&bench, authorize.as_str()).await;
+    let back = jar.submit(&bench, &form, "alice", PASSWORD).await;
+    jar.visit(&bench, back.location().as_str()).await;
+    let old = jar.header();
+    assert_eq!(bench.get("/", &[("cookie", &old)]).await.status, StatusCode::OK);
+    let again = jar.visit(&bench, authorize.as_str()).await;
+    assert_eq!(again.status, StatusCode::SEE_OTHER, "the issuer knows the browser");
+
+    let origin = bench.gateway.origin().ascii_serialization();
+    assert_eq!(
+        bench.get("/.palisade/logout", &[("cookie", &old)]).await.status,
+        StatusCode::METHOD_NOT_ALLOWED
+    );
+    let out =
+        bench.post("/.palisade/logout", &[("cookie", &old), ("origin", &origin), ("accept", HTML)]).await;
+    assert_eq!(out.status, StatusCode::SEE_OTHER);
+    jar.keep(&out);
+    assert!(!jar.header().contains("__Host-palisade="));
+    assert_eq!(
+        bench.get("/", &[("cookie", &old)]).await.status,
+        StatusCode::UNAUTHORIZED,
+        "the old cookie is dead"
+    );
+    let end = jar.visit(&bench, out.location().as_str()).await;
+    assert_eq!((end.status, end.location()), (StatusCode::SEE_OTHER, bench.gateway.clone()));
+    let form = jar.visit(&bench, authorize.as_str()).await;
+    assert_eq!(form.status, StatusCode::OK, "a password is asked for again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_21_twenty_tabs_log_in_at_once() {
+    let bench = bench().await;
+    let jar = Jar::default();
+    let starts = join_all((0..20).map(|n| {
+        let (bench, jar) = (&bench, &jar);
+        async move {
+            let start = bench.get(&format!("/tab/{n}"), &[("accept", HTML)]).await;
+            jar.keep(&start);
+            start.location()
+        }
+    }))
+    .await;
+    let forms = join_all(starts.iter().map(|url| jar.visit(&bench, url.as_str()))).await;
+    let backs = join_all(forms.iter().map(|form| jar.submit(&bench, form, "alice", PASSWORD))).await;
+    let done = join_all(backs.iter().map(|back| async {
+        let url = back.location();
+        jar.visit(&bench, url.as_str()).await
+    }))
+    .await;
+    for (n, answer) in done.iter().enumerate() {
+        assert_eq!(
+            (answer.status, answer.header(LOCATION)),
+            (StatusCode::SEE_OTHER, format!("/tab/{n}").as_str())
+        );
+    }
+    let pages = join_all(done.iter().map(|answer| {
+        let cookie = answer.headers.get_all(SET_COOKIE).iter().find_map(|value| {
+            value
+                .to_str()
+                .unwrap()
+                .strip_prefix("__Host-palisade=")
+                .map(|rest| rest.split(';').next().unwrap())
+        });
+        let cookie = format!("{SESSION_COOKIE}={}", cookie.unwrap());
+        let bench = &bench;
+        async move { bench.get("/", &[("cookie", &cookie)]).await.status }
+    }))
+    .await;
+    assert!(pages.iter().all(|status| *status == StatusCode::OK), "{pages:?}");
+}
+
+/// How often the provider's token endpoint was asked, in this process.
+fn token_requests(address: &str) -> usize {
+    let log = log();
+    let log = log.0.lock().unwrap();
+    let from = |line: &&str| line.contains("path=\"/token\"") && line.starts_with("gateway::idp");
+    log.lines().filter(from).filter(|line| line.contains(address)).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_23_two_hundred_parallel_requests_refresh_once_and_nobody_is_logged_out() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    let issuer = format!("issuer={:?}", bench.issuer.as_str());
+    let before = token_requests(&issuer);
+    assert_eq!(before, 1, "the code");
+    for round in 1..=3 {
+        bench.site.clock.advance(ACCESS_LIFE);
+        let headers = [("cookie", cookie.as_str())];
+        let all = join_all((0..200).map(|_| bench.get("/", &headers))).await;
+        let bad: Vec<_> =
+            all.iter().filter(|answer| answer.status != StatusCode::OK).map(|a| a.status).collect();
+        assert!(bad.is_empty(), "{bad:?}");
+        assert_eq!(token_requests(&issuer), before + round);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_26_an_idle_session_ends_and_asks_for_a_login() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    bench.site.clock.advance(SessionLimits::default().idle - Duration::from_secs(1));
+    assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::OK);
+    bench.site.clock.advance(SessionLimits::default().idle);
+    assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::UNAUTHORIZED);
+    let page = bench.get("/", &[("cookie", &cookie), ("accept", HTML)]).await;
+    assert_eq!(page.status, StatusCode::FOUND);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_policy_is_asked_and_ambiguous_paths_never_reach_it() {
+    let bench = bench().await;
+    let bearer = bench.bearer().await;
+    let auth = [("authorization", bearer.as_str())];
+    let denied = bench.get("/pay/1", &auth).await;
+    assert_eq!((denied.status, &denied.json()["error"]), (StatusCode::FORBIDDEN, &json!("denied")));
+    let receipt = denied.json()["receipt"].as_str().unwrap().to_owned();
+    let records = bench.recorder.records();
+    let record = records.iter().find(|record| record.receipt.as_str() == receipt).unwrap();
+    assert_eq!((record.verdict, record.user.as_ref().unwrap().id.as_str()), (Outcome::Deny, "alice"));
+    assert_eq!(bench.get("/payments", &auth).await.status, StatusCode::OK, "/pay is a whole segment");
+    for path in ["//pay/1", "/./pay/1", "/x/../pay/1", "/%70ay/1", "/pay%2f1", "/pay;x=y/1", "/x%2e%2e/pay"] {
+        let answer = bench.get(path, &auth).await;
+        assert_eq!(
+            (answer.status, &answer.json()["error"]),
+            (StatusCode::BAD_REQUEST, &json!("malformed_request")),
+            "{path}"
+        );
+        assert!(answer.json()["receipt"].is_string());
+    }
+    let page = bench.get("/pay/1", &[("authorization", &bearer), ("accept", HTML)]).await;
+    assert!(String::from_utf8_lossy(&page.body).contains("Receipt: <code>r-"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_principal_and_a_guesser_are_slowed_down_each_for_itself() {
+    let bench = Site::new().start((0, 0), Rate { per_second: 1.0, burst: 3 }).await;
+    let bearer = bench.bearer().await;
+    for left in ["2", "1", "0"] {
+        let answer = bench.get("/", &[("authorization", &bearer)]).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        assert!(answer.header("ratelimit").contains(&format!("r={left};")), "{}", answer.header("ratelimit"));
+        assert_eq!(answer.header("ratelimit-policy"), "\"principal\";q=3;w=3");
+    }
+    let limited = bench.get("/", &[("authorization", &bearer)]).await;
+    assert_eq!((limited.status, limited.header(RETRY_AFTER)), (StatusCode::TOO_MANY_REQUESTS, "1"));
+    let bob = bench.tokens("palisade-cli", "bob", PASSWORD).await.unwrap();
+    let bob = format!("Bearer {}", bob.access_token.expose_secret());
+    assert_eq!(bench.get("/", &[("authorization", &bob)]).await.status, StatusCode::OK, "bob has his own");
+    let mut last = StatusCode::OK;
+    for _ in 0..21 {
+        last = bench.get("/", &[(AUTHORIZATION.as_str(), "Bearer a.b.c")]).await.status;
+    }
+    assert_eq!(last, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(
+        bench.get("/", &[("authorization", &bob)]).await.status,
+        StatusCode::OK,
+        "the address still serves"
+    );
+    bench.site.clock.advance(Duration::from_secs(1));
+    assert_eq!(bench.get("/", &[("authorization", &bearer)]).await.status, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_and_tokens_survive_a_restart_of_both() {
+    let fast = Rate { per_second: 100.0, burst: 1000 };
+    let bench = bench().await;
+    let (cookie, bearer) = (bench.cookie("alice").await, bench.bearer().await);
+    let ports = (bench.gateway.port().unwrap(), bench.issuer.url().port().unwrap());
+    let site = bench.stop().await;
+    let bench = site.start(ports, fast).await;
+    assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::OK);
+    assert_eq!(bench.get("/", &[("authorization", &bearer)]).await.status, StatusCode::OK);
+    bench.site.clock.advance(ACCESS_LIFE);
+    assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::OK, "the refresh token too");
+}
