@@ -25,6 +25,7 @@ use crate::socket::{self, SocketError};
 use crate::state::{self, StateError};
 
 mod attest;
+mod authority_header;
 mod decisions;
 mod node;
 mod rotation;

@@ -75,8 +75,14 @@ impl P256PublicKey {
         if request.signature_algorithm.algorithm != OID_SIG_ECDSA_WITH_SHA256 {
             return Err(CsrError::SignatureKind);
         }
+        // The wrapping of the signed part is covered by no signature, and the parser takes some of it
+        // laxly. Only its one canonical form is accepted, so that a request has one encoding.
+        let signature = request.signature_value.data.as_ref();
+        if wrap(info.raw, signature).as_deref() != Some(der) {
+            return Err(CsrError::Der);
+        }
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, point)
-            .verify(info.raw, &request.signature_value.data)
+            .verify(info.raw, signature)
             .map_err(|_| CsrError::Signature)?;
         Ok(Self(point))
     }
@@ -95,6 +101,28 @@ impl PublicKeyData for P256PublicKey {
     fn algorithm(&self) -> &'static SignatureAlgorithm {
         &PKCS_ECDSA_P256_SHA256
     }
+}
+
+/// DER of a request (RFC 2986 §4.2) around its signed part, for ECDSA with SHA-256 (RFC 5758 §3.2).
+fn wrap(info: &[u8], signature: &[u8]) -> Option<Vec<u8>> {
+    const ECDSA_WITH_SHA256: [u8; 12] =
+        [0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
+    const NO_UNUSED_BITS: [u8; 1] = [0];
+    let bits = element(0x03, &[&NO_UNUSED_BITS, signature])?;
+    element(0x30, &[info, &ECDSA_WITH_SHA256, &bits])
+}
+
+/// A DER element (X.690 §8.1, §10.1) of up to 65,535 bytes of contents.
+fn element(tag: u8, parts: &[&[u8]]) -> Option<Vec<u8>> {
+    let contents = parts.concat();
+    let length = u16::try_from(contents.len()).ok()?;
+    let [high, low] = length.to_be_bytes();
+    let header = match length {
+        0..=0x7f => vec![tag, low],
+        0x80..=0xff => vec![tag, 0x81, low],
+        _ => vec![tag, 0x82, high, low],
+    };
+    Some([header, contents].concat())
 }
 
 /// A fresh P-256 key that waits for its certificate.
@@ -190,18 +218,22 @@ mod tests {
         assert_eq!(P256PublicKey::from_csr(&vec![0; MAX_CSR_BYTES + 1]), Err(CsrError::TooLarge));
     }
 
+    #[test]
+    fn no_single_changed_bit_is_accepted() {
+        let csr = PendingKey::generate().unwrap().request().unwrap();
+        for at in 0..csr.len() {
+            for bit in 0..8 {
+                let mut changed = csr.clone();
+                changed[at] ^= 1 << bit;
+                assert!(P256PublicKey::from_csr(&changed).is_err(), "byte {at}, bit {bit} of {csr:02x?}");
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
             prop_assert!(P256PublicKey::from_csr(&bytes).is_err());
-        }
-
-        #[test]
-        fn no_single_changed_byte_is_accepted(at in 0usize..180, flip in 1u8..=255) {
-            let mut csr = PendingKey::generate().unwrap().request().unwrap();
-            let at = at % csr.len();
-            csr[at] ^= flip;
-            prop_assert!(P256PublicKey::from_csr(&csr).is_err());
         }
     }
 

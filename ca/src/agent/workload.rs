@@ -23,6 +23,7 @@ use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadAp
 use identity::{Scope, TrustDomain, X509Svid};
 
 use super::attest::{AttestError, Attestor, Process};
+use super::authority_header::AnyAuthority;
 use super::decisions::Queue;
 use super::rotation::Svids;
 use super::upstream::HostView;
@@ -64,7 +65,7 @@ type Attested = Arc<Result<Process, AttestError>>;
 
 /// A connection whose peer has been looked at.
 pub(super) struct LocalConnection {
-    stream: UnixStream,
+    stream: AnyAuthority<UnixStream>,
     attested: Attested,
     _slot: tokio::sync::OwnedSemaphorePermit,
     _user: UserSlot,
@@ -182,8 +183,12 @@ pub(super) fn accept(
                         .unwrap_or(Err(AttestError::Proc)),
                     Err(error) => Err(error),
                 };
-                let connection =
-                    LocalConnection { stream, attested: Arc::new(outcome), _slot: slot, _user: user };
+                let connection = LocalConnection {
+                    stream: AnyAuthority::new(stream),
+                    attested: Arc::new(outcome),
+                    _slot: slot,
+                    _user: user,
+                };
                 // A closed queue means that the server is stopping.
                 let _stopping = sender.send(Ok(connection)).await.is_err();
             });

@@ -463,3 +463,7 @@ impl Drop for Presence {
         self.inner.changed();
     }
 }
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;
