@@ -204,7 +204,7 @@ impl Sessions {
             return Err(SessionError::IssuerUnavailable);
         }
         if now >= loaded.record.last_seen.saturating_add(TOUCH_INTERVAL_SECONDS) {
-            self.touch(&id, loaded.clone(), now).await?;
+            self.touch(&id, loaded.clone(), now).await;
         }
         Ok(Some((loaded.record.user, id)))
     }
@@ -212,9 +212,10 @@ impl Sessions {
     /// Ends a session at once.
     pub async fn end(&self, cookie: &str) -> Result<Option<Ended>, SessionError> {
         let Some(id) = hash_of(cookie) else { return Ok(None) };
-        let loaded = self.load(&id).await?;
+        let loaded = self.load(&id).await;
+        // It ends even if its record cannot be read.
         self.store.delete(&id).await?;
-        Ok(loaded.map(|Loaded { record, .. }| Ended {
+        Ok(loaded.ok().flatten().map(|Loaded { record, .. }| Ended {
             user: record.user,
             id_token: record.id_token.map(|secret| secret.0),
             refresh_token: record.refresh_token.map(|secret| secret.0),
@@ -279,12 +280,17 @@ impl Sessions {
         Ok(self.store.put(id, Some(changed.version), Row { version, ends: changed.ends, sealed }).await?)
     }
 
-    async fn touch(&self, id: &SessionHash, mut loaded: Loaded, now: u64) -> Result<(), SessionError> {
+    async fn touch(&self, id: &SessionHash, mut loaded: Loaded, now: u64) {
         loaded.record.last_seen = now;
-        // Losing this race means that a parallel request touched it, or a refresh or logout came between:
-        // all of which leave the record as it should be, for the next request to touch.
-        let _won = self.store(id, &loaded).await?;
-        Ok(())
+        match self.store(id, &loaded).await {
+            // Losing this race means that a parallel request touched it, or a refresh or logout came
+            // between: all of which leave the record as it should be, for the next request to touch.
+            Ok(_) => {}
+            // Not written is the safe side: the session idles out sooner.
+            Err(error) => {
+                tracing::error!(session = short(id), %error, "the last use of a session is not written")
+            }
+        }
     }
 
     async fn replace(&self, id: &SessionHash, user: &User) -> Result<(), SessionError> {

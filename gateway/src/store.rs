@@ -111,21 +111,26 @@ impl RedbStore {
         private_directory(directory)?;
         let store = Self(Arc::new(private_database(&directory.join("sessions.redb"))?));
         // Reads may come before the first write: the table must be there.
-        store.write(|table| table.len().map(|_| ()).map_err(database))?;
+        store.write(|_| Ok(Some(())))?;
         Ok(store)
     }
 
+    /// Changes the table in one transaction; an outcome of `None` changed nothing and waits for no disk.
     fn write<T>(
         &self,
-        change: impl FnOnce(&mut redb::Table<'_, &'static [u8; 32], &'static [u8]>) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
+        change: impl FnOnce(
+            &mut redb::Table<'_, &'static [u8; 32], &'static [u8]>,
+        ) -> Result<Option<T>, StoreError>,
+    ) -> Result<Option<T>, StoreError> {
         let transaction = self.0.begin_write().map_err(database)?;
         let outcome = {
             let mut table = transaction.open_table(SESSIONS).map_err(database)?;
             change(&mut table)?
         };
-        transaction.commit().map_err(database)?;
-        Ok(outcome)
+        match outcome {
+            Some(outcome) => transaction.commit().map(|()| Some(outcome)).map_err(database),
+            None => transaction.abort().map(|()| None).map_err(database),
+        }
     }
 
     fn read(&self, id: &SessionHash) -> Result<Option<Row>, StoreError> {
@@ -176,40 +181,42 @@ impl SessionStore for RedbStore {
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
         let id = *id;
         Box::pin(self.blocking(move |store| {
-            store.write(|table| {
-                let found = match table.get(&id).map_err(database)? {
-                    Some(row) => Some(decode(row.value())?.version),
-                    None => None,
-                };
-                if found != expected {
-                    return Ok(false);
-                }
-                if expected.is_none() && table.len().map_err(database)? >= MAX_SESSIONS {
-                    return Err(StoreError::Full);
-                }
-                table.insert(&id, encode(&row).as_slice()).map_err(database)?;
-                Ok(true)
-            })
+            store
+                .write(|table| {
+                    let found = match table.get(&id).map_err(database)? {
+                        Some(row) => Some(decode(row.value())?.version),
+                        None => None,
+                    };
+                    if found != expected {
+                        return Ok(None);
+                    }
+                    if expected.is_none() && table.len().map_err(database)? >= MAX_SESSIONS {
+                        return Err(StoreError::Full);
+                    }
+                    table.insert(&id, encode(&row).as_slice()).map_err(database)?;
+                    Ok(Some(()))
+                })
+                .map(|written| written.is_some())
         }))
     }
 
     fn delete<'a>(&'a self, id: &'a SessionHash) -> BoxFuture<'a, Result<bool, StoreError>> {
         let id = *id;
-        Box::pin(
-            self.blocking(move |store| {
-                store.write(|table| Ok(table.remove(&id).map_err(database)?.is_some()))
-            }),
-        )
+        Box::pin(self.blocking(move |store| {
+            let removed = store.write(|table| Ok(table.remove(&id).map_err(database)?.map(|_| ())))?;
+            Ok(removed.is_some())
+        }))
     }
 
     fn sweep(&self, now: u64) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.blocking(move |store| {
-            store.write(|table| {
+            let swept = store.write(|table| {
                 let before = table.len().map_err(database)?;
                 table.retain(|_, row| decode(row).is_ok_and(|row| row.ends > now)).map_err(database)?;
                 let after = table.len().map_err(database)?;
-                Ok(usize::try_from(before.saturating_sub(after)).unwrap_or(usize::MAX))
-            })
+                Ok(usize::try_from(before.saturating_sub(after)).ok().filter(|count| *count > 0))
+            })?;
+            Ok(swept.unwrap_or(0))
         }))
     }
 }

@@ -18,6 +18,7 @@ use gateway::{
 };
 use http::header::{ACCEPT, LOCATION, SET_COOKIE};
 use http::{Method, Request, Response, StatusCode};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use identity::clock::{ManualClock, SharedClock};
 use identity::testing::{TestAuthority, ago, ahead};
@@ -416,6 +417,40 @@ impl Bench {
         drop(self.http);
         self.scope.finished(Duration::from_secs(20)).await.unwrap();
         self.site
+    }
+}
+
+impl Bench {
+    /// One request over HTTP/2, as browsers send them.
+    pub(crate) async fn h2(&self, request: Request<()>) -> Answer {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.site.authority.bundle().authorities()[0].clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        let stream =
+            tokio::net::TcpStream::connect(("127.0.0.1", self.gateway.port().unwrap())).await.unwrap();
+        let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+        let executor = hyper_util::rt::TokioExecutor::new();
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream))
+                .await
+                .unwrap();
+        let exchange = async move {
+            let (parts, body) =
+                sender.send_request(request.map(|()| sidecar::empty())).await.unwrap().into_parts();
+            let body = body.collect().await.unwrap().to_bytes();
+            Answer { status: parts.status, headers: parts.headers, body }
+        };
+        match futures::future::select(Box::pin(exchange), Box::pin(connection)).await {
+            futures::future::Either::Left((answer, _)) => answer,
+            futures::future::Either::Right((_, answer)) => answer.await,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use gateway::{Rate, SESSION_COOKIE, SessionLimits};
 use http::header::{AUTHORIZATION, LOCATION, ORIGIN, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE};
-use http::{Method, StatusCode};
+use http::{Method, Request, StatusCode};
 use identity::jws;
 use policy::Outcome;
 use secrecy::ExposeSecret as _;
@@ -325,6 +325,38 @@ async fn gateway_27_a_logout_ends_the_session_here_and_at_the_issuer() {
     assert_eq!((end.status, end.location()), (StatusCode::SEE_OTHER, bench.gateway.clone()));
     let form = jar.visit(&bench, authorize.as_str()).await;
     assert_eq!(form.status, StatusCode::OK, "a password is asked for again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn browsers_speak_http2_and_may_send_their_cookies_in_pieces() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    let ask = |path: &str| Request::get(bench.gateway.join(path).unwrap().as_str());
+    let start = bench.h2(ask("/x").header("accept", HTML).body(()).unwrap()).await;
+    assert_eq!(start.status, StatusCode::FOUND);
+    assert!(start.location().as_str().starts_with(&bench.idp("/authorize?")));
+    let pieces =
+        ask("/x?y=z").header("cookie", "a=1").header("cookie", cookie.as_str()).header("cookie", "b=2");
+    let page = bench.h2(pieces.body(()).unwrap()).await;
+    assert_eq!((page.status, &page.json()["user"]["Ok"]["id"]), (StatusCode::OK, &json!("alice")));
+    assert_eq!(page.sent("cookie"), ["a=1; b=2"]);
+    let twice = ask("/x").header("cookie", cookie.as_str()).header("cookie", cookie.as_str());
+    assert_eq!(bench.h2(twice.body(()).unwrap()).await.status, StatusCode::BAD_REQUEST);
+    let origin = bench.gateway.origin().ascii_serialization();
+    let post = |origin: &str| {
+        let url = bench.gateway.join("/transfers").unwrap();
+        Request::post(url.as_str())
+            .header("cookie", cookie.as_str())
+            .header("origin", origin)
+            .body(())
+            .unwrap()
+    };
+    assert_eq!(bench.h2(post(&origin)).await.status, StatusCode::OK);
+    assert_eq!(bench.h2(post("https://evil.example")).await.status, StatusCode::FORBIDDEN);
+    // Another name of ours: the login begins where its cookies will be looked for.
+    let url = format!("https://localhost:{}/x", bench.gateway.port().unwrap());
+    let other = bench.h2(Request::get(url).header("accept", HTML).body(()).unwrap()).await;
+    assert_eq!(other.location(), bench.gateway.join("/.palisade/login?return_to=%2Fx").unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
