@@ -418,7 +418,7 @@ impl ControlHandle {
         }
         let mut bytes = zeroize::Zeroizing::new([0u8; JOIN_TOKEN_BYTES]);
         self.0.random.fill(&mut *bytes)?;
-        let token = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(&*bytes);
+        let token = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes.as_slice());
         let now = self.0.clock.now_seconds();
         let record = TokenRecord { host: host.to_owned(), expires: now + ttl.as_secs() };
         let (hash, expires) = (hex::sha256(token.as_bytes()), record.expires);

@@ -267,3 +267,46 @@ impl ServerCertVerifier for PinnedServer {
         rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use identity::TrustDomain;
+
+    use super::*;
+    use crate::authority::{Authority, DEFAULT_ROOT_TTL, LeafRequest};
+    use crate::csr::PendingKey;
+    use crate::random::SystemRandom;
+
+    const NOW: Duration = Duration::from_secs(1_800_000_000);
+
+    fn authority() -> Authority {
+        let domain = TrustDomain::new("bank.example").unwrap();
+        Authority::generate(domain, DEFAULT_ROOT_TTL, &*SystemRandom::shared(), NOW).unwrap()
+    }
+
+    fn certificate(authority: &Authority, id: &str) -> CertificateDer<'static> {
+        let (public_key, id) =
+            (PendingKey::generate().unwrap().public().unwrap(), SpiffeId::new(id).unwrap());
+        let ttl = Duration::from_secs(60);
+        let request = LeafRequest { public_key: &public_key, id: &id, dns: &[], ips: &[], ttl };
+        authority.issue(&request, &*SystemRandom::shared(), NOW).unwrap().certificate
+    }
+
+    #[test]
+    fn a_joining_node_trusts_control_by_the_pinned_bundle_only() {
+        let (ours, theirs) = (authority(), authority());
+        let control = "spiffe://bank.example/palisade/control";
+        let pinned = PinnedServer {
+            bundles: BundleSet::new([ours.bundle().clone()]),
+            expected: SpiffeId::new(control).unwrap(),
+        };
+        let at = UnixTime::since_unix_epoch(NOW);
+        let judge = |certificate: CertificateDer<'static>| {
+            pinned.verify_server_cert(&certificate, &[], &tls::unnamed_server(), &[], at).map(|_| ())
+        };
+        assert!(judge(certificate(&ours, control)).is_ok());
+        assert!(judge(certificate(&theirs, control)).is_err(), "another root");
+        let workload = certificate(&ours, "spiffe://bank.example/service/web");
+        assert!(judge(workload).is_err(), "a workload that listens where control should");
+    }
+}

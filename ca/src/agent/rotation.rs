@@ -32,6 +32,8 @@ const CLOCK_SLACK: Duration = Duration::from_secs(5);
 
 /// Entry names and the requests (DER) to sign for them.
 pub(super) type Keys = Vec<(String, Vec<u8>)>;
+/// One outcome a key, in order: the chain (concatenated DER), or why not.
+pub(super) type Answers = Vec<Result<Vec<u8>, String>>;
 /// What is handed out, by entry name.
 pub(super) type Svids = HashMap<String, Arc<X509Svid>>;
 
@@ -42,8 +44,8 @@ pub(super) struct SignError(pub(super) String);
 
 /// Who signs: control, or a test.
 pub(super) trait Signer: Send + Sync {
-    /// Signs a batch; one outcome a key, in order: the chain (concatenated DER), or why not.
-    fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Vec<Result<Vec<u8>, String>>, SignError>>;
+    /// Signs a batch.
+    fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Answers, SignError>>;
 }
 
 struct Held {
@@ -220,7 +222,7 @@ mod tests {
     }
 
     impl Signer for Test {
-        fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Vec<Result<Vec<u8>, String>>, SignError>> {
+        fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Answers, SignError>> {
             async move {
                 self.asked.lock().unwrap().push((self.clock.now() - NOW).as_secs());
                 if self.away.load(Ordering::SeqCst) {

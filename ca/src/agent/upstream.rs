@@ -18,7 +18,7 @@ use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId, TrustBundle, TrustDomain};
 
 use super::node::Node;
-use super::rotation::{Keys, SignError, Signer};
+use super::rotation::{Answers, Keys, SignError, Signer};
 use crate::backoff::Backoff;
 use crate::entry::Selectors;
 use crate::pb::control as pb;
@@ -90,7 +90,7 @@ impl Upstream {
 }
 
 impl Signer for Upstream {
-    fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Vec<Result<Vec<u8>, String>>, SignError>> {
+    fn sign(&self, keys: Keys) -> BoxFuture<'_, Result<Answers, SignError>> {
         async move {
             let items: Vec<_> =
                 keys.into_iter().map(|(entry_id, csr)| pb::SignItem { entry_id, csr }).collect();

@@ -107,35 +107,44 @@ impl AsyncWrite for LocalConnection {
     }
 }
 
-/// Connections of each user.
+/// What each user has open.
 #[derive(Debug, Default, Clone)]
-struct Users(Arc<Mutex<HashMap<u32, usize>>>);
+struct Users(Arc<Mutex<HashMap<u32, User>>>);
+
+#[derive(Debug, Default)]
+struct User {
+    connections: usize,
+    /// One executable of a user is looked at at a time: a user with many large ones waits for itself,
+    /// and what many processes share is hashed once.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
 
 /// One connection of a user, counted while it lives.
 struct UserSlot {
     users: Users,
     uid: u32,
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Users {
     fn enter(&self, uid: u32) -> Option<UserSlot> {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(uid).or_default();
-        if *count >= MAX_CONNECTIONS_PER_UID {
+        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let user = users.entry(uid).or_default();
+        if user.connections >= MAX_CONNECTIONS_PER_UID {
             return None;
         }
-        *count += 1;
-        Some(UserSlot { users: self.clone(), uid })
+        user.connections += 1;
+        Some(UserSlot { users: self.clone(), uid, turn: Arc::clone(&user.turn) })
     }
 }
 
 impl Drop for UserSlot {
     fn drop(&mut self) {
-        let mut counts = self.users.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.uid);
+        let mut users = self.users.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(user) = users.get_mut(&self.uid) {
+            user.connections = user.connections.saturating_sub(1);
+            if user.connections == 0 {
+                users.remove(&self.uid);
             }
         }
     }
@@ -176,7 +185,8 @@ pub(super) fn accept(
             let (attestor, sender, inspections) =
                 (attestor.clone(), sender.clone(), Arc::clone(&inspections));
             tasks.spawn("attestation of a workload", async move {
-                let Ok(_turn) = inspections.acquire_owned().await else { return };
+                let own_turn = Arc::clone(&user.turn).lock_owned().await;
+                let Ok(turn) = inspections.acquire_owned().await else { return };
                 let outcome = match credentials {
                     Ok(peer) => tokio::task::spawn_blocking(move || attestor.inspect(peer))
                         .await
@@ -189,6 +199,7 @@ pub(super) fn accept(
                     _slot: slot,
                     _user: user,
                 };
+                drop((turn, own_turn));
                 // A closed queue means that the server is stopping.
                 let _stopping = sender.send(Ok(connection)).await.is_err();
             });
