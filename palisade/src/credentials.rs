@@ -56,8 +56,8 @@ impl Credential {
 /// Why a credential cannot be had. No variant holds any of its bytes.
 #[derive(Debug, Error)]
 pub(crate) enum CredentialError {
-    #[error("no directory of credentials is given")]
-    NoDirectory,
+    #[error("the credential {0} is needed, and no directory of credentials is given")]
+    NoDirectory(&'static str),
     #[error("there is no credential {}", .0.display())]
     Missing(PathBuf),
     #[error("{} cannot be read", path.display())]
@@ -80,7 +80,7 @@ impl CredentialError {
     /// What mends it.
     pub(crate) fn hint(&self) -> String {
         match self {
-            Self::NoDirectory => {
+            Self::NoDirectory(_) => {
                 "name it with --credentials DIR, or LoadCredential= in the systemd unit".to_owned()
             }
             Self::Missing(path) => format!("put the secret there: (umask 077; cat > {})", path.display()),
@@ -120,7 +120,8 @@ impl Credentials {
 
     /// Reads one; a last newline, which editors add, is not part of it.
     fn read(&self, credential: Credential) -> Result<Zeroizing<Vec<u8>>, CredentialError> {
-        let directory = self.directory.as_ref().ok_or(CredentialError::NoDirectory)?;
+        let directory =
+            self.directory.as_ref().ok_or(CredentialError::NoDirectory(credential.file_name()))?;
         read(directory.join(credential.file_name()))
     }
 
@@ -140,7 +141,7 @@ impl Credentials {
     ) -> Result<Option<SecretString>, CredentialError> {
         match self.text(credential) {
             Ok(secret) => Ok(Some(secret)),
-            Err(CredentialError::NoDirectory | CredentialError::Missing(_)) => Ok(None),
+            Err(CredentialError::NoDirectory(_) | CredentialError::Missing(_)) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -231,6 +232,9 @@ mod tests {
         write(directory.path(), &"x".repeat(70_000), 0o600);
         assert!(matches!(credentials.read(Credential::CaPassphrase), Err(CredentialError::TooLarge(_))));
         let none = Credentials::new(None, None);
-        assert!(matches!(none.read(Credential::CaPassphrase), Err(CredentialError::NoDirectory)));
+        assert!(matches!(
+            none.read(Credential::CaPassphrase),
+            Err(CredentialError::NoDirectory("ca-passphrase"))
+        ));
     }
 }

@@ -14,7 +14,7 @@ pub(crate) fn tcp(what: &str, key: &str, address: SocketAddr) -> Result<TcpListe
 }
 
 /// Why `address` could not be bound.
-fn refused(what: &str, key: &str, address: SocketAddr, error: &io::Error) -> Failure {
+pub(crate) fn refused(what: &str, key: &str, address: SocketAddr, error: &io::Error) -> Failure {
     let failure = Failure::new(format!("{what} cannot listen on {address}")).because(error);
     match error.kind() {
         io::ErrorKind::AddrInUse => {

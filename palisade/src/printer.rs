@@ -11,9 +11,6 @@ use policy::Problem;
 
 use crate::failure::{Exit, Failure};
 
-/// Width of reports where nothing says how wide the terminal is.
-const REPORT_COLUMNS: usize = 100;
-
 /// How this process may write.
 #[derive(Debug, Clone)]
 pub(crate) struct Printer {
@@ -90,6 +87,8 @@ impl Printer {
         let word = if self.colour { "error".red().bold().to_string() } else { "error".to_owned() };
         text.push_str(&format!("{word}: {}", failure.message));
         for cause in &failure.causes {
+            // A cause may be a drawing of several lines: it stays one, further in.
+            let cause = cause.trim_end().replace('\n', "\n           ");
             text.push_str(&format!("\n  because: {cause}"));
         }
         if let Some(hint) = &failure.hint {
@@ -103,8 +102,7 @@ impl Printer {
 
     fn problem(&self, problem: &Problem) -> String {
         let theme = if self.colour { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
-        let handler =
-            GraphicalReportHandler::new_themed(theme).with_width(REPORT_COLUMNS).with_context_lines(1);
+        let handler = GraphicalReportHandler::new_themed(theme).with_wrap_lines(false).with_context_lines(1);
         let mut drawn = String::new();
         match handler.render_report(&mut drawn, problem.report().as_ref()) {
             Ok(()) => drawn,

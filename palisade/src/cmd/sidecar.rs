@@ -25,13 +25,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let found = workload.mesh.service.iter().find(|(name, _)| name.as_str() == args.service);
     let Some((_, service)) = found else {
-        let hint =
-            policy::suggest(&args.service, workload.mesh.service.keys().map(mesh::ServiceName::as_str));
-        let failure = Failure::usage(format!("mesh.toml has no service `{}`", args.service));
-        return Err(match hint {
-            Some(hint) => failure.hint(hint),
-            None => failure,
-        });
+        let names = || workload.mesh.service.keys().map(mesh::ServiceName::as_str);
+        let hint = policy::suggest(&args.service, names())
+            .unwrap_or_else(|| format!("its services are {}", names().collect::<Vec<_>>().join(", ")));
+        return Err(Failure::usage(format!("mesh.toml has no service `{}`", args.service)).hint(hint));
     };
     let policy = workload.policy(&args.service)?;
     let config = configure(&args.service, service, &workload.mesh)?;

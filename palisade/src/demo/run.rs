@@ -21,18 +21,15 @@ pub(crate) type Pids = BTreeMap<String, u32>;
 ///
 /// `prepare` runs beside the start: it waits for roles, does what needs them, and opens the `gates`.
 /// `tell` is given the process ids when all is ready, and again whenever one has changed.
-pub(crate) async fn supervise<P>(
+pub(crate) async fn supervise(
     specs: Vec<ChildSpec>,
     gates: &[&str],
     logs: &Path,
     clock: SharedClock,
     printer: &Printer,
-    prepare: impl FnOnce(&Supervisor) -> P,
+    prepare: impl AsyncFnOnce(&Supervisor) -> Result<(), Failure>,
     mut tell: impl FnMut(&Pids, bool) -> Result<(), Failure>,
-) -> Result<Exit, Failure>
-where
-    P: Future<Output = Result<(), Failure>>,
-{
+) -> Result<Exit, Failure> {
     // Before anything is started, so that no signal finds children and nobody to end them.
     let stop = serve::stop_signal()?;
     tokio::pin!(stop);
@@ -151,5 +148,64 @@ fn trouble(event: &Event) -> Option<String> {
             indented(tail)
         )),
         Event::LogLost { role, why } => Some(format!("{role}: its log is lost, {why}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use identity::SystemClock;
+    use rustix::process::{Pid, Signal, getpid, kill_process};
+
+    use super::*;
+    use crate::demo::supervisor::Probe;
+
+    #[tokio::test]
+    async fn a_death_is_told_with_the_new_number_and_a_signal_ends_everything() {
+        let directory = tempfile::tempdir().unwrap();
+        let child = |role: &str, after: &[&str]| ChildSpec {
+            role: role.to_owned(),
+            program: "/bin/sleep".into(),
+            args: vec!["1000".into()],
+            env: Vec::new(),
+            after: after.iter().map(ToString::to_string).collect(),
+            ready: Probe::Started,
+            ready_within: Duration::from_secs(20),
+            stop_within: Duration::from_secs(20),
+            palisade: false,
+        };
+        let mut told: Vec<Pids> = Vec::new();
+        let mut opened = false;
+        let outcome = supervise(
+            vec![child("vault", &[]), child("web", &["unsealed"])],
+            &["unsealed"],
+            directory.path(),
+            SystemClock::shared(),
+            &Printer::plain(),
+            async |supervisor: &Supervisor| {
+                supervisor.ready("vault").await?;
+                opened = true;
+                supervisor.open("unsealed");
+                Ok(())
+            },
+            |pids, first| {
+                assert_eq!(first, told.is_empty());
+                told.push(pids.clone());
+                let target = if first { Pid::from_raw(pids["web"].cast_signed()).unwrap() } else { getpid() };
+                let signal = if first { Signal::KILL } else { Signal::TERM };
+                kill_process(target, signal).unwrap();
+                Ok(())
+            },
+        )
+        .await;
+        assert_eq!(outcome.unwrap(), Exit::Ok);
+        assert!(opened);
+        let [first, second, ..] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!(first["vault"], second["vault"]);
+        assert_ne!(first["web"], second["web"]);
+        for pid in second.values() {
+            assert!(rustix::process::test_kill_process(Pid::from_raw(pid.cast_signed()).unwrap()).is_err());
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Whole outputs of `palisade config check`, compared with `tests/expected/NAME.txt`.
+//! Whole outputs of the command line, compared with `tests/expected/NAME.txt`.
 //!
 //! Run with `UPDATE_EXPECTED=1` to write the files anew, and read the diff.
 
@@ -11,9 +11,12 @@ fn palisade(args: &[&str]) -> String {
         .args(args)
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config"))
         .env("NO_COLOR", "1")
+        .env_remove("CREDENTIALS_DIRECTORY")
+        .env_remove("COLUMNS")
         .output()
         .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let here = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/config");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replace(here, "HERE");
     format!(
         "$ palisade {}\nexit code {}\n-- standard output\n{}-- standard error\n{}",
         args.join(" "),
@@ -88,4 +91,39 @@ fn a_good_file_is_said_to_be_good() {
 #[test]
 fn problems_for_machines_are_data() {
     expect("json", &["config", "check", "alike.toml", "--json"]);
+}
+
+#[test]
+fn help_is_the_table_of_contents() {
+    expect("help", &["--help"]);
+}
+
+#[test]
+fn a_verb_that_is_none_is_a_mistake_of_usage() {
+    expect("usage", &["confg", "check"]);
+}
+
+#[test]
+fn a_process_without_its_secrets_says_which_and_how_to_give_it() {
+    expect("no-credentials", &["--config", "good.toml", "control"]);
+}
+
+#[test]
+fn a_sidecar_of_no_service_says_which_there_are() {
+    expect("no-service", &["--config", "good.toml", "sidecar", "--service", "accounts"]);
+}
+
+#[test]
+fn policies_that_are_not_there_stop_a_process_before_it_starts() {
+    expect("no-policies", &["--config", "good.toml", "policy", "check"]);
+}
+
+#[test]
+fn a_verb_without_its_section_names_it() {
+    expect("no-section", &["--config", "good.toml", "vault"]);
+}
+
+#[test]
+fn asking_a_control_that_is_not_there_says_where_to_ask() {
+    expect("no-control", &["--config", "good.toml", "status"]);
 }
