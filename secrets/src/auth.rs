@@ -91,3 +91,27 @@ pub(crate) async fn login(core: &Core, peer: &Peer) -> Result<Issued, TokenError
     };
     core.issue(new, None).await
 }
+
+#[cfg(test)]
+mod tests {
+    use identity::clock::{Clock as _, ManualClock, SystemClock};
+    use identity::testing::TestAuthority;
+
+    use super::*;
+    use crate::barrier::tests::random;
+
+    #[tokio::test]
+    async fn an_svid_that_ended_since_the_handshake_is_nobodys() {
+        let directory = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(SystemClock.now());
+        let (state, audit) = (directory.path().join("state"), directory.path().join("audit.jsonl"));
+        let core = Core::open(&state, &audit, clock.clone(), random()).await.unwrap();
+        let svid = TestAuthority::new("bank.example").issue("/service/accounts");
+        let peer = Peer::from_handshake(Some(svid.chain())).unwrap().unwrap();
+        assert!(matches!(identify(&core, Some(&peer), None).await, Ok(Caller::Workload { .. })));
+        assert!(matches!(identify(&core, None, None).await, Ok(Caller::Nobody)));
+        clock.set(peer.not_after() + Duration::from_nanos(1));
+        assert!(matches!(identify(&core, Some(&peer), None).await, Err(TokenError::Invalid)));
+        assert!(matches!(login(&core, &peer).await, Err(TokenError::Invalid)));
+    }
+}
