@@ -65,6 +65,11 @@ const JOIN_TOKEN_BYTES: usize = 32;
 /// Waits between attempts to renew control's own identity.
 const OWN_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// Longest sleep by the clock before it is looked at again.
+const MAX_NAP: Duration = Duration::from_secs(30);
+/// How far the clock may stand before the moment of an issuance without having been set back.
+const CLOCK_SLACK: Duration = Duration::from_secs(5);
+
 /// Attempts to join, an address: a burst for a rack that starts at once behind one address.
 const JOIN_LIMIT: (u32, u32) = (100, 5);
 /// Certificates, an agent: a burst for all workloads of a host, then more than any rotation needs.
@@ -509,27 +514,39 @@ impl Inner {
     }
 }
 
-/// Replaces control's own identity at its time, for as long as the scope lives.
+/// Replaces control's own identity at its time, for as long as the scope lives. The clock is looked at
+/// again after every nap: a machine that was asleep, or whose clock was set, must not present an
+/// identity that is over, or not valid yet.
 async fn keep_own_identity(inner: Arc<Inner>, publisher: IdentityPublisher) {
     let mut backoff = Backoff::new(OWN_BACKOFF.0, OWN_BACKOFF.1);
     let regular = inner.rotate_after.min(inner.svid_ttl / 2);
-    let mut wait = regular;
+    let mut issued = inner.clock.now();
+    let mut due = issued + regular;
     loop {
+        let nap = due.saturating_sub(inner.clock.now()).min(MAX_NAP);
         tokio::select! {
-            () = inner.clock.sleep(wait) => {}
+            () = inner.clock.sleep(nap) => {}
             () = inner.scope.draining() => return,
         }
-        wait = match inner.renew_own(&publisher).await {
+        let now = inner.clock.now();
+        let set_back = now + CLOCK_SLACK < issued;
+        if now < due && !set_back {
+            continue;
+        }
+        match inner.renew_own(&publisher).await {
             Ok(()) => {
                 backoff.reset();
-                regular
+                issued = now;
+                due = now + regular;
             }
             Err(error) => {
                 let wait = backoff.wait(&*inner.random);
+                // Also after a set-back: otherwise this would spin until the clock has caught up.
+                issued = now;
+                due = now + wait;
                 tracing::error!(%error, retry_in = ?wait, "control could not renew its own identity");
-                wait
             }
-        };
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ca::admin::{AdminClient, AdminError};
@@ -24,7 +25,7 @@ use ca::mesh::{DecisionReporter, ReportedDecision};
 use ca::model::DecisionQuery;
 use ca::random::SystemRandom;
 use futures::StreamExt as _;
-use identity::clock::SharedClock;
+use identity::clock::{Clock as _, ManualClock, SharedClock};
 use identity::verify::verify_chain;
 use identity::workload_api::proto::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use identity::workload_api::{self, WorkloadApiError, proto};
@@ -399,6 +400,57 @@ async fn an_agent_restarts_without_a_token_and_says_what_it_needs_when_it_cannot
     let error = world.try_agent(without()).await.err().unwrap().to_string();
     assert!(error.contains("chmod 700"), "{error}");
     control.stop().await;
+}
+
+/// The machine slept past half of the node identity's life, and past the whole of everybody else's.
+#[tokio::test]
+async fn identity_43_after_a_long_sleep_everything_is_renewed_without_a_restart() {
+    let world = World::new();
+    let clock = ManualClock::at(SystemClock.now());
+    let shared = || Arc::clone(&clock) as SharedClock;
+    let scope = Scope::new();
+    let config = world.control_config("127.0.0.1:0".parse().unwrap(), vec![web()]);
+    let control = Control::start(config, shared(), SystemRandom::shared(), &scope).await.unwrap();
+    let handle = control.handle();
+    let token = handle.create_join_token("host-1", Duration::from_secs(60)).await.unwrap();
+    let bootstrap =
+        Bootstrap { join_token: SecretString::from(token.token), bundle_pem: handle.bundle().pem() };
+    let config = world.agent_config(control.local_addr(), Some(bootstrap));
+    let agent = Agent::start(config, shared(), SystemRandom::shared(), &scope).await.unwrap();
+    let mut stream = open(&world.socket()).await;
+    let workload = serial(&next(&mut stream).await.unwrap());
+    let node = agent.identity().current().unwrap().svid.serial().to_owned();
+    let own = handle.identity().current().unwrap().svid.serial().to_owned();
+
+    clock.advance(Duration::from_secs(13 * 3600));
+    let healed = async {
+        loop {
+            let renewed = agent.identity().current().unwrap().svid.serial() != node
+                && handle.identity().current().unwrap().svid.serial() != own;
+            if renewed && handle.status().await.unwrap().nodes[0].connected {
+                break;
+            }
+            // Time goes on while they work; waits between attempts end so.
+            clock.advance(Duration::from_millis(50));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within(healed).await;
+    let stored = handle.status().await.unwrap().nodes[0].serial.clone();
+    assert_eq!(stored, agent.identity().current().unwrap().svid.serial());
+    // The stream was told too, if it lived; a new one is served in any case.
+    drop(stream);
+    let fresh = async {
+        loop {
+            match workload_api::fetch_once(&world.socket()).await {
+                Ok((svid, _)) if svid.serial() != workload => break svid,
+                _ => clock.advance(Duration::from_millis(50)),
+            }
+        }
+    };
+    assert!(within(fresh).await.not_after() > clock.now());
+    scope.drain();
+    assert_eq!(scope.finished(PATIENCE).await, Ok(()));
 }
 
 #[tokio::test]
