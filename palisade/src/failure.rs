@@ -41,9 +41,9 @@ pub(crate) struct Failure {
     pub(crate) causes: Vec<String>,
     /// Mistakes in files, each with its place.
     pub(crate) problems: Vec<Problem>,
-    pub(crate) hint: Option<String>,
+    pub(crate) hint: Option<Box<str>>,
     /// A command to run next.
-    pub(crate) next: Option<String>,
+    pub(crate) next: Option<Box<str>>,
 }
 
 impl Failure {
@@ -94,13 +94,13 @@ impl Failure {
 
     /// Adds what to do about it.
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hint = Some(hint.into().into_boxed_str());
         self
     }
 
     /// Adds the command to run next.
     pub(crate) fn next(mut self, next: impl Into<String>) -> Self {
-        self.next = Some(next.into());
+        self.next = Some(next.into().into_boxed_str());
         self
     }
 }

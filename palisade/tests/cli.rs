@@ -2,6 +2,8 @@
 //!
 //! Run with `UPDATE_EXPECTED=1` to write the files anew, and read the diff.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot run its command has failed")]
+
 use std::path::Path;
 use std::process::Command;
 

@@ -78,9 +78,9 @@ impl StateDir {
     /// Makes the directory (mode 0700) or checks the one there is, and locks it.
     pub(crate) fn open(path: &Path) -> Result<Self, StateError> {
         let io = |what| move |source| StateError::Io { what, path: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).or_else(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => Err(StateError::NotADirectory(path.to_owned())),
-            _ => Err(io("made")(source)),
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => StateError::NotADirectory(path.to_owned()),
+            _ => io("made")(source),
         })?;
         // Absolute, because the processes started from it are known by this path.
         let path = fs::canonicalize(path).map_err(io("found"))?;
