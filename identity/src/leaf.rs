@@ -174,7 +174,7 @@ fn check_leaf_constraints(certificate: &X509Certificate<'_>) -> Result<(), LeafE
         return Err(LeafError::LeafKeyUsage);
     }
     let extended = certificate.extended_key_usage().map_err(|_| LeafError::Extension)?;
-    if extended.is_some_and(|extended| !(extended.value.server_auth && extended.value.client_auth)) {
+    if extended.is_some_and(|extended| !extended.value.server_auth || !extended.value.client_auth) {
         return Err(LeafError::LeafExtendedKeyUsage);
     }
     Ok(())

@@ -23,13 +23,16 @@ use crate::source::{IdentityPublisher, IdentitySource};
 use crate::svid::{SvidError, X509Svid};
 
 /// Types generated from `proto/workload.proto`.
-#[expect(missing_docs, clippy::wildcard_imports, reason = "generated code")]
+#[expect(missing_docs, reason = "generated code")]
 pub mod proto {
     tonic::include_proto!("_");
 }
 
 /// The metadata key that keeps a browser or a confused proxy from calling the socket (WE §6).
 pub const SECURITY_HEADER: &str = "workload.spiffe.io";
+
+/// What the agent answers a caller for whom nothing is registered (WE §6).
+pub const PERMISSION_DENIED: tonic::Code = tonic::Code::PermissionDenied;
 
 /// First and longest wait between two attempts to reach the agent.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));

@@ -5,7 +5,6 @@
 mod cmd;
 mod credentials;
 mod decisions;
-#[expect(dead_code, reason = "the demo's own verb, which uses all of it, is composed on top")]
 mod demo;
 mod failure;
 mod listen;
@@ -73,6 +72,10 @@ enum Verb {
     Explain(cmd::explain::Args),
     /// Make what a new host joins with.
     Token(cmd::token::Args),
+    /// Bring up the whole mesh with a bank behind it, or attack it.
+    Demo(demo::Args),
+    /// Fetch this process's own identity from the agent.
+    Id(cmd::id::Args),
     /// Show hosts, identities and the authority.
     Status(cmd::status::Args),
 }
@@ -108,6 +111,8 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
         Verb::Policy(args) => cmd::policy::run(args, global, printer),
         Verb::Explain(args) => cmd::explain::run(args, global, printer),
         Verb::Token(args) => cmd::token::run(args, global, printer),
+        Verb::Demo(args) => demo::run(args, global, printer),
+        Verb::Id(args) => cmd::id::run(args, global, printer),
         Verb::Status(args) => cmd::status::run(args, global, printer),
     }
 }

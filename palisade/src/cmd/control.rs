@@ -89,7 +89,7 @@ fn entry(registration: Registration) -> Entry {
         },
         dns,
         ips,
-        ttl: None,
+        ttl: registration.ttl,
         hosts: (registration.host != check::ANY_HOST).then(|| vec![registration.host]),
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gateway::config::{Issuer, Rate};
-use gateway::idp::{Client, Idp, IdpConfig};
+use gateway::idp::{Client, Idp, IdpConfig, IdpError};
 use url::Url;
 
 use crate::Global;
@@ -45,13 +45,18 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     serve::run("idp", DRAIN, async |scope| {
         let source = workload.identity(&scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        Idp::start(config, source, clock, random, &scope)
-            .await
-            .map_err(|error| not_started("the provider", &error))
+        Idp::start(config, source, clock, random, &scope).await.map_err(|error| {
+            let failure = not_started("the provider", &error);
+            match error {
+                // Starting it again would read the same file.
+                IdpError::Users(_) => Failure { exit: Exit::Invalid, ..failure },
+                _ => failure,
+            }
+        })
     })
 }
 
-/// The gateway, with a secret, and programs of people, without.
+/// The gateway, with a secret; programs of people, and what else mesh.toml names, without.
 fn clients(mesh: &Mesh, workload: &Workload) -> Result<Vec<Client>, Failure> {
     let Some(gateway) = &mesh.gateway else { return Ok(Vec::new()) };
     let secret = workload.credentials.text(Credential::OidcClientSecret)?;
@@ -65,5 +70,9 @@ fn clients(mesh: &Mesh, workload: &Workload) -> Result<Vec<Client>, Failure> {
     let command_line = Client::public(COMMAND_LINE_CLIENT, url(COMMAND_LINE_REDIRECT)?, &gateway.audience);
     let with_scopes =
         |client: Client, gateway: &mesh::Gateway| Client { scopes: gateway.scopes.clone(), ..client };
-    Ok(vec![with_scopes(browser, gateway), with_scopes(command_line, gateway)])
+    let mut clients = vec![with_scopes(browser, gateway), with_scopes(command_line, gateway)];
+    for (name, audience) in mesh.idp.iter().flat_map(|idp| &idp.clients) {
+        clients.push(with_scopes(Client::public(name, url(COMMAND_LINE_REDIRECT)?, audience), gateway));
+    }
+    Ok(clients)
 }

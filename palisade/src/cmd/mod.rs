@@ -7,6 +7,7 @@ mod console;
 pub(crate) mod control;
 pub(crate) mod explain;
 pub(crate) mod gateway;
+pub(crate) mod id;
 pub(crate) mod idp;
 pub(crate) mod policy;
 pub(crate) mod sidecar;

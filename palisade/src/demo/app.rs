@@ -3,7 +3,7 @@
 //! It is the `bank` crate and nothing else: no identity, no token, no policy. What it is told of the mesh is
 //! where its sidecar listens.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ pub(super) fn run(mesh: &Mesh, name: &str, data: &Path) -> Result<Exit, Failure>
         .build()
         .map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
     runtime.block_on(async {
-        let listener = bind(name, service.app)?;
+        let listener = listen::tcp(name, &format!("[service.{name}] app"), service.app)?;
         let stop = stop_signal()?;
         let ended = match name {
             "web" => {
@@ -54,10 +54,6 @@ pub(super) fn run(mesh: &Mesh, name: &str, data: &Path) -> Result<Exit, Failure>
         };
         ended.map(|()| Exit::Ok).map_err(|error| Failure::new(format!("{name} cannot work")).because(&error))
     })
-}
-
-fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(address).map_err(|error| listen::refused(name, &format!("[service.{name}] app"), address, &error))
 }
 
 /// Where the sidecar takes the app's calls to `to`.

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::layout::Layout;
+use super::people;
 
 /// The demo's root of trust.
 pub(crate) const TRUST_DOMAIN: &str = "bank.example";
@@ -21,7 +22,7 @@ const PROBE_TTL: Duration = Duration::from_secs(10);
 
 /// The names of all addresses that the demo needs, each a port on 127.0.0.1.
 pub(crate) fn addresses() -> Vec<String> {
-    let fixed = ["control", "console", "gateway", "gateway.admin", "idp", "vault", "vault.operator"];
+    let fixed = ["control", "console", "gateway", "idp", "vault", "vault.operator"];
     let mut names: Vec<String> = fixed.map(str::to_owned).to_vec();
     for service in SERVICES {
         for part in ["app", "inbound", "admin"] {
@@ -45,9 +46,9 @@ pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr
          [control]\nlisten = \"{control}\"\nconsole = \"{console}\"\nadmin_socket = {admin}\nstate = {control_state}\n\
          svid_ttl = \"{ttl}s\"\nrotate_after = \"{rotate}s\"\n\n\
          [agent]\nhost = \"local\"\nsocket = {socket}\nstate = {agent_state}\n\n\
-         [gateway]\nlisten = \"{gateway}\"\nadmin = \"{gateway_admin}\"\nissuer = \"https://{idp}\"\nclient_id = \"bank-web\"\n\
+         [gateway]\nlisten = \"{gateway}\"\nissuer = \"https://{idp}\"\nclient_id = \"bank-web\"\nscopes = [\"{scope}\"]\n\
          routes = {{ \"/\" = \"web\" }}\nstate = {gateway_state}\nattest = {{ path = {gateway_program} }}\n\n\
-         [idp]\nlisten = \"{idp}\"\nissuer = \"https://{idp}\"\nusers = {users}\nstate = {idp_state}\nattest = {{ path = {idp_program} }}\n\n\
+         [idp]\nlisten = \"{idp}\"\nissuer = \"https://{idp}\"\nusers = {users}\nclients = {{ {other} = \"{other_audience}\" }}\nstate = {idp_state}\nattest = {{ path = {idp_program} }}\n\n\
          [vault]\nlisten = \"{vault}\"\noperator = \"{operator}\"\nstate = {vault_state}\nattest = {{ path = {vault_program} }}\n\n",
         policies = path(layout.policies()),
         control = at("control"),
@@ -59,8 +60,10 @@ pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr
         socket = path(layout.agent_socket()),
         agent_state = data("agent"),
         gateway = at("gateway"),
-        gateway_admin = at("gateway.admin"),
-        idp = at("idp"),
+                idp = at("idp"),
+        scope = people::BANK_SCOPE,
+        other = people::OTHER_CLIENT,
+        other_audience = people::OTHER_AUDIENCE,
         gateway_state = data("gateway"),
         gateway_program = program("gateway"),
         users = path(layout.users()),

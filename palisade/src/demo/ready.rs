@@ -11,6 +11,8 @@ use identity::{SpiffeId, TrustDomain};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::failure::Failure;
+
 /// Version of the ready file's form; a reader refuses one that it does not know.
 pub(crate) const READY_VERSION: u32 = 1;
 
@@ -32,13 +34,37 @@ pub(crate) struct Ready {
     pub(crate) users: BTreeMap<String, ReadyUser>,
     /// Process ids by role; the file is written anew when one is restarted.
     pub(crate) pids: BTreeMap<String, u32>,
+    /// The state directory.
+    pub(crate) state: PathBuf,
+    /// The mesh's authorities, PEM: what `curl --cacert` and browsers need.
+    pub(crate) ca_bundle: PathBuf,
+}
+
+impl Ready {
+    /// Reads the file that a running demo wrote.
+    pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
+        let text = fs::read(path).map_err(|error| {
+            Failure::new(format!("{} cannot be read", path.display()))
+                .because(&error)
+                .hint("is the demo running? `palisade demo` starts it; --ready names another one's file")
+        })?;
+        let ready: Self = serde_json::from_slice(&text)
+            .map_err(|error| Failure::invalid(format!("{} is no ready file", path.display())).because(&error))?;
+        if ready.version != READY_VERSION {
+            let message = format!("{} has version {}, this is {READY_VERSION}", path.display(), ready.version);
+            return Err(Failure::invalid(message));
+        }
+        Ok(ready)
+    }
 }
 
 /// The vault of the demo.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct ReadyVault {
-    /// The operator's address.
+    /// The operator's address: `VAULT_ADDR` is `http://` and this.
     pub(crate) addr: SocketAddr,
+    /// Where workloads connect, mTLS.
+    pub(crate) tls_addr: SocketAddr,
     pub(crate) root_token: String,
 }
 
@@ -49,6 +75,8 @@ pub(crate) struct ReadyService {
     pub(crate) inbound: SocketAddr,
     pub(crate) app: SocketAddr,
     pub(crate) admin: SocketAddr,
+    /// Where the app calls others, by their names.
+    pub(crate) calls: BTreeMap<String, SocketAddr>,
 }
 
 /// One person of the demo.

@@ -1,5 +1,6 @@
 //! Brings the demo up: secrets, mesh.toml, processes in the order of their needs, then the ready file.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
 use std::net::SocketAddr;
@@ -13,20 +14,19 @@ use identity::TrustDomain;
 use identity::clock::{SharedClock, SystemClock};
 use ring::rand::{SecureRandom, SystemRandom};
 use secrecy::{ExposeSecret as _, SecretString};
+use secrets::path::SecretPath;
 use serde_json::json;
-use tokio::sync::mpsc;
 
 use super::plan::{self, SERVICES};
 use super::layout::Layout;
-use super::progress::Progress;
 use super::ready::{self, Ready, ReadyService, ReadyUser, ReadyVault};
 use super::state::StateDir;
-use super::supervisor::{ChildSpec, Event, Probe, Supervisor};
+use super::run::{Pids, supervise};
+use super::supervisor::{ChildSpec, Probe, Supervisor};
 use super::{StartArgs, people, policies, ports, private, roles};
 use crate::credentials::Credential;
 use crate::failure::{Exit, Failure};
 use crate::printer::{self, Printer};
-use crate::serve::stop_signal;
 
 /// A gate: the agent's join token is there.
 const JOIN_TOKEN: &str = "join token";
@@ -75,58 +75,32 @@ pub(super) fn run(args: &StartArgs, printer: &Printer) -> Result<Exit, Failure> 
 async fn demo(args: &StartArgs, state: &StateDir, layout: &Layout, printer: &Printer) -> Result<Exit, Failure> {
     let clock = SystemClock::shared();
     let random = SystemRandom::new();
-    let stop = stop_signal()?;
-    tokio::pin!(stop);
     let prepared = prepare(args, state, layout, &random, &clock, printer).await?;
     let logs = state.directory("logs")?;
-    let (supervisor, events) = Supervisor::start(prepared.children(layout), &[JOIN_TOKEN, VAULT_FILLED], &logs, clock.clone())?;
-    let brought_up = async {
-        let up = bring_up(&supervisor, &prepared, layout, &random, &clock);
-        follow(up, events, Progress::new(printer)).await
-    };
-    let outcome = tokio::select! {
-        outcome = brought_up => outcome,
-        () = &mut stop => {
-            supervisor.stop().await;
-            return Ok(Exit::Ok);
-        }
-    };
-    let (opened, events) = match outcome {
-        Ok(up) => up,
-        Err(failure) => {
-            supervisor.stop().await;
-            return Err(failure);
-        }
-    };
     let ready_file = args.ready.clone().unwrap_or_else(|| layout.ready());
-    let written = prepared.write_ready(&ready_file, layout, &opened, &supervisor);
-    if let Err(failure) = written.and_then(|ready| show(&ready, &ready_file, printer)) {
-        supervisor.stop().await;
-        return Err(failure);
-    }
-    tokio::select! {
-        () = &mut stop => {}
-        () = keep_told(events, &supervisor, printer, || {
-            if let Err(failure) = prepared.write_ready(&ready_file, layout, &opened, &supervisor) {
-                printer.failure(&failure);
-            }
-        }) => {}
-    }
-    printer.progress("ending");
-    // A second Ctrl-C means now.
-    let again = stop_signal()?;
-    tokio::select! {
-        () = supervisor.stop() => {}
-        () = again => {
-            supervisor.kill();
-            supervisor.stop().await;
-        }
-    }
-    if args.ready.is_some() {
-        // A ready file without a demo would be a lie.
-        let _already_gone = std::fs::remove_file(&ready_file).is_err();
-    }
-    Ok(Exit::Ok)
+    let root_token = OnceCell::new();
+    let outcome = supervise(
+        prepared.children(layout),
+        &[JOIN_TOKEN, VAULT_FILLED],
+        &logs,
+        clock.clone(),
+        printer,
+        async |supervisor| {
+            let opened = bring_up(supervisor, &prepared, layout, &random, &clock).await?;
+            root_token.get_or_init(|| opened);
+            Ok(())
+        },
+        |pids, first| {
+            let ready = prepared.ready(layout, root_token.get(), pids)?;
+            ready::write_json(&ready_file, &ready)
+                .map_err(|error| Failure::new("the ready file cannot be written").because(&error))?;
+            if first { show(&ready, &ready_file, printer) } else { Ok(()) }
+        },
+    )
+    .await;
+    // A ready file without a demo would be a lie.
+    let _never_written = std::fs::remove_file(&ready_file).is_err();
+    outcome
 }
 
 /// What is known before anything runs.
@@ -134,11 +108,6 @@ struct Prepared {
     addresses: BTreeMap<String, SocketAddr>,
     passwords: BTreeMap<String, SecretString>,
     console_token: SecretString,
-}
-
-/// What only exists once the mesh runs.
-struct Opened {
-    root_token: SecretString,
 }
 
 async fn prepare(
@@ -159,7 +128,8 @@ async fn prepare(
     }
     let names = plan::addresses();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let chosen = ports::choose(&layout.state().join("ports.json"), &names, u64::from(std::process::id()))?;
+    let chosen = ports::choose(&layout.state().join("ports.json"), &names, u64::from(std::process::id()))
+        .map_err(|error| Failure::new("no ports for the demo").because(&error))?;
     for (name, port) in &chosen.moved {
         printer.warning(&format!("port {port}, which {name} had last time, is taken; it has another now"));
     }
@@ -219,7 +189,7 @@ impl Prepared {
     /// Every process of the demo.
     fn children(&self, layout: &Layout) -> Vec<ChildSpec> {
         let child = |role: &str, verb: &[&str], after: &[&str], ready: Probe| {
-            let mut args = vec!["--mesh".into(), layout.mesh_toml().into_os_string()];
+            let mut args = vec!["--config".into(), layout.mesh_toml().into_os_string()];
             args.extend(["--credentials".into(), layout.credentials(role).into_os_string()]);
             args.extend(verb.iter().map(Into::into));
             ChildSpec {
@@ -253,14 +223,8 @@ impl Prepared {
         children
     }
 
-    /// Writes where everything is; returns it.
-    fn write_ready(
-        &self,
-        file: &Path,
-        layout: &Layout,
-        opened: &Opened,
-        supervisor: &Supervisor,
-    ) -> Result<Ready, Failure> {
+    /// Where everything is.
+    fn ready(&self, layout: &Layout, root_token: Option<&SecretString>, pids: &Pids) -> Result<Ready, Failure> {
         let invalid = |error: identity::id::IdError| Failure::new("the demo's names are wrong").because(&error);
         let trust_domain = TrustDomain::new(plan::TRUST_DOMAIN).map_err(invalid)?;
         let mut services = BTreeMap::new();
@@ -281,7 +245,7 @@ impl Prepared {
         let users = self.passwords.iter().map(|(name, password)| {
             (name.clone(), ReadyUser { password: password.expose_secret().to_owned() })
         });
-        let ready = Ready {
+        Ok(Ready {
             version: ready::READY_VERSION,
             trust_domain,
             gateway: format!("https://{}", self.at("gateway")),
@@ -292,16 +256,14 @@ impl Prepared {
             vault: ReadyVault {
                 addr: self.at("vault.operator"),
                 tls_addr: self.at("vault"),
-                root_token: opened.root_token.expose_secret().to_owned(),
+                root_token: root_token.map(|token| token.expose_secret().to_owned()).unwrap_or_default(),
             },
             services,
             users: users.collect(),
-            pids: supervisor.status().borrow().pids(),
+            pids: pids.clone(),
             state: layout.state().to_owned(),
             ca_bundle: layout.ca_bundle(),
-        };
-        ready::write_json(file, &ready).map_err(|error| Failure::new("the ready file cannot be written").because(&error))?;
-        Ok(ready)
+        })
     }
 }
 
@@ -312,7 +274,7 @@ async fn bring_up(
     layout: &Layout,
     random: &dyn SecureRandom,
     clock: &SharedClock,
-) -> Result<Opened, Failure> {
+) -> Result<SecretString, Failure> {
     supervisor.ready("control").await?;
     let admin = AdminClient::new(layout.admin_socket(), clock.clone());
     let control = |error: ca::admin::AdminError| Failure::new("control does not do as it is asked").because(&error);
@@ -321,7 +283,7 @@ async fn bring_up(
     let agent = layout.credentials("agent");
     private::write(&agent.join(Credential::TrustBundle.file_name()), bundle.as_bytes())?;
     let token = admin.create_join_token(HOST, JOIN_TOKEN_TTL).await.map_err(control)?;
-    private::write(&agent.join(Credential::JoinToken.file_name()), token.token.expose_secret().as_bytes())?;
+    private::write(&agent.join(Credential::JoinToken.file_name()), token.token.as_bytes())?;
     supervisor.open(JOIN_TOKEN);
 
     supervisor.ready("vault").await?;
@@ -330,7 +292,7 @@ async fn bring_up(
 
     supervisor.all_ready().await?;
     first_request(prepared, layout, clock).await?;
-    Ok(Opened { root_token })
+    Ok(root_token)
 }
 
 /// Makes or unseals the vault, and puts in what the bank needs.
@@ -354,7 +316,7 @@ async fn fill_vault(operator: SocketAddr, layout: &Layout, random: &dyn SecureRa
     let root_token = private::keep(&root_file, missing)?;
     let client = client.with_token(root_token.clone());
     let wrong = |error: secrets::path::PathError| Failure::new("a secret's path is wrong").because(&error);
-    let path = "accounts/db-key".parse().map_err(wrong)?;
+    let path = SecretPath::new("accounts/db-key").map_err(wrong)?;
     if client.kv_get(&path).await.map_err(failed)?.is_none() {
         let mut key = zeroize::Zeroizing::new([0; 32]);
         random.fill(&mut *key).map_err(|_| Failure::new("the machine gives no randomness"))?;
@@ -402,68 +364,6 @@ pub(super) fn trust(ca_bundle: &Path) -> Result<Trust, Failure> {
     Trust::pem_file(ca_bundle).map_err(|error| Failure::new("the mesh's authorities cannot be read").because(&error))
 }
 
-/// Shows progress while `up` runs; gives the events back for the time after.
-async fn follow<T>(
-    up: impl Future<Output = Result<T, Failure>>,
-    mut events: mpsc::Receiver<Event>,
-    mut progress: Progress,
-) -> Result<(T, mpsc::Receiver<Event>), Failure> {
-    tokio::pin!(up);
-    let outcome = loop {
-        tokio::select! {
-            outcome = &mut up => break outcome,
-            Some(event) = events.recv() => match event {
-                Event::Starting { role } => progress.starting(&role),
-                Event::Ready { role, after } => progress.ready(&role, after),
-                other => progress.say(&told(&other)),
-            },
-        }
-    };
-    progress.end();
-    Ok((outcome?, events))
-}
-
-/// Reports deaths and returns, and rewrites the ready file when a process has another id.
-async fn keep_told(
-    mut events: mpsc::Receiver<Event>,
-    supervisor: &Supervisor,
-    printer: &Printer,
-    rewrite: impl Fn(),
-) {
-    let mut status = supervisor.status();
-    let mut pids = status.borrow().pids();
-    loop {
-        tokio::select! {
-            event = events.recv() => match event {
-                Some(event) => printer.progress(&told(&event)),
-                None => return std::future::pending().await,
-            },
-            changed = status.changed() => {
-                if changed.is_err() {
-                    return std::future::pending().await;
-                }
-                let now = status.borrow_and_update().pids();
-                if now != pids {
-                    pids = now;
-                    rewrite();
-                }
-            }
-        }
-    }
-}
-
-fn told(event: &Event) -> String {
-    match event {
-        Event::Starting { role } => format!("starting {role}"),
-        Event::Ready { role, after } => format!("{role}: ready after {} ms", after.as_millis()),
-        Event::Late { role, tail } => format!("{role} is not ready yet; its last lines:\n{tail}"),
-        Event::Died { role, how, again_in, .. } => {
-            format!("{role} ended with {how}; starting it again in {} ms", again_in.as_millis())
-        }
-        Event::LogLost { role, why } => format!("the log of {role} is lost: {why}"),
-    }
-}
-
 /// What a person sees once all is up.
 fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
     let row = |role: &str, what: String| {
@@ -492,7 +392,7 @@ fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
          Try:\n  \
          {me} demo attack --ready {file}\n  \
          curl --cacert {} -H \"Authorization: Bearer $({me} demo token alice --ready {file})\" {}/api/accounts/42\n  \
-         {me} --mesh {state}/mesh.toml explain RECEIPT      # the receipt that the line above was refused with\n\n\
+         {me} --config {state}/mesh.toml explain RECEIPT      # the receipt that the line above was refused with\n\n\
          Logs are in {state}/logs. Ctrl-C ends everything.\n",
         printer::table(&["process", "pid", "where"], &rows),
         ready.gateway,

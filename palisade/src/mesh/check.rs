@@ -14,7 +14,7 @@ use super::file::{AttestSection, MeshFile, Text};
 use super::load::{MAX_PROBLEMS, Sections};
 use super::{
     Agent, AppProtocol, Attest, Callee, Control, Gateway, HostPort, Idp, Mesh, Mode, Own, Service,
-    ServiceName, Telemetry, Vault, Whole,
+    ServiceName, Telemetry, Vault, Whole, Workload,
 };
 
 /// The host of what runs wherever it is started.
@@ -84,7 +84,7 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn mesh(&mut self, sections: MeshFile, hostname: &str) -> Option<Mesh> {
-        let MeshFile { mesh, control, agent, gateway, idp, vault, service, telemetry } = sections;
+        let MeshFile { mesh, control, agent, gateway, idp, vault, service, workload, telemetry } = sections;
 
         let trust_domain = match TrustDomain::new(mesh.trust_domain.get_ref()) {
             Ok(trust_domain) => Some(trust_domain),
@@ -114,6 +114,12 @@ impl Check<'_> {
                 services.insert(name, service);
             }
         }
+        let mut workloads = BTreeMap::new();
+        for (name, section) in &workload {
+            if let Some(workload) = self.workload(name, section, trust_domain.as_ref()) {
+                workloads.insert(name.get_ref().clone(), workload);
+            }
+        }
         let mesh = Mesh {
             file: self.file.to_owned(),
             mesh: Whole { trust_domain: trust_domain?, policies, mode },
@@ -123,6 +129,7 @@ impl Check<'_> {
             idp: issuer,
             vault: vault.flatten(),
             service: services,
+            workload: workloads,
             telemetry: Telemetry {
                 access_log: telemetry.access_log.unwrap_or(true),
                 log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
@@ -272,6 +279,11 @@ impl Check<'_> {
             issuer: issuer?,
             users: self.path(&section.users),
             state: self.path_or(section.state.as_ref(), "/var/lib/palisade/idp"),
+            clients: section
+                .clients
+                .iter()
+                .map(|(name, audience)| (name.get_ref().clone(), audience.get_ref().clone()))
+                .collect(),
             attest: attest?,
         })
     }
@@ -305,7 +317,7 @@ impl Check<'_> {
         let app = self.bind_on(&host, Some(&section.app), "", &what("app"), Reach::Loopback);
         let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), Reach::Dialled);
         let admin = self.bind_on(&host, Some(&section.admin), "", &what("admin"), Reach::Loopback);
-        let id = trust_domain.and_then(|td| self.service_id(section.id.as_ref(), written, td));
+        let id = trust_domain.and_then(|td| self.id(section.id.as_ref(), "service", written, td));
         let mut calls = BTreeMap::new();
         for (callee, address) in &section.calls {
             let at = self.bind_on(
@@ -414,19 +426,45 @@ impl Check<'_> {
         Some(Callee::Service(name))
     }
 
-    fn service_id(
+    fn workload(
+        &mut self,
+        name: &Spanned<String>,
+        section: &super::file::WorkloadSection,
+        trust_domain: Option<&TrustDomain>,
+    ) -> Option<Workload> {
+        let id = trust_domain.and_then(|td| self.id(section.id.as_ref(), "workload", name, td));
+        let attest = self.attest(&section.attest);
+        let ttl = match &section.ttl {
+            Some(text) => Some(self.duration(Some(text), MIN_SVID_TTL, MIN_SVID_TTL..=MAX_SVID_TTL)?),
+            None => None,
+        };
+        let host = section.host.as_ref().map_or(ANY_HOST, |host| host.get_ref()).to_owned();
+        Some(Workload { id: id?, host, attest: attest?, ttl })
+    }
+
+    /// The identity given, or `spiffe://TD/KIND/NAME`.
+    fn id(
         &mut self,
         text: Option<&Text>,
+        kind: &str,
         name: &Spanned<String>,
         td: &TrustDomain,
     ) -> Option<SpiffeId> {
         let Some(text) = text else {
-            return td.workload(&format!("/service/{}", name.get_ref())).ok();
+            let id = td.workload(&format!("/{kind}/{}", name.get_ref()));
+            return match id {
+                Ok(id) => Some(id),
+                Err(error) => {
+                    let hint = "a name of a-z, 0-9 and '-' is part of the identity, unless id gives another";
+                    self.report(name, format!("`{}` cannot be part of a SPIFFE ID: {error}", name.get_ref()), Some(hint.into()));
+                    None
+                }
+            };
         };
         let id = match SpiffeId::new(text.get_ref()) {
             Ok(id) => id,
             Err(error) => {
-                let hint = format!("for example spiffe://{td}/service/{}", name.get_ref());
+                let hint = format!("for example spiffe://{td}/{kind}/{}", name.get_ref());
                 self.report(text, format!("not a SPIFFE ID: {error}"), Some(hint));
                 return None;
             }

@@ -32,6 +32,9 @@ pub(crate) struct MeshFile {
     #[schemars(with = "BTreeMap<String, ServiceSection>")]
     pub(crate) service: BTreeMap<Spanned<String>, ServiceSection>,
     #[serde(default)]
+    #[schemars(with = "BTreeMap<String, WorkloadSection>")]
+    pub(crate) workload: BTreeMap<Spanned<String>, WorkloadSection>,
+    #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
 }
 
@@ -161,6 +164,11 @@ pub(crate) struct IdpSection {
     /// Where its signing keys are kept. Default: /var/lib/palisade/idp.
     #[schemars(with = "Option<String>", example = "/var/lib/palisade/idp")]
     pub(crate) state: Option<Text>,
+    /// Other programs that people log in with: public clients (RFC 8252) by name, each with the audience
+    /// of its tokens.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"reports": "https://reports.bank.example"}))]
+    pub(crate) clients: BTreeMap<Text, Text>,
     /// How the agent knows the provider's process.
     #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-idp"}))]
     pub(crate) attest: Spanned<AttestSection>,
@@ -228,6 +236,25 @@ pub(crate) struct ServiceSection {
     /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
     #[schemars(with = "Option<String>", example = &"10s")]
     pub(crate) drain_timeout: Option<Text>,
+}
+
+/// A process that fetches its own identity from the Workload API and has no sidecar: a job, a tool, a
+/// program that speaks mTLS itself.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WorkloadSection {
+    /// Its identity. Default: spiffe://TRUST_DOMAIN/workload/NAME.
+    #[schemars(with = "Option<String>", example = "spiffe://bank.example/workload/nightly")]
+    pub(crate) id: Option<Text>,
+    /// The host it runs on, as that host's agent calls itself. Default: local, any host.
+    #[schemars(with = "Option<String>", example = &"local")]
+    pub(crate) host: Option<Text>,
+    /// How the agent knows it; all that is given must match.
+    #[schemars(with = "AttestSection", example = serde_json::json!({"uid": 1002, "path": "/usr/bin/nightly"}))]
+    pub(crate) attest: Spanned<AttestSection>,
+    /// How long its identity is valid. Default: [control] svid_ttl.
+    #[schemars(with = "Option<String>", example = &"10m")]
+    pub(crate) ttl: Option<Text>,
 }
 
 /// What a process must be to get an identity. At least one; all that are given must match.

@@ -41,6 +41,7 @@ pub(crate) struct Mesh {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) vault: Option<Vault>,
     pub(crate) service: BTreeMap<ServiceName, Service>,
+    pub(crate) workload: BTreeMap<String, Workload>,
     pub(crate) telemetry: Telemetry,
 }
 
@@ -101,6 +102,9 @@ pub(crate) struct Idp {
     pub(crate) users: PathBuf,
     pub(crate) state: PathBuf,
     pub(crate) attest: Attest,
+    /// Public clients beside the gateway's and the command line's: name to audience.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) clients: BTreeMap<String, String>,
 }
 
 /// `[vault]`
@@ -129,6 +133,16 @@ pub(crate) struct Service {
     pub(crate) request_timeout: Duration,
     #[serde(serialize_with = "humane")]
     pub(crate) drain_timeout: Duration,
+}
+
+/// `[workload.NAME]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Workload {
+    pub(crate) id: SpiffeId,
+    pub(crate) host: String,
+    pub(crate) attest: Attest,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "humane_if_given")]
+    pub(crate) ttl: Option<Duration>,
 }
 
 /// Who a service may have a `calls` entry for.
@@ -248,6 +262,14 @@ fn humane<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S:
 }
 
 #[expect(clippy::ref_option, reason = "the shape that serde's serialize_with calls")]
+fn humane_if_given<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    match duration {
+        Some(duration) => humane(duration, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[expect(clippy::ref_option, reason = "the shape that serde's serialize_with calls")]
 fn hex<S: Serializer>(digest: &Option<[u8; 32]>, serializer: S) -> Result<S::Ok, S::Error> {
     let digits: String = digest.iter().flatten().map(|byte| format!("{byte:02x}")).collect();
     serializer.serialize_str(&digits)
@@ -271,6 +293,8 @@ pub(crate) struct Registration {
     /// The host, name or address, as which browsers know it; none for what only the mesh talks to.
     pub(crate) public_host: Option<url::Host>,
     pub(crate) attest: Attest,
+    /// How long its SVIDs live; none for the mesh's own choice.
+    pub(crate) ttl: Option<Duration>,
 }
 
 impl Mesh {
@@ -299,6 +323,15 @@ impl Mesh {
             host: service.host.clone(),
             public_host: None,
             attest: service.attest.clone(),
+            ttl: None,
+        });
+        let workloads = self.workload.iter().map(|(name, workload)| Registration {
+            name: name.clone(),
+            id: workload.id.clone(),
+            host: workload.host.clone(),
+            public_host: None,
+            attest: workload.attest.clone(),
+            ttl: workload.ttl,
         });
         let host = |url: &Url| url.host().map(|host| host.to_owned());
         let own = [
@@ -313,9 +346,10 @@ impl Mesh {
                 host: check::ANY_HOST.to_owned(),
                 public_host,
                 attest: attest.clone(),
+                ttl: None,
             })
         });
-        services.chain(own).collect()
+        services.chain(workloads).chain(own).collect()
     }
 }
 

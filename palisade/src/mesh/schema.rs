@@ -74,12 +74,14 @@ pub(crate) fn sample() -> String {
         schema.get("required").and_then(Value::as_array).is_some_and(|keys| keys.iter().any(|k| k == key))
     };
     // As the structs are written, which is the order to read them in; JSON objects are sorted.
-    for name in ["mesh", "control", "agent", "gateway", "idp", "vault", "service", "telemetry"] {
+    for name in ["mesh", "control", "agent", "gateway", "idp", "vault", "service", "workload", "telemetry"] {
         let Some(section) = schema.get("properties").and_then(|sections| sections.get(name)) else {
             continue;
         };
         let (header, section) = match free_values(section) {
-            Some(service) => (format!("[{name}.web]"), service),
+            Some(section) => {
+                (format!("[{name}.{}]", if name == "service" { "web" } else { "nightly" }), section)
+            }
             None => (format!("[{name}]"), section),
         };
         out.push('\n');

@@ -22,74 +22,74 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What came back.
 #[derive(Debug)]
-pub struct Answer {
+pub(in crate::demo) struct Answer {
     /// HTTP status; 0 if the connection was refused before HTTP.
-    pub status: u16,
+    pub(in crate::demo) status: u16,
     /// The body.
-    pub body: Bytes,
+    pub(in crate::demo) body: Bytes,
 }
 
 impl Answer {
     /// The receipt in a refusal's body.
-    pub fn receipt(&self) -> Option<String> {
+    pub(in crate::demo) fn receipt(&self) -> Option<String> {
         let value: serde_json::Value = serde_json::from_slice(&self.body).ok()?;
         Some(value.get("receipt")?.as_str()?.to_owned())
     }
 
     /// Whether it was refused: a client error with a receipt.
-    pub fn refused(&self) -> bool {
+    pub(in crate::demo) fn refused(&self) -> bool {
         matches!(self.status, 400 | 401 | 403) && self.receipt().is_some()
     }
 
     /// Whether it succeeded.
-    pub fn ok(&self) -> bool {
+    pub(in crate::demo) fn ok(&self) -> bool {
         (200..300).contains(&self.status)
     }
 }
 
 /// One request, as an attacker would write it.
 #[derive(Debug, Clone)]
-pub struct Call {
+pub(in crate::demo) struct Call {
     /// Method.
-    pub method: Method,
+    pub(in crate::demo) method: Method,
     /// Path and query, sent as they stand.
-    pub target: String,
+    pub(in crate::demo) target: String,
     /// Headers.
-    pub headers: Vec<(&'static str, String)>,
+    pub(in crate::demo) headers: Vec<(&'static str, String)>,
     /// Body.
-    pub body: String,
+    pub(in crate::demo) body: String,
 }
 
 impl Call {
     /// GET `target`.
-    pub fn get(target: impl Into<String>) -> Self {
+    pub(in crate::demo) fn get(target: impl Into<String>) -> Self {
         Self { method: Method::GET, target: target.into(), headers: Vec::new(), body: String::new() }
     }
 
     /// POST JSON to `target`.
-    pub fn post(target: impl Into<String>, body: impl Into<String>) -> Self {
+    pub(in crate::demo) fn post(target: impl Into<String>, body: impl Into<String>) -> Self {
         let headers = vec![("content-type", "application/json".to_owned())];
         Self { method: Method::POST, target: target.into(), headers, body: body.into() }
     }
 
     /// With a header more.
-    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+    pub(in crate::demo) fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
     }
 
     /// With a bearer token.
-    pub fn bearer(self, token: &str) -> Self {
+    pub(in crate::demo) fn bearer(self, token: &str) -> Self {
         self.with("authorization", format!("Bearer {token}"))
     }
 
     /// With a transaction token.
-    pub fn txn(self, token: &str) -> Self {
+    pub(in crate::demo) fn txn(self, token: &str) -> Self {
         self.with(txn::HEADER, token)
     }
 
     /// What a transaction token for this call is bound to.
-    pub fn binding(&self) -> RequestBinding {
+    pub(in crate::demo) fn binding(&self) -> RequestBinding {
         RequestBinding::new(self.method.as_str(), &self.target)
     }
 
@@ -104,16 +104,16 @@ impl Call {
 
 /// A workload whose identity the attacker (or its rightful owner) holds.
 #[derive(Debug, Clone)]
-pub struct Workload {
+pub(in crate::demo) struct Workload {
     /// Its certificate and key.
-    pub svid: X509Svid,
+    pub(in crate::demo) svid: X509Svid,
     /// Whom it can verify.
-    pub bundles: BundleSet,
+    pub(in crate::demo) bundles: BundleSet,
 }
 
 impl Workload {
     /// Calls `to` at `address` over mTLS as this workload.
-    pub async fn call(&self, to: &SpiffeId, address: SocketAddr, call: &Call, clock: &SharedClock) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn call(&self, to: &SpiffeId, address: SocketAddr, call: &Call, clock: &SharedClock) -> anyhow::Result<Answer> {
         let scope = Scope::new();
         let source = IdentitySource::fixed(self.svid.clone(), self.bundles.clone());
         let name = to.path().rsplit('/').next().unwrap_or("service").to_owned();
@@ -134,14 +134,14 @@ impl Workload {
     }
 
     /// A transaction token minted as this workload, for `user`, to be held by `to`.
-    pub fn mint(&self, user: &User, to: &SpiffeId, binding: RequestBinding, at: Duration) -> anyhow::Result<String> {
+    pub(in crate::demo) fn mint(&self, user: &User, to: &SpiffeId, binding: RequestBinding, at: Duration) -> anyhow::Result<String> {
         Ok(txn::mint(&self.svid, user, to, binding, txn::MAX_LIFETIME, at)?)
     }
 }
 
 /// Opens a TCP connection, tries a TLS handshake with `config`, and says from which local address.
 /// `Err` is the handshake's failure, which is what the caller hopes for.
-pub async fn handshake(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> anyhow::Result<(SocketAddr, Result<(), String>)> {
+pub(in crate::demo) async fn handshake(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> anyhow::Result<(SocketAddr, Result<(), String>)> {
     let stream = TcpStream::connect(address).await?;
     let local = stream.local_addr()?;
     let connector = tokio_rustls::TlsConnector::from(config);
@@ -160,7 +160,7 @@ pub async fn handshake(address: SocketAddr, config: Arc<rustls::ClientConfig>) -
 }
 
 /// Speaks plain HTTP to a port, and says from which local address and what came back.
-pub async fn plain_text(address: SocketAddr) -> anyhow::Result<(SocketAddr, Vec<u8>)> {
+pub(in crate::demo) async fn plain_text(address: SocketAddr) -> anyhow::Result<(SocketAddr, Vec<u8>)> {
     let mut stream = TcpStream::connect(address).await?;
     let local = stream.local_addr()?;
     let exchange = async {
@@ -177,14 +177,14 @@ pub async fn plain_text(address: SocketAddr) -> anyhow::Result<(SocketAddr, Vec<
 
 /// An HTTPS client that trusts the mesh's authorities, as a browser with the CA installed would.
 #[derive(Debug, Clone)]
-pub struct Https {
+pub(in crate::demo) struct Https {
     config: Arc<rustls::ClientConfig>,
     address: SocketAddr,
 }
 
 impl Https {
     /// A client of the server at `address`, verified by its IP name against `bundles`.
-    pub fn new(address: SocketAddr, bundles: &BundleSet) -> anyhow::Result<Self> {
+    pub(in crate::demo) fn new(address: SocketAddr, bundles: &BundleSet) -> anyhow::Result<Self> {
         let mut roots = rustls::RootCertStore::empty();
         for bundle in bundles.iter() {
             for der in bundle.authorities() {
@@ -201,7 +201,7 @@ impl Https {
     }
 
     /// Sends one request, its target exactly as written.
-    pub async fn call(&self, call: &Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn call(&self, call: &Call) -> anyhow::Result<Answer> {
         let exchange = async {
             let stream = TcpStream::connect(self.address).await?;
             let name = ServerName::from(self.address.ip());

@@ -1,6 +1,7 @@
 //! Attacks on identity itself: none, a foreign one, one that has ended, one that is not yours to fetch.
 
 use std::net::SocketAddr;
+use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -102,10 +103,10 @@ async fn expired_svid(stage: &Stage, accounts: SocketAddr, twin: bool) -> anyhow
 /// Knowing where the agent's socket is gives nobody an identity.
 async fn another_uid(stage: &Stage) -> anyhow::Result<Outcome> {
     let folder = tempfile::Builder::new().prefix("palisade-attack").tempdir()?;
-    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755))?;
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
     let copy = folder.path().join("web-sidecar");
     std::fs::copy("/proc/self/exe", &copy)?;
-    std::fs::set_permissions(&copy, PermissionsExt::from_mode(0o755))?;
+    std::fs::set_permissions(&copy, Permissions::from_mode(0o755))?;
     // Becoming another user takes root; without it the copied program is stranger enough.
     const NOBODY: u32 = 65534;
     let root = rustix::process::geteuid().is_root();

@@ -27,23 +27,23 @@ use stage::Stage;
 
 /// What an attack was met with.
 #[derive(Debug, Clone, Serialize)]
-pub struct Outcome {
+struct Outcome {
     /// Short name.
-    pub name: &'static str,
+    name: &'static str,
     /// What was tried, in a sentence.
-    pub tried: String,
+    tried: String,
     /// Whether it was refused, and for the right reason.
-    pub stopped: bool,
+    stopped: bool,
     /// Who refused it: `gateway`, `sidecar of accounts`, `vault`, `agent`.
-    pub layer: String,
+    layer: String,
     /// The rule that refused it.
-    pub rule: String,
+    rule: String,
     /// The receipt of the refusal.
-    pub receipt: String,
+    receipt: String,
     /// Whether the same call, done rightly, succeeded.
-    pub twin_ok: bool,
+    twin_ok: bool,
     /// What the twin did.
-    pub twin: String,
+    twin: String,
 }
 
 #[derive(Serialize)]

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use ca::admin::AdminClient;
+use ca::model::DecisionQuery;
 use gateway::https::Trust;
 use identity::clock::{SharedClock, SystemClock};
 use identity::txn::{self, Arrival, User, Verifier};
@@ -23,81 +24,87 @@ use crate::cmd::id;
 use crate::demo::layout::Layout;
 use crate::demo::people;
 use crate::demo::ready::Ready;
+use crate::failure::Failure;
 
 /// How long a refusal may take from a sidecar through its agent to control.
 const RECORD_DEADLINE: Duration = Duration::from_secs(10);
+/// Newest decisions looked through: far more than come in between.
+const RECENT: usize = 500;
 /// Between two looks for it.
 const RECORD_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Everything the attacks need.
-pub struct Stage {
+pub(super) struct Stage {
     ready: Ready,
     trust_domain: TrustDomain,
     admin: AdminClient,
     /// The agent's socket.
-    pub agent_socket: PathBuf,
+    pub(in crate::demo) agent_socket: PathBuf,
     /// The clock of the run.
-    pub clock: SharedClock,
+    pub(in crate::demo) clock: SharedClock,
     /// The gateway, as its clients see it.
-    pub https: Https,
+    pub(in crate::demo) https: Https,
     /// The OIDC provider, as its clients see it.
-    pub idp: Https,
+    pub(in crate::demo) idp: Https,
     /// web's identity, and so on.
-    pub web: Workload,
+    pub(in crate::demo) web: Workload,
     /// accounts' identity.
-    pub accounts: Workload,
+    pub(in crate::demo) accounts: Workload,
     /// payments' identity.
-    pub payments: Workload,
+    pub(in crate::demo) payments: Workload,
     /// The gateway's identity.
-    pub gateway: Workload,
+    pub(in crate::demo) gateway: Workload,
     /// An identity that lives seconds.
-    pub short_lived: Workload,
+    pub(in crate::demo) short_lived: Workload,
     /// alice, logged in.
-    pub alice: Person,
+    pub(in crate::demo) alice: Person,
     /// bob, logged in.
-    pub bob: Person,
+    pub(in crate::demo) bob: Person,
 }
 
 /// A logged-in user.
-pub struct Person {
+pub(super) struct Person {
     /// As a transaction token names them.
-    pub user: User,
+    pub(in crate::demo) user: User,
     /// For the gateway.
-    pub access_token: String,
+    pub(in crate::demo) access_token: String,
     /// For the client alone.
-    pub id_token: String,
+    pub(in crate::demo) id_token: String,
     /// A genuine access token for another API.
-    pub other_audience_token: String,
+    pub(in crate::demo) other_audience_token: String,
 }
 
 /// An attack whose answer came over HTTP.
-pub struct Attempt {
-    pub name: &'static str,
-    pub tried: String,
-    pub answer: Answer,
-    pub twin: String,
-    pub twin_ok: bool,
+pub(super) struct Attempt {
+    pub(in crate::demo) name: &'static str,
+    pub(in crate::demo) tried: String,
+    pub(in crate::demo) answer: Answer,
+    pub(in crate::demo) twin: String,
+    pub(in crate::demo) twin_ok: bool,
 }
 
 /// An attack that should not get past the handshake.
-pub struct Connection {
-    pub name: &'static str,
-    pub tried: String,
-    pub local: SocketAddr,
-    pub outcome: Result<(), String>,
-    pub expected_rule: &'static str,
-    pub twin: &'static str,
-    pub twin_ok: bool,
+pub(super) struct Connection {
+    pub(in crate::demo) name: &'static str,
+    pub(in crate::demo) tried: String,
+    pub(in crate::demo) local: SocketAddr,
+    pub(in crate::demo) outcome: Result<(), String>,
+    pub(in crate::demo) expected_rule: &'static str,
+    pub(in crate::demo) twin: &'static str,
+    pub(in crate::demo) twin_ok: bool,
 }
 
 impl Stage {
     /// Reads the ready file, becomes every workload and logs both users in.
-    pub async fn set(ready: &Path) -> anyhow::Result<Self> {
-        let ready = Ready::read(ready)?;
+    pub(in crate::demo) async fn set(ready: &Path) -> anyhow::Result<Self> {
+        let ready = Ready::read(ready).map_err(plain)?;
         let clock = SystemClock::shared();
         let socket = ready.agent_socket.clone();
         let layout = Layout::new(&ready.state);
-        let become_role = |role: &str| id::fetch_as(&layout.program(role), &socket);
+        let become_role = |role: &str| {
+            let (svid, bundles) = id::fetch_as(&layout.program(role), &socket)?;
+            Ok::<_, anyhow::Error>(Workload { svid, bundles })
+        };
         let web = become_role("web-sidecar")?;
         let alice = person(&ready, "alice", &clock).await?;
         let bob = person(&ready, "bob", &clock).await?;
@@ -120,44 +127,44 @@ impl Stage {
     }
 
     /// Time since the Unix epoch.
-    pub fn now(&self) -> Duration {
+    pub(in crate::demo) fn now(&self) -> Duration {
         self.clock.now()
     }
 
     /// A service's SPIFFE ID.
-    pub fn id(&self, service: &str) -> anyhow::Result<SpiffeId> {
+    pub(in crate::demo) fn id(&self, service: &str) -> anyhow::Result<SpiffeId> {
         Ok(self.trust_domain.workload(&format!("/service/{service}"))?)
     }
 
     /// A service's mTLS listener.
-    pub fn inbound(&self, service: &str) -> anyhow::Result<SocketAddr> {
+    pub(in crate::demo) fn inbound(&self, service: &str) -> anyhow::Result<SocketAddr> {
         let service = self.ready.services.get(service).with_context(|| format!("no service {service} in the ready file"))?;
         Ok(service.inbound)
     }
 
     /// A role's program.
-    pub fn program(&self, role: &str) -> PathBuf {
+    pub(in crate::demo) fn program(&self, role: &str) -> PathBuf {
         Layout::new(&self.ready.state).program(role)
     }
 
     /// The path of the provider's JWKS.
-    pub fn jwks_path(&self) -> &'static str {
+    pub(in crate::demo) fn jwks_path(&self) -> &'static str {
         "/jwks.json"
     }
 
     /// Calls a service's sidecar as `workload`.
-    pub async fn as_workload(&self, workload: &Workload, service: &str, call: &Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn as_workload(&self, workload: &Workload, service: &str, call: &Call) -> anyhow::Result<Answer> {
         workload.call(&self.id(service)?, self.inbound(service)?, call, &self.clock).await
     }
 
     /// Calls a service's sidecar as web, with a live token of alice's that web rightly holds.
-    pub async fn as_web_for_alice(&self, service: &str, call: Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn as_web_for_alice(&self, service: &str, call: Call) -> anyhow::Result<Answer> {
         let token = self.chain_at(service, &call, self.now())?;
         self.as_workload(&self.web, service, &call.txn(&token)).await
     }
 
     /// alice's chain gateway → web → `service` for `call`, as the gateway and web make it.
-    pub fn chain_at(&self, service: &str, call: &Call, at: Duration) -> anyhow::Result<String> {
+    pub(in crate::demo) fn chain_at(&self, service: &str, call: &Call, at: Duration) -> anyhow::Result<String> {
         let web = self.web.svid.id();
         let token = self.gateway.mint(&self.alice.user, web, call.binding(), at)?;
         let arrival = Arrival {
@@ -173,13 +180,13 @@ impl Stage {
     }
 
     /// Calls the vault as `workload`.
-    pub async fn at_vault(&self, workload: &Workload, call: &Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn at_vault(&self, workload: &Workload, call: &Call) -> anyhow::Result<Answer> {
         let vault = self.trust_domain.workload("/palisade/vault")?;
         workload.call(&vault, self.ready.vault.tls_addr, call, &self.clock).await
     }
 
     /// Judges an attack that came back with an HTTP answer, by the receipt in it.
-    pub async fn judge(&self, attempt: Attempt) -> anyhow::Result<Outcome> {
+    pub(in crate::demo) async fn judge(&self, attempt: Attempt) -> anyhow::Result<Outcome> {
         let Attempt { name, tried, answer, twin, twin_ok } = attempt;
         let receipt = answer.receipt().unwrap_or_default();
         let record = if receipt.is_empty() { None } else { self.record(|record| record.receipt.to_string() == receipt).await? };
@@ -188,9 +195,9 @@ impl Stage {
     }
 
     /// Judges an attack that should not have got past the handshake, by the record of its address.
-    pub async fn judge_connection(&self, connection: Connection) -> anyhow::Result<Outcome> {
-        let local = connection.local;
-        let record = self.record(|record| record.peer_address == Some(local)).await?;
+    pub(in crate::demo) async fn judge_connection(&self, connection: Connection) -> anyhow::Result<Outcome> {
+        let local = Some(connection.local.to_string());
+        let record = self.record(|record| record.peer_address == local).await?;
         let (layer, rule) = named(record.as_ref());
         let stopped = connection.outcome.is_err() && rule == connection.expected_rule;
         Ok(Outcome {
@@ -206,7 +213,7 @@ impl Stage {
     }
 
     /// Judges an attempt to fetch an SVID from the agent.
-    pub async fn judge_fetch(&self, name: &'static str, tried: String, attack: Output, twin: Output) -> anyhow::Result<Outcome> {
+    pub(in crate::demo) async fn judge_fetch(&self, name: &'static str, tried: String, attack: Output, twin: Output) -> anyhow::Result<Outcome> {
         let said = String::from_utf8_lossy(&attack.stderr);
         // The agent's refusal names its receipt, as every refusal does.
         let receipt = said.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).find(|word| word.starts_with("r-"));
@@ -229,8 +236,8 @@ impl Stage {
     async fn record(&self, wanted: impl Fn(&DecisionRecord) -> bool) -> anyhow::Result<Option<DecisionRecord>> {
         let until = self.now() + RECORD_DEADLINE;
         loop {
-            let stored = self.admin.decisions(&DecisionQuery::default()).await?;
-            let records = stored.into_iter().filter_map(|stored| serde_json::from_str(&stored.json).ok());
+            let stored = self.admin.decisions(&DecisionQuery { limit: Some(RECENT), ..DecisionQuery::default() }).await?;
+            let records = stored.into_iter().filter_map(|stored| serde_json::from_value(stored.json).ok());
             let found = records.into_iter().find(|record| wanted(record));
             if found.is_some() || self.now() > until {
                 return Ok(found);
@@ -254,13 +261,18 @@ fn address_of(url: &str) -> anyhow::Result<SocketAddr> {
     Ok(authority.parse()?)
 }
 
+/// A failure as a plain error.
+fn plain(failure: Failure) -> anyhow::Error {
+    anyhow!("{}: {}", failure.message, failure.causes.join(": "))
+}
+
 async fn person(ready: &Ready, name: &str, clock: &SharedClock) -> anyhow::Result<Person> {
     let Some(user) = ready.users.get(name) else { bail!("no user {name} in the ready file") };
     let trust = Trust::pem_file(&ready.ca_bundle)?;
     let password = SecretString::from(user.password.clone());
     let login = async |client: &str| {
         let tokens = people::tokens(&ready.idp, client, name, &password, trust.clone(), clock).await;
-        tokens.map_err(|failure| anyhow!("{}: {}", failure.message, failure.causes.join(": ")))
+        tokens.map_err(plain)
     };
     let tokens = login(people::CLI_CLIENT).await?;
     let elsewhere = login(people::OTHER_CLIENT).await?;
