@@ -440,8 +440,7 @@ mod tests {
     #[test]
     fn vault_7_values_are_hashed_whatever_their_type() {
         let redactor = Redactor::new(&Keyring::generate(&random()).unwrap());
-        let document =
-            json!({"password": "hunter2", "pin": 40913377120956, "on": true, "list": ["deep", {"x": null}]});
+        let document = json!({"password": "hunter2", "pin": 40_913_377_120_956_u64, "on": true, "list": ["deep", {"x": null}]});
         let text = redactor.document(&document).to_string();
         for secret in ["hunter2", "40913377120956", "true", "deep"] {
             assert!(!text.contains(secret), "{text}");
