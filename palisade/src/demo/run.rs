@@ -14,6 +14,9 @@ use crate::failure::{Exit, Failure};
 use crate::printer::Printer;
 use crate::serve;
 
+/// How many of a process's last lines are shown with its death; its log has the rest.
+const TROUBLE_LINES: usize = 3;
+
 /// Process ids by role.
 pub(crate) type Pids = BTreeMap<String, u32>;
 
@@ -138,7 +141,10 @@ fn show(printer: &Printer, event: Event) {
 }
 
 fn trouble(event: &Event) -> Option<String> {
-    let indented = |tail: &str| tail.lines().map(|line| format!("\n    {line}")).collect::<String>();
+    let indented = |tail: &str| {
+        let from = tail.lines().count().saturating_sub(TROUBLE_LINES);
+        tail.lines().skip(from).map(|line| format!("\n    {line}")).collect::<String>()
+    };
     match event {
         Event::Starting { .. } | Event::Ready { .. } => None,
         Event::Late { role, tail } => Some(format!("{role}: not ready yet{}", indented(tail))),
