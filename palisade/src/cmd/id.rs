@@ -83,7 +83,8 @@ fn as_text(svid: &X509Svid) -> String {
 
 fn as_json(svid: &X509Svid, bundles: &BundleSet) -> Result<String, Failure> {
     let chain: Vec<u8> = svid.chain().iter().flat_map(|der| der.iter().copied()).collect();
-    let bundle = bundles.get(svid.id().trust_domain()).map(|bundle| bundle.concatenated()).unwrap_or_default();
+    let bundle =
+        bundles.get(svid.id().trust_domain()).map(|bundle| bundle.concatenated()).unwrap_or_default();
     let fetched = Fetched {
         version: VERSION,
         spiffe_id: svid.id().clone(),
@@ -110,6 +111,7 @@ pub(crate) fn fetch_as(program: &Path, socket: &Path) -> anyhow::Result<(X509Svi
     let fetched: Fetched = serde_json::from_slice(&stdout)?;
     let key = Zeroizing::new(STANDARD.decode(fetched.x509_svid_key)?);
     let svid = X509Svid::from_concatenated(&STANDARD.decode(fetched.x509_svid)?, key)?;
-    let bundle = TrustBundle::from_concatenated(svid.id().trust_domain().clone(), &STANDARD.decode(fetched.bundle)?)?;
+    let bundle =
+        TrustBundle::from_concatenated(svid.id().trust_domain().clone(), &STANDARD.decode(fetched.bundle)?)?;
     Ok((svid, BundleSet::new([bundle])))
 }

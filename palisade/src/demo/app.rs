@@ -33,7 +33,11 @@ pub(super) fn run(mesh: &Mesh, name: &str, data: &Path) -> Result<Exit, Failure>
         let stop = stop_signal()?;
         let ended = match name {
             "web" => {
-                let config = WebConfig { listener, accounts: call(service, "accounts")?, payments: call(service, "payments")? };
+                let config = WebConfig {
+                    listener,
+                    accounts: call(service, "accounts")?,
+                    payments: call(service, "payments")?,
+                };
                 bank::web::run(config, stop).await
             }
             "accounts" => {
@@ -47,7 +51,8 @@ pub(super) fn run(mesh: &Mesh, name: &str, data: &Path) -> Result<Exit, Failure>
                 bank::accounts::run(config, stop).await
             }
             "payments" => {
-                let config = PaymentsConfig { listener, state: data.to_owned(), accounts: call(service, "accounts")? };
+                let config =
+                    PaymentsConfig { listener, state: data.to_owned(), accounts: call(service, "accounts")? };
                 bank::payments::run(config, stop).await
             }
             _ => return Err(unknown()),
@@ -62,6 +67,7 @@ fn call(service: &Service, to: &str) -> Result<SocketAddr, Failure> {
         Callee::Service(name) => name.as_str() == to,
         Callee::Vault => to == "vault",
     });
-    let (_, address) = found.ok_or_else(|| Failure::invalid(format!("mesh.toml lets this app make no calls to {to}")))?;
+    let (_, address) =
+        found.ok_or_else(|| Failure::invalid(format!("mesh.toml lets this app make no calls to {to}")))?;
     Ok(*address)
 }

@@ -126,7 +126,8 @@ fn token(user: &str, ready: &Path, printer: &Printer) -> Result<Exit, Failure> {
     let ready = Ready::read(ready)?;
     let Some(known) = ready.users.get(user) else {
         let names: Vec<&str> = ready.users.keys().map(String::as_str).collect();
-        return Err(Failure::usage(format!("the demo knows no `{user}`")).hint(format!("it knows {}", names.join(" and "))));
+        return Err(Failure::usage(format!("the demo knows no `{user}`"))
+            .hint(format!("it knows {}", names.join(" and "))));
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -135,7 +136,8 @@ fn token(user: &str, ready: &Path, printer: &Printer) -> Result<Exit, Failure> {
     let password = SecretString::from(known.password.clone());
     let trust = start::trust(&ready.ca_bundle)?;
     let clock = SystemClock::shared();
-    let tokens = runtime.block_on(people::tokens(&ready.idp, people::CLI_CLIENT, user, &password, trust, &clock))?;
+    let tokens =
+        runtime.block_on(people::tokens(&ready.idp, people::CLI_CLIENT, user, &password, trust, &clock))?;
     printer.data(&format!("{}\n", people::exposed(&tokens)))?;
     Ok(Exit::Ok)
 }

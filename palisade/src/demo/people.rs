@@ -48,7 +48,8 @@ pub(crate) fn passwords(
         });
         passwords.insert(name.to_owned(), password);
     }
-    let text = users::to_toml(hashed).map_err(|error| Failure::new("cannot write the users' file").because(&error))?;
+    let text = users::to_toml(hashed)
+        .map_err(|error| Failure::new("cannot write the users' file").because(&error))?;
     private::write(&layout.users(), text.as_bytes())?;
     Ok(passwords)
 }

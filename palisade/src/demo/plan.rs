@@ -13,8 +13,13 @@ pub(crate) const TRUST_DOMAIN: &str = "bank.example";
 /// The bank's services.
 pub(crate) const SERVICES: [&str; 3] = ["web", "accounts", "payments"];
 /// Who calls whom: service, callee.
-pub(crate) const CALLS: [(&str, &str); 5] =
-    [("web", "accounts"), ("web", "payments"), ("accounts", "payments"), ("accounts", "vault"), ("payments", "accounts")];
+pub(crate) const CALLS: [(&str, &str); 5] = [
+    ("web", "accounts"),
+    ("web", "payments"),
+    ("accounts", "payments"),
+    ("accounts", "vault"),
+    ("payments", "accounts"),
+];
 /// The workload whose SVID lives seconds, so that an expired one can be shown.
 pub(crate) const PROBE: &str = "probe";
 /// How long it lives.
@@ -34,9 +39,15 @@ pub(crate) fn addresses() -> Vec<String> {
 }
 
 /// The mesh.toml of the demo; `addresses` has one for each of [`addresses`].
-pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr>, svid_ttl: Duration, rotate_after: Duration) -> String {
+pub(crate) fn mesh_toml(
+    layout: &Layout,
+    addresses: &BTreeMap<String, SocketAddr>,
+    svid_ttl: Duration,
+    rotate_after: Duration,
+) -> String {
     // INVARIANT: `addresses` has every name of `addresses()`; one left out would show as port 0.
-    let at = |name: &str| addresses.get(name).copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+    let at =
+        |name: &str| addresses.get(name).copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     let path = |path: std::path::PathBuf| toml::Value::String(path.display().to_string()).to_string();
     let program = |role: &str| path(layout.program(role));
     let data = |role: &str| path(layout.data(role));
@@ -60,7 +71,7 @@ pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr
         socket = path(layout.agent_socket()),
         agent_state = data("agent"),
         gateway = at("gateway"),
-                idp = at("idp"),
+        idp = at("idp"),
         scope = people::BANK_SCOPE,
         other = people::OTHER_CLIENT,
         other_audience = people::OTHER_AUDIENCE,
@@ -100,7 +111,8 @@ pub(crate) fn mesh_toml(layout: &Layout, addresses: &BTreeMap<String, SocketAddr
 
 fn calls(service: &str, at: &dyn Fn(&str) -> SocketAddr) -> String {
     let mine = CALLS.iter().filter(|(caller, _)| *caller == service);
-    let entries: Vec<String> =
-        mine.map(|(_, callee)| format!("{callee} = \"{}\"", at(&format!("{service}.calls.{callee}")))).collect();
+    let entries: Vec<String> = mine
+        .map(|(_, callee)| format!("{callee} = \"{}\"", at(&format!("{service}.calls.{callee}"))))
+        .collect();
     entries.join(", ")
 }

@@ -17,12 +17,17 @@ pub(super) fn install(directory: &Path, printer: &Printer) -> Result<(), Failure
     let shipped = fingerprint(bank::POLICIES.iter().map(|(path, text)| (*path, (*text).to_owned())));
     let marker = directory.join(SHIPPED);
     if let Ok(before) = std::fs::read_to_string(&marker) {
-        let now = fingerprint(bank::POLICIES.iter().map(|(path, _)| {
-            (*path, std::fs::read_to_string(directory.join(path)).unwrap_or_default())
-        }));
+        let now = fingerprint(
+            bank::POLICIES
+                .iter()
+                .map(|(path, _)| (*path, std::fs::read_to_string(directory.join(path)).unwrap_or_default())),
+        );
         if before == shipped || now != before {
             if now != before {
-                printer.progress(&format!("the policies in {} are yours; they stay as they are", directory.display()));
+                printer.progress(&format!(
+                    "the policies in {} are yours; they stay as they are",
+                    directory.display()
+                ));
             }
             return Ok(());
         }
@@ -54,9 +59,11 @@ mod tests {
         install(&directory, &printer).unwrap();
         assert_eq!(std::fs::read_to_string(directory.join(path)).unwrap(), "mine");
         // An earlier binary's copy: the marker says that it was shipped just so.
-        let old = fingerprint(bank::POLICIES.iter().map(|(path, _)| {
-            (*path, std::fs::read_to_string(directory.join(path)).unwrap())
-        }));
+        let old = fingerprint(
+            bank::POLICIES
+                .iter()
+                .map(|(path, _)| (*path, std::fs::read_to_string(directory.join(path)).unwrap())),
+        );
         std::fs::write(directory.join(SHIPPED), old).unwrap();
         install(&directory, &printer).unwrap();
         assert_eq!(std::fs::read_to_string(directory.join(path)).unwrap(), text);

@@ -48,10 +48,12 @@ impl Ready {
                 .because(&error)
                 .hint("is the demo running? `palisade demo` starts it; --ready names another one's file")
         })?;
-        let ready: Self = serde_json::from_slice(&text)
-            .map_err(|error| Failure::invalid(format!("{} is no ready file", path.display())).because(&error))?;
+        let ready: Self = serde_json::from_slice(&text).map_err(|error| {
+            Failure::invalid(format!("{} is no ready file", path.display())).because(&error)
+        })?;
         if ready.version != READY_VERSION {
-            let message = format!("{} has version {}, this is {READY_VERSION}", path.display(), ready.version);
+            let message =
+                format!("{} has version {}, this is {READY_VERSION}", path.display(), ready.version);
             return Err(Failure::invalid(message));
         }
         Ok(ready)

@@ -17,11 +17,11 @@ use secrecy::{ExposeSecret as _, SecretString};
 use secrets::path::SecretPath;
 use serde_json::json;
 
-use super::plan::{self, SERVICES};
 use super::layout::Layout;
+use super::plan::{self, SERVICES};
 use super::ready::{self, Ready, ReadyService, ReadyUser, ReadyVault};
-use super::state::StateDir;
 use super::run::{Pids, supervise};
+use super::state::StateDir;
 use super::supervisor::{ChildSpec, Probe, Supervisor};
 use super::{StartArgs, people, policies, ports, private, roles};
 use crate::credentials::Credential;
@@ -72,7 +72,12 @@ pub(super) fn run(args: &StartArgs, printer: &Printer) -> Result<Exit, Failure> 
     outcome
 }
 
-async fn demo(args: &StartArgs, state: &StateDir, layout: &Layout, printer: &Printer) -> Result<Exit, Failure> {
+async fn demo(
+    args: &StartArgs,
+    state: &StateDir,
+    layout: &Layout,
+    printer: &Printer,
+) -> Result<Exit, Failure> {
     let clock = SystemClock::shared();
     let random = SystemRandom::new();
     let prepared = prepare(args, state, layout, &random, &clock, printer).await?;
@@ -124,7 +129,8 @@ async fn prepare(
         printer.progress(&format!("waited for {left} processes of an earlier demo to end"));
     }
     for role in roles_with_programs() {
-        roles::executable(&bin, &role).map_err(|error| Failure::new("cannot make a role's program").because(&error))?;
+        roles::executable(&bin, &role)
+            .map_err(|error| Failure::new("cannot make a role's program").because(&error))?;
     }
     let names = plan::addresses();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -167,7 +173,9 @@ fn make_sockets(layout: &Layout) -> Result<(), Failure> {
         }
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711))
     };
-    make().map_err(|error| Failure::new(format!("{} cannot be used for sockets", path.display())).because(&error))
+    make().map_err(|error| {
+        Failure::new(format!("{} cannot be used for sockets", path.display())).because(&error)
+    })
 }
 
 /// Roles whose processes the agent must tell apart, and those that it need not.
@@ -213,9 +221,11 @@ impl Prepared {
         ];
         for service in SERVICES {
             let sidecar = format!("{service}-sidecar");
-            let ready = Probe::Http { address: self.at(&format!("{service}.admin")), path: "/ready".to_owned() };
+            let ready =
+                Probe::Http { address: self.at(&format!("{service}.admin")), path: "/ready".to_owned() };
             children.push(child(&sidecar, &["sidecar", "--service", service], &["agent"], ready));
-            let ready = Probe::Http { address: self.at(&format!("{service}.app")), path: "/healthz".to_owned() };
+            let ready =
+                Probe::Http { address: self.at(&format!("{service}.app")), path: "/healthz".to_owned() };
             let data = layout.data(service).display().to_string();
             let verb = ["demo", "app", service, "--data", &data];
             children.push(child(service, &verb, &[&sidecar, VAULT_FILLED], ready));
@@ -224,8 +234,14 @@ impl Prepared {
     }
 
     /// Where everything is.
-    fn ready(&self, layout: &Layout, root_token: Option<&SecretString>, pids: &Pids) -> Result<Ready, Failure> {
-        let invalid = |error: identity::id::IdError| Failure::new("the demo's names are wrong").because(&error);
+    fn ready(
+        &self,
+        layout: &Layout,
+        root_token: Option<&SecretString>,
+        pids: &Pids,
+    ) -> Result<Ready, Failure> {
+        let invalid =
+            |error: identity::id::IdError| Failure::new("the demo's names are wrong").because(&error);
         let trust_domain = TrustDomain::new(plan::TRUST_DOMAIN).map_err(invalid)?;
         let mut services = BTreeMap::new();
         for service in SERVICES {
@@ -277,7 +293,8 @@ async fn bring_up(
 ) -> Result<SecretString, Failure> {
     supervisor.ready("control").await?;
     let admin = AdminClient::new(layout.admin_socket(), clock.clone());
-    let control = |error: ca::admin::AdminError| Failure::new("control does not do as it is asked").because(&error);
+    let control =
+        |error: ca::admin::AdminError| Failure::new("control does not do as it is asked").because(&error);
     let bundle = admin.bundle().await.map_err(control)?;
     private::write(&layout.ca_bundle(), bundle.as_bytes())?;
     let agent = layout.credentials("agent");
@@ -296,8 +313,13 @@ async fn bring_up(
 }
 
 /// Makes or unseals the vault, and puts in what the bank needs.
-async fn fill_vault(operator: SocketAddr, layout: &Layout, random: &dyn SecureRandom) -> Result<SecretString, Failure> {
-    let failed = |error: secrets::client::ClientError| Failure::new("the vault cannot be opened").because(&error);
+async fn fill_vault(
+    operator: SocketAddr,
+    layout: &Layout,
+    random: &dyn SecureRandom,
+) -> Result<SecretString, Failure> {
+    let failed =
+        |error: secrets::client::ClientError| Failure::new("the vault cannot be opened").because(&error);
     let share_file = layout.credentials("vault").join(Credential::VaultUnsealKey.file_name());
     let root_file = layout.credentials("vault-operator").join("root-token");
     let client = secrets::client::Client::new(operator).map_err(failed)?;
@@ -309,7 +331,9 @@ async fn fill_vault(operator: SocketAddr, layout: &Layout, random: &dyn SecureRa
         private::write(&root_file, keys.root_token.expose_secret().as_bytes())?;
         status = client.seal_status().await.map_err(failed)?;
     }
-    let missing = || Err(Failure::new("the vault's keys are not where they were kept").hint("start with a fresh --state"));
+    let missing = || {
+        Err(Failure::new("the vault's keys are not where they were kept").hint("start with a fresh --state"))
+    };
     if status.sealed {
         client.unseal(&private::keep(&share_file, missing)?).await.map_err(failed)?;
     }
@@ -361,7 +385,8 @@ async fn first_request(prepared: &Prepared, layout: &Layout, clock: &SharedClock
 
 /// The mesh's authorities, as its clients trust them.
 pub(super) fn trust(ca_bundle: &Path) -> Result<Trust, Failure> {
-    Trust::pem_file(ca_bundle).map_err(|error| Failure::new("the mesh's authorities cannot be read").because(&error))
+    Trust::pem_file(ca_bundle)
+        .map_err(|error| Failure::new("the mesh's authorities cannot be read").because(&error))
 }
 
 /// What a person sees once all is up.
@@ -381,7 +406,8 @@ fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
         rows.push(row(name, format!("http://{}, for its sidecar only", service.app)));
         rows.push(row(&format!("{name}-sidecar"), format!("{}, as {}", service.inbound, service.spiffe_id)));
     }
-    let people: Vec<String> = ready.users.iter().map(|(name, user)| format!("{name} / {}", user.password)).collect();
+    let people: Vec<String> =
+        ready.users.iter().map(|(name, user)| format!("{name} / {}", user.password)).collect();
     let me = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("palisade"));
     let (me, file, state) = (me.display(), file.display(), ready.state.display());
     printer.data(&format!(

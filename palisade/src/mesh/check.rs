@@ -456,7 +456,11 @@ impl Check<'_> {
                 Ok(id) => Some(id),
                 Err(error) => {
                     let hint = "a name of a-z, 0-9 and '-' is part of the identity, unless id gives another";
-                    self.report(name, format!("`{}` cannot be part of a SPIFFE ID: {error}", name.get_ref()), Some(hint.into()));
+                    self.report(
+                        name,
+                        format!("`{}` cannot be part of a SPIFFE ID: {error}", name.get_ref()),
+                        Some(hint.into()),
+                    );
                     None
                 }
             };

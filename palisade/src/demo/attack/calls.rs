@@ -113,7 +113,13 @@ pub(in crate::demo) struct Workload {
 
 impl Workload {
     /// Calls `to` at `address` over mTLS as this workload.
-    pub(in crate::demo) async fn call(&self, to: &SpiffeId, address: SocketAddr, call: &Call, clock: &SharedClock) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn call(
+        &self,
+        to: &SpiffeId,
+        address: SocketAddr,
+        call: &Call,
+        clock: &SharedClock,
+    ) -> anyhow::Result<Answer> {
         let scope = Scope::new();
         let source = IdentitySource::fixed(self.svid.clone(), self.bundles.clone());
         let name = to.path().rsplit('/').next().unwrap_or("service").to_owned();
@@ -134,14 +140,23 @@ impl Workload {
     }
 
     /// A transaction token minted as this workload, for `user`, to be held by `to`.
-    pub(in crate::demo) fn mint(&self, user: &User, to: &SpiffeId, binding: RequestBinding, at: Duration) -> anyhow::Result<String> {
+    pub(in crate::demo) fn mint(
+        &self,
+        user: &User,
+        to: &SpiffeId,
+        binding: RequestBinding,
+        at: Duration,
+    ) -> anyhow::Result<String> {
         Ok(txn::mint(&self.svid, user, to, binding, txn::MAX_LIFETIME, at)?)
     }
 }
 
 /// Opens a TCP connection, tries a TLS handshake with `config`, and says from which local address.
 /// `Err` is the handshake's failure, which is what the caller hopes for.
-pub(in crate::demo) async fn handshake(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> anyhow::Result<(SocketAddr, Result<(), String>)> {
+pub(in crate::demo) async fn handshake(
+    address: SocketAddr,
+    config: Arc<rustls::ClientConfig>,
+) -> anyhow::Result<(SocketAddr, Result<(), String>)> {
     let stream = TcpStream::connect(address).await?;
     let local = stream.local_addr()?;
     let connector = tokio_rustls::TlsConnector::from(config);
@@ -164,14 +179,17 @@ pub(in crate::demo) async fn plain_text(address: SocketAddr) -> anyhow::Result<(
     let mut stream = TcpStream::connect(address).await?;
     let local = stream.local_addr()?;
     let exchange = async {
-        stream.write_all(b"GET /accounts/17 HTTP/1.1\r\nhost: accounts\r\nx-forwarded-user: alice\r\n\r\n").await?;
+        stream
+            .write_all(b"GET /accounts/17 HTTP/1.1\r\nhost: accounts\r\nx-forwarded-user: alice\r\n\r\n")
+            .await?;
         let mut answer = Vec::new();
         match stream.read_to_end(&mut answer).await {
             // A reset is a refusal too.
             Ok(_) | Err(_) => Ok::<_, std::io::Error>(answer),
         }
     };
-    let answer = tokio::time::timeout(ANSWER_TIMEOUT, exchange).await.context("no answer to plain text")??;
+    let answer =
+        tokio::time::timeout(ANSWER_TIMEOUT, exchange).await.context("no answer to plain text")??;
     Ok((local, answer))
 }
 
@@ -205,8 +223,10 @@ impl Https {
         let exchange = async {
             let stream = TcpStream::connect(self.address).await?;
             let name = ServerName::from(self.address.ip());
-            let stream = tokio_rustls::TlsConnector::from(Arc::clone(&self.config)).connect(name, stream).await?;
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            let stream =
+                tokio_rustls::TlsConnector::from(Arc::clone(&self.config)).connect(name, stream).await?;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
             let mut request = call.request(Full::new(Bytes::from(call.body.clone())))?;
             request.headers_mut().insert("host", HeaderValue::from_str(&self.address.to_string())?);
             let exchange = async {
@@ -215,13 +235,11 @@ impl Https {
                 let body = response.into_body().collect().await?.to_bytes();
                 Ok::<_, anyhow::Error>(Answer { status, body })
             };
-            let mut connection = std::pin::pin!(connection);
+            tokio::pin!(exchange);
             tokio::select! {
-                answer = exchange => answer,
-                ended = &mut connection => {
-                    ended?;
-                    anyhow::bail!("the connection ended without an answer")
-                }
+                answer = &mut exchange => answer,
+                // A connection may end with its answer: that answer is still to be read.
+                _ended = connection => exchange.await,
             }
         };
         tokio::time::timeout(ANSWER_TIMEOUT, exchange).await.context("no answer over HTTPS")?

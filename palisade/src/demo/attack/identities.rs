@@ -1,7 +1,7 @@
 //! Attacks on identity itself: none, a foreign one, one that has ended, one that is not yours to fetch.
 
-use std::net::SocketAddr;
 use std::fs::Permissions;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -71,7 +71,8 @@ async fn foreign_trust_domain(stage: &Stage, accounts: SocketAddr, twin: bool) -
     stage
         .judge_connection(Connection {
             name: "foreign-trust-domain",
-            tried: "an SVID for spiffe://evil.example/service/web, signed by evil.example's own authority".into(),
+            tried: "an SVID for spiffe://evil.example/service/web, signed by evil.example's own authority"
+                .into(),
             local,
             outcome,
             expected_rule: "tls.unknown_trust_domain",
@@ -156,8 +157,8 @@ fn as_client(stage: &Stage, svid: X509Svid) -> anyhow::Result<Arc<rustls::Client
 /// An SVID that keeps every rule of the standard, under an authority nobody here knows.
 fn foreign_svid(trust_domain: &str, path: &str, now: UnixTime) -> anyhow::Result<X509Svid> {
     use rcgen::{
-        BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-        KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+        BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, ExtendedKeyUsagePurpose,
+        IsCa, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
     };
     let named = |uri: String, name: &str| -> anyhow::Result<CertificateParams> {
         let mut params = CertificateParams::default();
@@ -223,7 +224,11 @@ mod danger {
         }
 
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            vec![SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::ED25519, SignatureScheme::RSA_PSS_SHA256]
+            vec![
+                SignatureScheme::ECDSA_NISTP256_SHA256,
+                SignatureScheme::ED25519,
+                SignatureScheme::RSA_PSS_SHA256,
+            ]
         }
     }
 }

@@ -61,7 +61,8 @@ pub(super) fn run(ready: &Path, json: bool, printer: &Printer) -> Result<Exit, F
         .map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
     runtime.block_on(async {
         let attacks = attack(ready, json, printer).await;
-        let attacks = attacks.map_err(|error| Failure::new("the attacks could not be tried").because(error.as_ref()))?;
+        let attacks = attacks
+            .map_err(|error| Failure::new("the attacks could not be tried").because(error.as_ref()))?;
         let all = attacks.iter().all(|attack| attack.stopped && attack.twin_ok);
         if json {
             let report = serde_json::to_string(&Report { version: 1, attacks })
@@ -97,7 +98,8 @@ async fn attack(ready: &Path, json: bool, printer: &Printer) -> anyhow::Result<V
 
 /// The mesh's authorities from a PEM file.
 pub(super) fn bundle(ca_bundle: &Path) -> Result<BundleSet, Failure> {
-    let unreadable = |error: &dyn std::error::Error| Failure::new("the mesh's authorities cannot be read").because(error);
+    let unreadable =
+        |error: &dyn std::error::Error| Failure::new("the mesh's authorities cannot be read").because(error);
     let authorities: Vec<_> = CertificateDer::pem_file_iter(ca_bundle)
         .and_then(Iterator::collect)
         .map_err(|error| unreadable(&error))?;

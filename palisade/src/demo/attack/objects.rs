@@ -1,8 +1,8 @@
 //! Attacks on objects and operations: somebody real, asking for what is not theirs.
 
+use super::Outcome;
 use super::calls::Call;
 use super::stage::{Attempt, Stage};
-use super::Outcome;
 
 /// alice's own account and bob's.
 const HERS: &str = "17";
@@ -42,7 +42,9 @@ async fn from_a_compromised_web(stage: &Stage) -> anyhow::Result<Outcome> {
     stage
         .judge(Attempt {
             name: "object-from-compromised-web",
-            tried: format!("web's own identity and alice's live token, straight to accounts' sidecar: account {HIS}"),
+            tried: format!(
+                "web's own identity and alice's live token, straight to accounts' sidecar: account {HIS}"
+            ),
             answer: attack,
             twin: format!("the same for account {HERS}"),
             twin_ok: twin.ok(),

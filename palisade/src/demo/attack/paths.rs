@@ -33,7 +33,9 @@ pub(super) async fn run(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
         let mut outcome = stage
             .judge(Attempt {
                 name,
-                tried: format!("alice asks for {spelling}, at accounts' sidecar and under /api at the gateway"),
+                tried: format!(
+                    "alice asks for {spelling}, at accounts' sidecar and under /api at the gateway"
+                ),
                 answer,
                 twin: "alice asks for /accounts/17".into(),
                 twin_ok: twin,

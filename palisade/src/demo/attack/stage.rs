@@ -138,7 +138,11 @@ impl Stage {
 
     /// A service's mTLS listener.
     pub(in crate::demo) fn inbound(&self, service: &str) -> anyhow::Result<SocketAddr> {
-        let service = self.ready.services.get(service).with_context(|| format!("no service {service} in the ready file"))?;
+        let service = self
+            .ready
+            .services
+            .get(service)
+            .with_context(|| format!("no service {service} in the ready file"))?;
         Ok(service.inbound)
     }
 
@@ -153,18 +157,32 @@ impl Stage {
     }
 
     /// Calls a service's sidecar as `workload`.
-    pub(in crate::demo) async fn as_workload(&self, workload: &Workload, service: &str, call: &Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn as_workload(
+        &self,
+        workload: &Workload,
+        service: &str,
+        call: &Call,
+    ) -> anyhow::Result<Answer> {
         workload.call(&self.id(service)?, self.inbound(service)?, call, &self.clock).await
     }
 
     /// Calls a service's sidecar as web, with a live token of alice's that web rightly holds.
-    pub(in crate::demo) async fn as_web_for_alice(&self, service: &str, call: Call) -> anyhow::Result<Answer> {
+    pub(in crate::demo) async fn as_web_for_alice(
+        &self,
+        service: &str,
+        call: Call,
+    ) -> anyhow::Result<Answer> {
         let token = self.chain_at(service, &call, self.now())?;
         self.as_workload(&self.web, service, &call.txn(&token)).await
     }
 
     /// alice's chain gateway → web → `service` for `call`, as the gateway and web make it.
-    pub(in crate::demo) fn chain_at(&self, service: &str, call: &Call, at: Duration) -> anyhow::Result<String> {
+    pub(in crate::demo) fn chain_at(
+        &self,
+        service: &str,
+        call: &Call,
+        at: Duration,
+    ) -> anyhow::Result<String> {
         let web = self.web.svid.id();
         let token = self.gateway.mint(&self.alice.user, web, call.binding(), at)?;
         let arrival = Arrival {
@@ -189,9 +207,22 @@ impl Stage {
     pub(in crate::demo) async fn judge(&self, attempt: Attempt) -> anyhow::Result<Outcome> {
         let Attempt { name, tried, answer, twin, twin_ok } = attempt;
         let receipt = answer.receipt().unwrap_or_default();
-        let record = if receipt.is_empty() { None } else { self.record(|record| record.receipt.to_string() == receipt).await? };
+        let record = if receipt.is_empty() {
+            None
+        } else {
+            self.record(|record| record.receipt.to_string() == receipt).await?
+        };
         let (layer, rule) = named(record.as_ref());
-        Ok(Outcome { name, tried, stopped: answer.refused() && record.is_some(), layer, rule, receipt, twin_ok, twin })
+        Ok(Outcome {
+            name,
+            tried,
+            stopped: answer.refused() && record.is_some(),
+            layer,
+            rule,
+            receipt,
+            twin_ok,
+            twin,
+        })
     }
 
     /// Judges an attack that should not have got past the handshake, by the record of its address.
@@ -213,12 +244,24 @@ impl Stage {
     }
 
     /// Judges an attempt to fetch an SVID from the agent.
-    pub(in crate::demo) async fn judge_fetch(&self, name: &'static str, tried: String, attack: Output, twin: Output) -> anyhow::Result<Outcome> {
+    pub(in crate::demo) async fn judge_fetch(
+        &self,
+        name: &'static str,
+        tried: String,
+        attack: Output,
+        twin: Output,
+    ) -> anyhow::Result<Outcome> {
         let said = String::from_utf8_lossy(&attack.stderr);
         // The agent's refusal names its receipt, as every refusal does.
-        let receipt = said.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).find(|word| word.starts_with("r-"));
+        let receipt = said
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+            .find(|word| word.starts_with("r-"));
         let receipt = receipt.unwrap_or_default().to_owned();
-        let record = if receipt.is_empty() { None } else { self.record(|record| record.receipt.to_string() == receipt).await? };
+        let record = if receipt.is_empty() {
+            None
+        } else {
+            self.record(|record| record.receipt.to_string() == receipt).await?
+        };
         let (layer, rule) = named(record.as_ref());
         Ok(Outcome {
             name,
@@ -233,10 +276,16 @@ impl Stage {
     }
 
     /// Waits until control has the record of a refusal that happened just now.
-    async fn record(&self, wanted: impl Fn(&DecisionRecord) -> bool) -> anyhow::Result<Option<DecisionRecord>> {
+    async fn record(
+        &self,
+        wanted: impl Fn(&DecisionRecord) -> bool,
+    ) -> anyhow::Result<Option<DecisionRecord>> {
         let until = self.now() + RECORD_DEADLINE;
         loop {
-            let stored = self.admin.decisions(&DecisionQuery { limit: Some(RECENT), ..DecisionQuery::default() }).await?;
+            let stored = self
+                .admin
+                .decisions(&DecisionQuery { limit: Some(RECENT), ..DecisionQuery::default() })
+                .await?;
             let records = stored.into_iter().filter_map(|stored| serde_json::from_value(stored.json).ok());
             let found = records.into_iter().find(|record| wanted(record));
             if found.is_some() || self.now() > until {

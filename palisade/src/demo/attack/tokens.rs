@@ -80,7 +80,11 @@ async fn transaction_tokens(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
 async fn forged_headers(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
     let by = stage.id("web")?;
     let cases = [
-        ("forged-x-forwarded-client-cert", "x-forwarded-client-cert", format!("By={by};URI={}", stage.id("accounts")?)),
+        (
+            "forged-x-forwarded-client-cert",
+            "x-forwarded-client-cert",
+            format!("By={by};URI={}", stage.id("accounts")?),
+        ),
         ("forged-x-forwarded-user", "x-forwarded-user", "alice".to_owned()),
         ("forged-x_forwarded_user", "x_forwarded_user", "alice".to_owned()),
     ];
@@ -90,7 +94,8 @@ async fn forged_headers(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
         let front = Call::get("/api/accounts/17").bearer(&stage.bob.access_token).with(header, value.clone());
         let answer = stage.https.call(&front).await?;
         // … and at the sidecar, as web, with no token at all.
-        let direct = stage.as_workload(&stage.web, "accounts", &Call::get(READ).with(header, value.clone())).await?;
+        let direct =
+            stage.as_workload(&stage.web, "accounts", &Call::get(READ).with(header, value.clone())).await?;
         let mine = Call::get("/api/accounts/42").bearer(&stage.bob.access_token).with(header, value);
         let twin = stage.https.call(&mine).await?;
         let stopped_there_too = direct.refused();
@@ -115,7 +120,11 @@ async fn access_tokens(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
     let twin = stage.https.call(&call(&stage.alice.access_token)).await?.ok();
     let jwks: Value = serde_json::from_slice(&stage.idp.call(&Call::get(stage.jwks_path())).await?.body)?;
     let cases: Vec<(&str, &str, String)> = vec![
-        ("jwt-alg-none", "alice's access token with alg none and no signature", unsigned(&stage.alice.access_token)?),
+        (
+            "jwt-alg-none",
+            "alice's access token with alg none and no signature",
+            unsigned(&stage.alice.access_token)?,
+        ),
         (
             "jwt-hs256-with-public-key",
             "alice's access token signed with HS256, the issuer's public key as the secret",
@@ -126,7 +135,11 @@ async fn access_tokens(stage: &Stage) -> anyhow::Result<Vec<Outcome>> {
             "a genuine access token of alice's, issued for another API",
             stage.alice.other_audience_token.clone(),
         ),
-        ("jwt-id-token-as-access-token", "alice's genuine ID token in place of an access token", stage.alice.id_token.clone()),
+        (
+            "jwt-id-token-as-access-token",
+            "alice's genuine ID token in place of an access token",
+            stage.alice.id_token.clone(),
+        ),
     ];
     let mut outcomes = Vec::new();
     for (name, tried, token) in cases {
@@ -168,8 +181,8 @@ fn hmac_with_public_key(token: &str, jwks: &Value) -> anyhow::Result<String> {
     };
     // SubjectPublicKeyInfo of an uncompressed P-256 point, in PEM: what an EC key file holds.
     let prefix: &[u8] = &[
-        0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48,
-        0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00, 0x04,
+        0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
+        0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00, 0x04,
     ];
     let der = [prefix, &field("x")?, &field("y")?].concat();
     let pem = format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", STANDARD.encode(der));
