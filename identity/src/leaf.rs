@@ -160,7 +160,7 @@ fn single_uri(certificate: &X509Certificate<'_>) -> Result<SpiffeId, LeafError> 
 
 fn check_leaf_constraints(certificate: &X509Certificate<'_>) -> Result<(), LeafError> {
     let constraints = certificate.basic_constraints().map_err(|_| LeafError::Extension)?;
-    if !constraints.is_some_and(|constraints| !constraints.value.ca) {
+    if constraints.is_none_or(|constraints| constraints.value.ca) {
         return Err(LeafError::LeafBasicConstraints);
     }
     let usage = certificate.key_usage().map_err(|_| LeafError::Extension)?;

@@ -144,7 +144,7 @@ impl Metrics {
         if text::encode(&mut text, &self.registry).is_err() {
             // Only a failing writer can end here, and a String is none; say so rather than serve half.
             text.clear();
-            let _infallible = write!(text, "# EOF\n");
+            let _infallible = writeln!(text, "# EOF");
         }
         text
     }
