@@ -7,6 +7,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -37,6 +38,8 @@ use crate::{Body, answer, empty, full, trace};
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
+/// Longest that a mapped body, or an answer that is held, may take to arrive: both fit into a few packets.
+const WHOLE_BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest answer of an entities endpoint.
 const MAX_ENTITIES_BYTES: usize = 64 * 1024;
 
@@ -270,27 +273,44 @@ impl Inbound {
     async fn body(&self, mapped: Mapped, parts: &Parts, body: Incoming) -> Result<(Mapped, Body), Refusal> {
         let has_body = !hyper::body::Body::is_end_stream(&body);
         match mapped.body() {
-            BodyRule::None if has_body => {
-                let nothing = body.collect().await.is_ok_and(|body| body.to_bytes().is_empty());
-                if nothing {
-                    return Ok((mapped, empty()));
-                }
-                Err(Refusal::malformed("request.body", "this route takes no body"))
-            }
+            // An empty body may still be announced as one that streams.
+            BodyRule::None if has_body => match self.collect(body, 0).await {
+                Ok(_nothing) => Ok((mapped, empty())),
+                Err(_some) => Err(Refusal::malformed("request.body", "this route takes no body")),
+            },
             BodyRule::None => Ok((mapped, empty())),
             BodyRule::Opaque { max_bytes } => {
                 Ok((mapped, Relay::new(body, Some(max_bytes as u64), ()).boxed_unsync()))
             }
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
-                let bytes = collect(body, max_bytes).await?;
+                let bytes = self.collect(body, max_bytes).await?;
                 Ok((mapped.with_body(&bytes)?, full(bytes)))
             }
             BodyRule::Form { max_bytes } => {
                 plain_type(parts, "application/x-www-form-urlencoded")?;
-                let bytes = collect(body, max_bytes).await?;
+                let bytes = self.collect(body, max_bytes).await?;
                 Ok((mapped.with_body(&bytes)?, full(bytes)))
             }
+        }
+    }
+
+    async fn collect(&self, body: Incoming, max_bytes: usize) -> Result<Bytes, Refusal> {
+        match self.whole(body, max_bytes).await {
+            Some(body) if body.trailers().is_none() => Ok(body.to_bytes()),
+            Some(_) => Err(Refusal::malformed("request.trailers", "trailers cannot belong to a mapped body")),
+            None => Err(Refusal::malformed(
+                "request.body_size",
+                "the body is over its limit, was cut short or took too long",
+            )),
+        }
+    }
+
+    /// A whole body, if it ends within its bounds of size and time.
+    async fn whole(&self, body: Incoming, max_bytes: usize) -> Option<http_body_util::Collected<Bytes>> {
+        tokio::select! {
+            body = Limited::new(body, max_bytes).collect() => body.ok(),
+            () = self.clock.sleep(WHOLE_BODY_TIMEOUT) => None,
         }
     }
 
@@ -350,9 +370,9 @@ impl Inbound {
         if !response.status().is_success() {
             return Err(Stop::Upstream(StatusCode::BAD_GATEWAY));
         }
-        match Limited::new(response.into_body(), MAX_ENTITIES_BYTES).collect().await {
-            Ok(body) => Ok(mapped.attributes_from_entities(&body.to_bytes())),
-            Err(_) => Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
+        match self.whole(response.into_body(), MAX_ENTITIES_BYTES).await {
+            Some(body) => Ok(mapped.attributes_from_entities(&body.to_bytes())),
+            None => Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
         }
     }
 
@@ -372,10 +392,10 @@ impl Inbound {
         if parts.status.is_server_error() {
             return Err(Stop::Upstream(parts.status));
         }
-        let body = match Limited::new(body, MAX_HELD_RESPONSE_BYTES).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(_) => return Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
+        let Some(body) = self.whole(body, MAX_HELD_RESPONSE_BYTES).await else {
+            return Err(Stop::Upstream(StatusCode::BAD_GATEWAY));
         };
+        let body = body.to_bytes();
         Ok(Held { parts, body, head_only, _remembered: remembered })
     }
 
@@ -498,14 +518,6 @@ fn plain_type(parts: &Parts, expected: &str) -> Result<(), Refusal> {
         return refuse("only charset=utf-8 is taken");
     }
     Ok(())
-}
-
-async fn collect(body: Incoming, max_bytes: usize) -> Result<Bytes, Refusal> {
-    match Limited::new(body, max_bytes).collect().await {
-        Ok(body) if body.trailers().is_none() => Ok(body.to_bytes()),
-        Ok(_) => Err(Refusal::malformed("request.trailers", "trailers cannot belong to a mapped body")),
-        Err(_) => Err(Refusal::malformed("request.body_size", "the body is over its limit or was cut short")),
-    }
 }
 
 /// The rule that refused a transaction token.

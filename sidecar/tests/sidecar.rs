@@ -250,7 +250,7 @@ impl World {
             service: "accounts".into(),
             id: id("/service/accounts"),
             endpoints: vec![self.inbound],
-            response_timeout: Duration::from_secs(10),
+            response_timeout: Duration::from_secs(30),
         };
         let upstream = Upstream::new(config, source, self.clock.clone(), &self.scope).unwrap();
         let response = upstream.send(request).await.unwrap();
@@ -560,6 +560,44 @@ async fn a_wrong_server_is_not_called() {
     assert_eq!(error.status(), 503);
     assert!(world.seen().is_empty());
     drop(upstream);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn handshakes_are_tls_1_3_with_the_hybrid_post_quantum_exchange() {
+    let world = World::new().await;
+    let source = world.authority.source("/service/web");
+    let config =
+        identity::tls::client_config(&source, id("/service/accounts"), &[ALPN_H2], &world.clock).unwrap();
+    let stream = tokio::net::TcpStream::connect(world.inbound).await.unwrap();
+    let stream = tokio_rustls::TlsConnector::from(config)
+        .connect(identity::tls::unnamed_server(), stream)
+        .await
+        .unwrap();
+    let session = stream.get_ref().1;
+    assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    let group = session.negotiated_key_exchange_group().map(|group| group.name());
+    assert_eq!(group, Some(rustls::NamedGroup::X25519MLKEM768));
+    drop(stream);
+    world.end().await;
+}
+
+/// A peer that trickles a mapped body holds nothing for long, and others are served meanwhile.
+#[tokio::test(start_paused = true)]
+async fn security_28_a_body_that_trickles_is_refused() {
+    let world = World::new().await;
+    let web = world.authority.issue("/service/web");
+    let chain = world.chain(&web, "alice", "POST", "/transfers");
+    let never = futures::stream::pending::<Result<http_body::Frame<Bytes>, sidecar::BoxError>>();
+    let body = http_body_util::StreamBody::new(never).boxed_unsync();
+    let request = Request::post("/transfers")
+        .header(txn::HEADER, chain)
+        .header("content-type", "application/json")
+        .body(body)
+        .unwrap();
+    let (status, _) = world.send(&web, request).await;
+    assert_eq!((status.as_u16(), world.last_rule().as_str()), (400, "request.body_size"));
+    assert!(world.seen().iter().all(|seen| seen.target != "/transfers"));
     world.end().await;
 }
 

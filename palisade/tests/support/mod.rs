@@ -19,7 +19,7 @@ use serde_json::Value;
 const DEADLINE: Duration = Duration::from_secs(120);
 
 /// A running demo and its state directory.
-pub struct Demo {
+pub(crate) struct Demo {
     child: Child,
     state: tempfile::TempDir,
     ready_path: String,
@@ -29,7 +29,7 @@ pub struct Demo {
 
 impl Demo {
     /// Starts a demo with fresh state and waits until it says that all is healthy.
-    pub async fn start(arguments: &[&str]) -> Self {
+    pub(crate) async fn start(arguments: &[&str]) -> Self {
         let state = tempfile::Builder::new().prefix("palisade-demo-test").tempdir().unwrap();
         let ready_path = state.path().join("ready.json");
         let log = std::fs::File::create(state.path().join("demo.log")).unwrap();
@@ -69,32 +69,32 @@ impl Demo {
         Self { child, state, ready_path, tls: Arc::new(tls), tokens: Mutex::default() }
     }
 
-    pub fn ready_path(&self) -> &str {
+    pub(crate) fn ready_path(&self) -> &str {
         &self.ready_path
     }
 
     /// The ready file as it is now.
-    pub fn ready(&self) -> Value {
+    pub(crate) fn ready(&self) -> Value {
         serde_json::from_slice(&std::fs::read(&self.ready_path).unwrap()).unwrap()
     }
 
     /// Process ids by role, as they are now.
-    pub fn pids(&self) -> BTreeMap<String, u32> {
+    pub(crate) fn pids(&self) -> BTreeMap<String, u32> {
         serde_json::from_value(self.ready()["pids"].clone()).unwrap()
     }
 
     /// The directory of the sockets.
-    pub fn sockets(&self) -> PathBuf {
+    pub(crate) fn sockets(&self) -> PathBuf {
         PathBuf::from(self.ready()["agent_socket"].as_str().unwrap()).parent().unwrap().to_owned()
     }
 
     /// Runs another verb of the binary.
-    pub fn palisade(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn palisade(&self, arguments: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_palisade")).args(arguments).output().unwrap()
     }
 
     /// Logs a user in and returns the access token.
-    pub fn token(&self, user: &str) -> String {
+    pub(crate) fn token(&self, user: &str) -> String {
         let output = self.palisade(&["demo", "token", user, "--ready", &self.ready_path]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let token = String::from_utf8(output.stdout).unwrap().trim().to_owned();
@@ -103,12 +103,12 @@ impl Demo {
     }
 
     /// The last token of a user, without asking anybody.
-    pub fn cached_token(&self, user: &str) -> String {
+    pub(crate) fn cached_token(&self, user: &str) -> String {
         self.tokens.lock().unwrap()[user].clone()
     }
 
     /// What `palisade explain` says; the record needs a moment to travel.
-    pub async fn explain(&self, receipt: &str) -> String {
+    pub(crate) async fn explain(&self, receipt: &str) -> String {
         let mesh = format!("{}/mesh.toml", self.ready()["state"].as_str().unwrap());
         let mut said = String::new();
         self.until("the receipt can be explained", async || {
@@ -121,7 +121,7 @@ impl Demo {
     }
 
     /// SVIDs received by each sidecar, from its metrics.
-    pub async fn rotations(&self) -> BTreeMap<String, u64> {
+    pub(crate) async fn rotations(&self) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         for (name, service) in self.ready()["services"].as_object().unwrap() {
             let admin: SocketAddr = service["admin"].as_str().unwrap().parse().unwrap();
@@ -142,19 +142,19 @@ impl Demo {
     }
 
     /// A kept-alive connection to the gateway.
-    pub fn connection(&self) -> Connection {
+    pub(crate) fn connection(&self) -> Connection {
         let gateway = self.ready()["gateway"].as_str().unwrap().to_owned();
         let address = gateway.strip_prefix("https://").unwrap().trim_end_matches('/').parse().unwrap();
         Connection { address, tls: Arc::clone(&self.tls), sender: None }
     }
 
     /// One request on a connection of its own.
-    pub async fn get(&self, path: &str, token: Option<&str>) -> Result<(u16, String), String> {
+    pub(crate) async fn get(&self, path: &str, token: Option<&str>) -> Result<(u16, String), String> {
         self.connection().get(path, token).await
     }
 
     /// Whether a request that needs everything works: a login, and a read through three sidecars.
-    pub async fn healthy(&self) -> bool {
+    pub(crate) async fn healthy(&self) -> bool {
         let output = self.palisade(&["demo", "token", "alice", "--ready", &self.ready_path]);
         if !output.status.success() {
             return false;
@@ -164,7 +164,7 @@ impl Demo {
     }
 
     /// Waits until something holds.
-    pub async fn until(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    pub(crate) async fn until(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
         let started = Instant::now();
         while !holds().await {
             if started.elapsed() > DEADLINE {
@@ -176,7 +176,7 @@ impl Demo {
     }
 
     /// Ends it as Ctrl-C would, and expects a clean end.
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         signal(self.child.id(), "INT");
         let started = Instant::now();
         let status = loop {
@@ -202,24 +202,21 @@ impl Drop for Demo {
 }
 
 /// A client's connection to the gateway, opened again when the server has closed it.
-pub struct Connection {
+pub(crate) struct Connection {
     address: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     sender: Option<SendRequest<Empty<Bytes>>>,
 }
 
 impl Connection {
-    pub async fn get(&mut self, path: &str, token: Option<&str>) -> Result<(u16, String), String> {
+    pub(crate) async fn get(&mut self, path: &str, token: Option<&str>) -> Result<(u16, String), String> {
         let answer = tokio::time::timeout(Duration::from_secs(30), self.exchange(path, token)).await;
         answer.map_err(|_| "timed out".to_owned())?
     }
 
     async fn exchange(&mut self, path: &str, token: Option<&str>) -> Result<(u16, String), String> {
         let say = |error: &dyn std::fmt::Display| error.to_string();
-        let mut sender = match self.sender.take() {
-            Some(mut sender) if sender.ready().await.is_ok() => sender,
-            _ => self.open().await?,
-        };
+        let mut sender = self.open_or_kept().await?;
         let mut request = hyper::Request::get(path).header("host", self.address.to_string());
         if let Some(token) = token {
             request = request.header("authorization", format!("Bearer {token}"));
@@ -230,6 +227,15 @@ impl Connection {
         let body = response.into_body().collect().await.map_err(|e| say(&e))?.to_bytes();
         self.sender = Some(sender);
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+
+    async fn open_or_kept(&mut self) -> Result<SendRequest<Empty<Bytes>>, String> {
+        if let Some(mut kept) = self.sender.take()
+            && kept.ready().await.is_ok()
+        {
+            return Ok(kept);
+        }
+        self.open().await
     }
 
     async fn open(&self) -> Result<SendRequest<Empty<Bytes>>, String> {
@@ -246,13 +252,13 @@ impl Connection {
 }
 
 /// Sends a signal by name.
-pub fn signal(pid: u32, name: &str) {
+pub(crate) fn signal(pid: u32, name: &str) {
     let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().unwrap();
     assert!(status.success(), "kill -{name} {pid}");
 }
 
 /// Whether a process lives (a zombie does not).
-pub fn alive(pid: u32) -> bool {
+pub(crate) fn alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
 }
