@@ -30,6 +30,9 @@ use crate::jwt::{self, AccessToken, IdToken, JwtError, Pins};
 pub const UNKNOWN_KID_SPACING: Duration = Duration::from_secs(30);
 /// After a failed fetch, the next one waits this long.
 const RETRY_SPACING: Duration = Duration::from_secs(5);
+/// The same while there is nothing yet: nobody can log in meanwhile, and an issuer that starts beside the
+/// gateway is there within a second.
+const FIRST_FETCH_SPACING: Duration = Duration::from_millis(200);
 /// A key taken out of the set verifies nothing after at most this; what the issuer's `Cache-Control`
 /// says is followed within these bounds.
 const MAX_AGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(3600);
@@ -220,7 +223,7 @@ impl IssuerClient {
                     let due = fetched.at + fetched.max_age.mul_f64(0.75);
                     due.saturating_sub(self.clock.now()).max(RETRY_SPACING)
                 }
-                None => RETRY_SPACING,
+                None => FIRST_FETCH_SPACING,
             };
             tokio::select! {
                 () = self.clock.sleep(wait) => {}
@@ -398,8 +401,10 @@ impl IssuerClient {
                 Some(running) => running.clone(),
                 None => {
                     let now = self.clock.now();
+                    let scheduled =
+                        if state.current.is_some() { RETRY_SPACING } else { FIRST_FETCH_SPACING };
                     let (last, spacing) = match reason {
-                        Reason::Schedule => (&mut state.last_scheduled, RETRY_SPACING),
+                        Reason::Schedule => (&mut state.last_scheduled, scheduled),
                         Reason::UnknownKid => (&mut state.last_unknown_kid, UNKNOWN_KID_SPACING),
                     };
                     if last.is_some_and(|last| now < last.saturating_add(spacing)) {

@@ -82,6 +82,7 @@ async fn demo(
     let random = SystemRandom::new();
     let prepared = prepare(args, state, layout, &random, &clock, printer).await?;
     let logs = state.directory("logs")?;
+    let started = clock.now();
     let ready_file = args.ready.clone().unwrap_or_else(|| layout.ready());
     let root_token = OnceCell::new();
     let outcome = supervise(
@@ -99,7 +100,8 @@ async fn demo(
             let ready = prepared.ready(layout, root_token.get(), pids)?;
             ready::write_json(&ready_file, &ready)
                 .map_err(|error| Failure::new("the ready file cannot be written").because(&error))?;
-            if first { show(&ready, &ready_file, printer) } else { Ok(()) }
+            let took = clock.now().saturating_sub(started);
+            if first { show(&ready, &ready_file, took, printer) } else { Ok(()) }
         },
     )
     .await;
@@ -390,7 +392,7 @@ pub(super) fn trust(ca_bundle: &Path) -> Result<Trust, Failure> {
 }
 
 /// What a person sees once all is up.
-fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
+fn show(ready: &Ready, file: &Path, took: Duration, printer: &Printer) -> Result<(), Failure> {
     let row = |role: &str, what: String| {
         let pid = ready.pids.get(role).map(ToString::to_string).unwrap_or_default();
         vec![role.to_owned(), pid, what]
@@ -412,6 +414,7 @@ fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
     let (me, file, state) = (me.display(), file.display(), ready.state.display());
     printer.data(&format!(
         "\n{}\n\
+         All healthy {:.1} s after the first process started: alice has logged in and read her accounts.\n\n\
          Log in at {} as {}\n\
          (the certificate is the mesh's own: {})\n\
          Console: {}\n\n\
@@ -421,6 +424,7 @@ fn show(ready: &Ready, file: &Path, printer: &Printer) -> Result<(), Failure> {
          {me} --config {state}/mesh.toml explain RECEIPT      # the receipt that the line above was refused with\n\n\
          Logs are in {state}/logs. Ctrl-C ends everything.\n",
         printer::table(&["process", "pid", "where"], &rows),
+        took.as_secs_f64(),
         ready.gateway,
         people.join(" or "),
         ready.ca_bundle.display(),
