@@ -27,7 +27,7 @@ pub(crate) fn page(status: StatusCode, title: &str, form_action: &str, content: 
     use base64::Engine as _;
     let style_hash = base64::engine::general_purpose::STANDARD.encode(digest(&SHA256, STYLE.as_bytes()));
     let policy = format!(
-        "default-src 'none'; style-src 'sha256-{style_hash}'; form-action {form_action}; frame-ancestors 'none'; base-uri 'none'"
+        "default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; form-action {form_action}; frame-ancestors 'none'; base-uri 'none'"
     );
     let markup = html! {
         (DOCTYPE)
@@ -36,6 +36,8 @@ pub(crate) fn page(status: StatusCode, title: &str, form_action: &str, content: 
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
                 title { (title) }
+                // Else browsers ask for /favicon.ico, which may be nobody's: a denial for every page.
+                link rel="icon" href="data:,";
                 style { (maud::PreEscaped(STYLE)) }
             }
             body { main { (content) } }

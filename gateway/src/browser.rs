@@ -5,6 +5,7 @@ use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use identity::jws;
 use identity::txn::User;
+use maud::html;
 use ring::digest::{SHA256, digest};
 use secrecy::ExposeSecret as _;
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,9 @@ use crate::refusal::Refusal;
 use crate::{OWN_PREFIX, answer, cookie, target};
 
 /// Where the issuer sends browsers back to.
-pub(crate) const CALLBACK: &str = "/.palisade/callback";
+pub const CALLBACK: &str = "/.palisade/callback";
+/// Where a logout ends, and where the issuer sends browsers back to after one.
+pub const LOGGED_OUT: &str = "/.palisade/logged-out";
 /// Longest code or `iss` looked at.
 const MAX_PARAMETER_BYTES: usize = 4096;
 
@@ -193,7 +196,7 @@ pub(crate) async fn callback(gateway: &Shared, parts: &Parts) -> Result<Response
 }
 
 /// `POST /.palisade/logout`: ends the session here, revokes its refresh token, and leads the browser to
-/// the issuer's end-session endpoint (OpenID Connect RP-Initiated Logout §2).
+/// the issuer's end-session endpoint (OpenID Connect RP-Initiated Logout §2), which leads it back.
 pub(crate) async fn logout(gateway: &Shared, parts: &Parts) -> Result<Response<Body>, Refusal> {
     if parts.method != Method::POST {
         return Err(Refusal::new(
@@ -226,22 +229,56 @@ pub(crate) async fn logout(gateway: &Shared, parts: &Parts) -> Result<Response<B
                 }
                 query
                     .append_pair("client_id", issuer.client_id())
-                    .append_pair("post_logout_redirect_uri", gateway.url("/").as_str());
+                    .append_pair("post_logout_redirect_uri", gateway.url(LOGGED_OUT).as_str());
                 drop(query);
                 url
             });
         }
     }
-    let mut response = if answer::is_navigation(&parts.headers) {
-        let front = gateway.url("/");
-        answer::redirect(StatusCode::SEE_OTHER, location.as_ref().unwrap_or(&front).as_str())
-    } else {
-        answer::empty(StatusCode::NO_CONTENT)
+    let mut response = match location {
+        _ if !answer::is_navigation(&parts.headers) => answer::empty(StatusCode::NO_CONTENT),
+        Some(issuer) => leave_for(&issuer),
+        None => answer::redirect(StatusCode::SEE_OTHER, gateway.url(LOGGED_OUT).as_str()),
     };
     append_cookies(response.headers_mut(), cookie::clear(&gateway.cookie).into_iter().collect());
     // Pages of the session may still be in the browser's cache.
     response.headers_mut().insert("clear-site-data", HeaderValue::from_static("\"cache\""));
     Ok(response)
+}
+
+/// A page that moves on to the issuer by itself.
+///
+/// Not a redirect: browsers hold where a form's redirects lead against `form-action` of the page with the
+/// form. That page is the service's, and a strict one names no issuer, so the logout there would be blocked.
+fn leave_for(issuer: &Url) -> Response<Body> {
+    let mut response = answer::page(
+        StatusCode::OK,
+        "Logging out",
+        "'none'",
+        html! {
+            h1 { "Logging out" }
+            p { "The session here has ended. The one at the login page is next." }
+            p { a href=(issuer) { "Go on" } }
+        },
+    );
+    // A URL serialized holds no control characters; were it refused, the link is still there.
+    if let Ok(refresh) = HeaderValue::try_from(format!("0;url={issuer}")) {
+        response.headers_mut().insert(header::REFRESH, refresh);
+    }
+    response
+}
+
+/// `GET /.palisade/logged-out`: where a logout ends. Not `/`, which would lead to a login at once.
+pub(crate) fn logged_out() -> Response<Body> {
+    answer::page(
+        StatusCode::OK,
+        "Logged out",
+        "'none'",
+        html! {
+            h1 { "Logged out" }
+            p { "You can close this page, or " a href="/" { "log in again" } "." }
+        },
+    )
 }
 
 /// Refuses what another site made the browser send: cookies come along by themselves, intent does not.

@@ -40,6 +40,7 @@ mod testing;
 
 use std::sync::Arc;
 
+pub use browser::{CALLBACK, LOGGED_OUT};
 pub use config::{
     Algorithm, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits,
 };

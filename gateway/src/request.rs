@@ -8,9 +8,10 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use identity::txn::{self, RequestBinding, User};
-use policy::Permit;
+use policy::{Permit, Receipt};
+use serde::Deserialize;
 use serde_json::json;
 use sidecar::Body;
 use sidecar::headers::{self as hygiene, TraceParent};
@@ -25,6 +26,8 @@ use crate::{OWN_PREFIX, answer, browser, cookie, target};
 
 /// Largest request body passed on. Services that take more are not behind this gateway yet.
 pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+/// Longest refusal of a sidecar: a word and a receipt. What is longer is a service's own answer.
+const MAX_REFUSAL_BYTES: u64 = 512;
 /// How long the token of one request lives; it is minted anew for each.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(30);
 /// RFC 9728 §3.
@@ -121,12 +124,14 @@ async fn admit(
     })?;
     let permit = gateway.policy.permit(user, &destination.service, remote, &parts, &trace)?;
     // Pass it on, in the user's name.
+    let navigation = answer::is_navigation(&parts.headers);
     let request = outgoing(gateway, permit, destination, user, remote, trace, parts, body)?;
-    let mut response = destination.upstream.send(request).await.map_err(|error| {
+    let response = destination.upstream.send(request).await.map_err(|error| {
         let mut refusal = Refusal::unavailable("upstream", &error);
         refusal.status = error.status();
         refusal
     })?;
+    let mut response = if navigation { for_people(response).await? } else { response };
     incoming(gateway, response.headers_mut(), quota);
     Ok(response)
 }
@@ -142,6 +147,7 @@ async fn own(gateway: &Shared, parts: &Parts) -> Option<Result<Response<Body>, R
         "/.palisade/login" if get => browser::login(gateway, parts).await,
         browser::CALLBACK if get => browser::callback(gateway, parts).await,
         "/.palisade/logout" => browser::logout(gateway, parts).await,
+        browser::LOGGED_OUT if get => Ok(browser::logged_out()),
         "/.palisade/health" if get => Ok(answer::json(StatusCode::OK, &json!({ "status": "ok" }))),
         RESOURCE_METADATA if get => Ok(answer::json(
             StatusCode::OK,
@@ -362,6 +368,40 @@ fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
     cookie::remove_set(headers, &gateway.cookie);
     for (name, value) in rate_headers(gateway, quota) {
         headers.insert(name, value);
+    }
+}
+
+/// What a sidecar says when it refuses or fails ([`MAX_REFUSAL_BYTES`]).
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SidecarRefusal {
+    #[serde(rename = "error")]
+    _error: String,
+    receipt: Option<Receipt>,
+    service: Option<String>,
+}
+
+/// The refusal of the sidecar behind us as a page: it speaks JSON, and here a person looks. Every other
+/// answer is the service's, and stays as it is.
+async fn for_people(response: Response<Body>) -> Result<Response<Body>, Refusal> {
+    let status = response.status();
+    let json = response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/json");
+    let short = response.body().size_hint().upper().is_some_and(|bytes| bytes <= MAX_REFUSAL_BYTES);
+    if !(status.is_client_error() || status.is_server_error()) || !json || !short {
+        return Ok(response);
+    }
+    let (parts, body) = response.into_parts();
+    let bytes = body.collect().await.map_err(|error| Refusal::unavailable("upstream", error))?.to_bytes();
+    match serde_json::from_slice::<SidecarRefusal>(&bytes) {
+        Ok(said) if said.receipt.is_some() || said.service.is_some() => {
+            let receipt = said.receipt.as_ref().map(Receipt::as_str);
+            let mut page = answer::refusal(true, status, "", receipt);
+            if let Some(when) = parts.headers.get(header::RETRY_AFTER) {
+                page.headers_mut().insert(header::RETRY_AFTER, when.clone());
+            }
+            Ok(page)
+        }
+        _ => Ok(Response::from_parts(parts, sidecar::full(bytes))),
     }
 }
 

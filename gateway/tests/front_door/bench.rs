@@ -86,6 +86,16 @@ pub(crate) struct Echo {
     verifier: Verifier,
 }
 
+/// What the sidecar in front of a service says by itself, and an error of the service's own.
+fn refusal(path: &str) -> Option<(u16, &'static str)> {
+    Some(match path {
+        "/refused" => (403, r#"{"error":"denied","receipt":"r-0123456789abcdef"}"#),
+        "/down" => (502, r#"{"error":"bad_gateway","service":"web"}"#),
+        "/own-error" => (403, r#"{"error":"denied","why":"the service says so"}"#),
+        _ => return None,
+    })
+}
+
 impl Handler for Echo {
     fn handle(
         self: Arc<Self>,
@@ -93,6 +103,10 @@ impl Handler for Echo {
         request: Request<Incoming>,
     ) -> BoxFuture<'static, Response<sidecar::Body>> {
         Box::pin(async move {
+            if let Some((status, said)) = refusal(request.uri().path()) {
+                let response = Response::builder().status(status).header("content-type", "application/json");
+                return response.body(sidecar::full(said)).unwrap();
+            }
             let identity = self.source.current().unwrap();
             let target = request.uri().path_and_query().unwrap().as_str();
             let token = request.headers()[identity::txn::HEADER].to_str().unwrap();
@@ -229,7 +243,7 @@ impl Site {
         let callback = gateway.join("/.palisade/callback").unwrap();
         let mut web = Client::confidential("gateway", &client_secret(), callback, "bank");
         web.scopes = vec!["bank".into()];
-        web.post_logout_redirect_uris = vec![gateway.clone()];
+        web.post_logout_redirect_uris = vec![gateway.join(gateway::LOGGED_OUT).unwrap()];
         let mut cli = Client::public("palisade-cli", "http://127.0.0.1/callback".parse().unwrap(), "bank");
         cli.scopes = vec!["bank".into()];
         let other = Client::public("other-cli", "http://127.0.0.1/callback".parse().unwrap(), "another-api");

@@ -313,7 +313,11 @@ async fn gateway_27_a_logout_ends_the_session_here_and_at_the_issuer() {
     );
     let out =
         bench.post("/.palisade/logout", &[("cookie", &old), ("origin", &origin), ("accept", HTML)]).await;
-    assert_eq!(out.status, StatusCode::SEE_OTHER);
+    // Not a redirect: `form-action 'self'` of the service's page would have the browser block it.
+    assert_eq!((out.status, out.headers.get("location")), (StatusCode::OK, None));
+    let refresh = out.headers["refresh"].to_str().unwrap();
+    let onward = refresh.strip_prefix("0;url=").unwrap().to_owned();
+    assert!(onward.starts_with(&bench.idp("/logout?")), "{onward}");
     jar.keep(&out);
     assert!(!jar.header().contains("__Host-palisade="));
     assert_eq!(
@@ -321,10 +325,35 @@ async fn gateway_27_a_logout_ends_the_session_here_and_at_the_issuer() {
         StatusCode::UNAUTHORIZED,
         "the old cookie is dead"
     );
-    let end = jar.visit(&bench, out.location().as_str()).await;
-    assert_eq!((end.status, end.location()), (StatusCode::SEE_OTHER, bench.gateway.clone()));
+    let end = jar.visit(&bench, &onward).await;
+    let logged_out = bench.gateway.join("/.palisade/logged-out").unwrap();
+    assert_eq!((end.status, end.location()), (StatusCode::SEE_OTHER, logged_out.clone()));
+    assert_eq!(bench.get(logged_out.path(), &[("accept", HTML)]).await.status, StatusCode::OK);
     let form = jar.visit(&bench, authorize.as_str()).await;
     assert_eq!(form.status, StatusCode::OK, "a password is asked for again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_of_the_sidecar_behind_are_pages_for_people_and_json_for_programs() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    for (path, status, words) in [
+        ("/refused", StatusCode::FORBIDDEN, "r-0123456789abcdef"),
+        ("/down", StatusCode::BAD_GATEWAY, "Not available"),
+    ] {
+        let page = bench.get(path, &[("cookie", &cookie), ("accept", HTML)]).await;
+        assert_eq!(
+            (page.status, page.header("content-type")),
+            (status, "text/html; charset=utf-8"),
+            "{path}"
+        );
+        assert!(String::from_utf8_lossy(&page.body).contains(words), "{path}: {:?}", page.body);
+        let json = bench.get(path, &[("cookie", &cookie), ("accept", "application/json")]).await;
+        assert_eq!((json.status, json.header("content-type")), (status, "application/json"), "{path}");
+        assert!(json.json()["error"].is_string());
+    }
+    let own = bench.get("/own-error", &[("cookie", &cookie), ("accept", HTML)]).await;
+    assert_eq!(own.json()["why"], "the service says so", "a service's own answers are left alone");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -26,8 +26,6 @@ const LOGINS: Rate = Rate { per_second: 0.5, burst: 20 };
 pub(crate) const COMMAND_LINE_CLIENT: &str = "palisade-cli";
 /// Where such a program hears of the login; any port of it (RFC 8252 §7.3).
 pub(crate) const COMMAND_LINE_REDIRECT: &str = "http://127.0.0.1/callback";
-/// Where the gateway hears of the login.
-const GATEWAY_CALLBACK: &str = "/.palisade/callback";
 
 pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
@@ -65,8 +63,8 @@ fn clients(mesh: &Mesh, workload: &Workload) -> Result<Vec<Client>, Failure> {
         gateway.public_url.join(path).map_err(|error| Failure::new("the gateway's URL").because(&error))
     };
     let mut browser =
-        Client::confidential(&gateway.client_id, &secret, join(GATEWAY_CALLBACK)?, &gateway.audience);
-    browser.post_logout_redirect_uris = vec![join("/")?];
+        Client::confidential(&gateway.client_id, &secret, join(gateway::CALLBACK)?, &gateway.audience);
+    browser.post_logout_redirect_uris = vec![join(gateway::LOGGED_OUT)?];
     let command_line = Client::public(COMMAND_LINE_CLIENT, url(COMMAND_LINE_REDIRECT)?, &gateway.audience);
     let with_scopes =
         |client: Client, gateway: &mesh::Gateway| Client { scopes: gateway.scopes.clone(), ..client };
