@@ -9,6 +9,7 @@ const bar = document.querySelector(".live");
 function span(seconds) {
   const d = Math.floor(seconds / 86400), h = Math.floor(seconds / 3600) % 24;
   const m = Math.floor(seconds / 60) % 60, s = seconds % 60;
+  if (d >= 365) return `${Math.floor(d / 365)} y ${d % 365} d`;
   if (d) return `${d} d ${h} h`;
   if (h) return `${h} h ${m} min`;
   if (m) return `${m} min ${s} s`;
@@ -19,7 +20,7 @@ function tick() {
   const now = Math.floor(Date.now() / 1000);
   for (const time of content.querySelectorAll("time[data-at]")) {
     const left = Number(time.dataset.at) - now;
-    time.textContent = left >= 0 ? `in ${span(left)}` : `${span(-left)} ago`;
+    time.textContent = left > 0 ? `in ${span(left)}` : left === 0 ? "now" : `${span(-left)} ago`;
   }
 }
 

@@ -50,10 +50,13 @@ pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) ->
             found.push(Finding {
                 severity: Severity::Attention,
                 what: format!(
-                    "The identity of {id} ends in {} and has not been rotated",
+                    "The identity of {id} ends in {} and has not been renewed",
                     when::span(identity.expires - now)
                 ),
-                next: "Its agent should have renewed it by now; look at the agent's log".to_owned(),
+                // Whoever asks once and ends, as `palisade id fetch` does, looks the same from here.
+                next:
+                    "Its process has ended, or its agent should have renewed it by now: see the agent's log"
+                        .to_owned(),
                 link: None,
             });
         }
