@@ -59,20 +59,27 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
         .enable_all()
         .build()
         .map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
-    let (svid, bundles) = runtime.block_on(workload_api::fetch_once(&socket)).map_err(refused)?;
+    let (svid, bundles) =
+        runtime.block_on(workload_api::fetch_once(&socket)).map_err(|error| refused(&socket, &error))?;
     let text = if *json { as_json(&svid, &bundles)? } else { as_text(&svid) };
     printer.data(&text)?;
     Ok(Exit::Ok)
 }
 
-fn refused(error: WorkloadApiError) -> Failure {
-    let failure = Failure::new("the agent gave no identity").because(&error);
-    match &error {
-        WorkloadApiError::Status(status) if status.code() == workload_api::PERMISSION_DENIED => {
-            let failure = Failure { exit: Exit::Denied, ..failure };
-            failure.hint("no registration matches this process: compare it with `attest` in mesh.toml")
-        }
-        _ => failure.hint("is the agent running, and is this its socket?"),
+fn refused(socket: &Path, error: &WorkloadApiError) -> Failure {
+    let failure = Failure::new("the agent gave no identity");
+    match error {
+        WorkloadApiError::Status(status) if status.code() == workload_api::PERMISSION_DENIED => Failure {
+            exit: Exit::Denied,
+            causes: vec![status.message().to_owned()],
+            ..failure.hint("no registration matches this process: compare it with `attest` in mesh.toml")
+        },
+        // The whole of a status repeats its own causes, in the words of a transport.
+        WorkloadApiError::Status(status) => Failure {
+            causes: vec![format!("nothing answers at {}: {}", socket.display(), status.message())],
+            ..failure.hint("is the agent running, and is this its socket? name it with --socket")
+        },
+        error => failure.because(error),
     }
 }
 

@@ -1,8 +1,9 @@
 //! `palisade status`: what control knows of authority, hosts and identities.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ca::model::ControlStatus;
+use ca::model::{ControlStatus, IssuedSvid};
 use identity::{Clock as _, SystemClock};
 
 use crate::Global;
@@ -40,9 +41,8 @@ fn text(status: &ControlStatus, now: u64) -> String {
             vec![node.host.clone(), seen, until(node.not_after, now)]
         })
         .collect();
-    let identities: Vec<Vec<String>> = status
-        .svids
-        .iter()
+    let identities: Vec<Vec<String>> = newest(&status.svids)
+        .into_iter()
         .map(|svid| vec![svid.spiffe_id.clone(), svid.host.clone(), until(svid.not_after, now)])
         .collect();
     let counts = &status.counts;
@@ -63,6 +63,18 @@ fn text(status: &ControlStatus, now: u64) -> String {
     )
 }
 
+/// The last SVID of each identity on each host: those before it run out by themselves.
+fn newest(svids: &[IssuedSvid]) -> Vec<&IssuedSvid> {
+    let mut last: BTreeMap<(&str, &str), &IssuedSvid> = BTreeMap::new();
+    for svid in svids {
+        let kept = last.entry((&svid.spiffe_id, &svid.host)).or_insert(svid);
+        if kept.not_after < svid.not_after {
+            *kept = svid;
+        }
+    }
+    last.into_values().collect()
+}
+
 fn until(end: u64, now: u64) -> String {
     if end <= now { "ended".to_owned() } else { span(end - now) }
 }
@@ -76,6 +88,26 @@ fn span(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_each_identity_on_each_host_the_last_svid_is_listed() {
+        let svid = |id: &str, host: &str, not_after| IssuedSvid {
+            serial: String::new(),
+            spiffe_id: id.into(),
+            host: host.into(),
+            why: String::new(),
+            entry_id: String::new(),
+            issued: 0,
+            not_after,
+        };
+        let all =
+            [svid("b", "h", 5), svid("a", "h", 1), svid("a", "h", 3), svid("a", "g", 2), svid("a", "h", 2)];
+        let listed: Vec<_> = newest(&all)
+            .into_iter()
+            .map(|svid| (svid.spiffe_id.as_str(), svid.host.as_str(), svid.not_after))
+            .collect();
+        assert_eq!(listed, [("a", "g", 2), ("a", "h", 3), ("b", "h", 5)]);
+    }
 
     #[test]
     fn spans_are_short_and_what_has_ended_says_so() {
