@@ -412,7 +412,7 @@ async fn a_refusal_of_the_mesh_is_passed_on_with_its_receipt() {
     );
     let page = http.get(bank.web, "/accounts/42").await;
     assert_eq!(page.status, StatusCode::FORBIDDEN);
-    assert!(page.text.contains("palisade explain r-42"), "{}", page.text);
+    assert!(page.text.contains("palisade explain <span class=\"whole\">r-42"), "{}", page.text);
 
     let json = http.post(bank.web, "/api/transfers", order("17", "42", 50)).await;
     assert_eq!((json.status, json.json()["receipt"].as_str()), (StatusCode::FORBIDDEN, Some("r-42")));

@@ -109,7 +109,7 @@ impl Problem {
                     div .receipt {
                         p { "Receipt " code { (receipt) } }
                         p .hint { "Whoever runs the mesh can see why:" }
-                        pre { "palisade explain " (receipt) }
+                        pre { "palisade explain " span .whole { (receipt) } }
                     }
                 }
                 p { a .button href="/" { "To my accounts" } }
@@ -320,7 +320,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let body = runtime.block_on(axum::body::to_bytes(response.into_body(), 65_536)).unwrap();
         let text = String::from_utf8(body.to_vec()).unwrap();
-        assert!(text.contains("palisade explain r-1&lt;script&gt;"));
+        assert!(text.contains("palisade explain <span class=\"whole\">r-1&lt;script&gt;"));
         assert!(!text.contains("<script") && !text.contains("<b>alice"));
     }
 
