@@ -115,7 +115,7 @@ pub struct ReportedDecision {
     pub service: String,
     /// `allow`, `deny`, or another word of the policy layer.
     pub verdict: String,
-    /// What was asked for, in one line.
+    /// The caller's network address, `IP:PORT`; empty if it had none.
     pub address: String,
     /// The whole record, a JSON document that nothing here interprets.
     pub json: String,
@@ -132,7 +132,7 @@ pub struct StoredDecision {
     pub service: String,
     /// `allow`, `deny`, or another word of the policy layer.
     pub verdict: String,
-    /// What was asked for, in one line.
+    /// The caller's network address, `IP:PORT`; empty if it had none.
     pub address: String,
     /// The whole record.
     pub json: serde_json::Value,
@@ -154,7 +154,7 @@ pub struct DecisionQuery {
     /// Made at or after this time, milliseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
-    /// With exactly this address.
+    /// From exactly this caller's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
     /// With exactly this verdict.

@@ -321,7 +321,7 @@ async fn decisions_are_stored_with_their_proven_origin_and_malformed_ones_refuse
         time_ms: 5,
         service: "accounts".into(),
         verdict: "deny".into(),
-        address: "GET /accounts/42".into(),
+        address: "127.0.0.1:40100".into(),
         json: r#"{"rule":null}"#.into(),
         reporter: "spiffe://bank.example/service/accounts".into(),
     };

@@ -431,7 +431,7 @@ mod tests {
             time_ms,
             service: "accounts".into(),
             verdict: verdict.into(),
-            address: "GET /accounts/42".into(),
+            address: "127.0.0.1:40100".into(),
             json: serde_json::json!({"n": receipt}),
             reporter: reporter.into(),
             host: "host-1".into(),
