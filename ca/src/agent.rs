@@ -28,6 +28,7 @@ mod attest;
 mod authority_header;
 mod decisions;
 mod node;
+mod refusal;
 mod rotation;
 mod upstream;
 mod workload;
@@ -35,7 +36,10 @@ mod workload;
 use attest::{Attestor, LinuxProcesses};
 use decisions::Queue;
 use node::Node;
+use refusal::Refusals;
 use upstream::Upstream;
+
+pub use refusal::{RefusalReason, RefusalRecorder, RefusedCaller};
 
 /// Permissions of the agent's socket when nothing else is configured: any local process may ask; what it
 /// gets is decided by attestation.
@@ -62,6 +66,9 @@ pub struct AgentConfig {
     pub control: SocketAddr,
     /// How to join, if there is no valid node identity in `state`.
     pub bootstrap: Option<Bootstrap>,
+    /// Writes down who was refused an identity, for control. Without it callers are refused all the same,
+    /// the log says why, and they get no receipt.
+    pub refusals: Option<Arc<dyn RefusalRecorder>>,
 }
 
 /// How a host joins.
@@ -179,6 +186,12 @@ impl Agent {
             view: view.clone(),
             svids,
             queue: Arc::clone(&queue),
+            refusals: Arc::new(Refusals::new(
+                config.refusals.clone(),
+                id.clone(),
+                Arc::clone(&queue),
+                Arc::clone(&clock),
+            )),
             clock: Arc::clone(&clock),
             scope: scope.clone(),
         };

@@ -45,12 +45,12 @@ mod store;
 
 pub use crate::entry::{Entry, Selectors};
 pub(crate) use admin_api::{ErrorBody, JoinTokenRequest};
+pub(crate) use limit::Limiter;
 pub(crate) use service::{
     MAX_DECISION_FIELD_BYTES, MAX_DECISION_JSON_BYTES, MAX_REPORT_BATCH, MAX_SIGN_BATCH,
 };
 pub use store::StoreError;
 
-use limit::Limiter;
 use store::{NodeRecord, Store, TokenRecord};
 
 /// Longest life of a join token: it is a bearer secret, so a day is generous.

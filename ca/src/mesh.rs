@@ -134,7 +134,8 @@ async fn forward(
     }
 }
 
-fn wire(decision: ReportedDecision) -> pb::Decision {
+/// A decision as it travels to the agent.
+pub(crate) fn wire(decision: ReportedDecision) -> pb::Decision {
     pb::Decision {
         receipt: decision.receipt,
         time_ms: decision.time_ms,
@@ -162,7 +163,7 @@ mod tests {
             time_ms: 1,
             service: "web".into(),
             verdict: "deny".into(),
-            address: "GET /".into(),
+            address: "127.0.0.1:40100".into(),
             json: "{}".into(),
         };
         for _ in 0..MAX_WAITING + 100 {

@@ -18,7 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ca::admin::{AdminClient, AdminError};
-use ca::agent::{Agent, AgentConfig, AgentError, Bootstrap, DEFAULT_SOCKET_MODE};
+use ca::agent::{
+    Agent, AgentConfig, AgentError, Bootstrap, DEFAULT_SOCKET_MODE, RefusalRecorder, RefusedCaller,
+};
 use ca::authority::DEFAULT_ROOT_TTL;
 use ca::control::{Control, ControlConfig, ControlError, Entry, Selectors, listen};
 use ca::mesh::{DecisionReporter, ReportedDecision};
@@ -114,6 +116,7 @@ impl World {
             state: self.path("agent"),
             control,
             bootstrap,
+            refusals: None,
         }
     }
 
@@ -338,6 +341,103 @@ async fn another_executable_user_or_digest_is_refused_and_its_twin_served() {
     control.stop().await;
 }
 
+/// Gives each refusal a receipt, and says what it was in the record.
+#[derive(Debug, Default)]
+struct Receipts(std::sync::atomic::AtomicUsize);
+
+impl RefusalRecorder for Receipts {
+    fn refused(&self, caller: &RefusedCaller) -> Option<ReportedDecision> {
+        let number = self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let json = serde_json::json!({
+            "method": caller.method,
+            "reason": caller.reason.to_string(),
+            "caller": caller.to_string(),
+            "near": caller.near_misses,
+        });
+        Some(ReportedDecision {
+            receipt: format!("r-{}-{number}", caller.method),
+            time_ms: u64::try_from(caller.now.as_millis()).unwrap(),
+            service: "agent".into(),
+            verdict: "deny".into(),
+            address: String::new(),
+            json: json.to_string(),
+        })
+    }
+}
+
+/// The receipt in a refusal's status.
+fn receipt(status: &tonic::Status) -> String {
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    let text = status.message().strip_prefix("no identity is registered for this workload (receipt ");
+    text.and_then(|text| text.strip_suffix(')')).expect("no receipt").to_owned()
+}
+
+#[tokio::test]
+async fn identity_39_a_refused_caller_has_a_receipt_under_which_control_knows_why() {
+    let world = World::new();
+    let uid = rustix::process::geteuid().as_raw();
+    let near = Selectors { path: Some(own_path()), uid: Some(uid + 1), ..Selectors::default() };
+    let control = world.control(vec![entry(WEB, near)]).await;
+    let config = AgentConfig {
+        refusals: Some(Arc::new(Receipts::default())),
+        ..world.agent_config(control.it.local_addr(), Some(bootstrap(&control).await))
+    };
+    let agent = world.try_agent(config).await.unwrap();
+    let mut client = client(&world.socket());
+    let request = || workload_api::request(proto::X509BundlesRequest {});
+    let bundles = loop {
+        let mut stream = within(client.fetch_x509_bundles(request())).await.unwrap().into_inner();
+        match within(stream.next()).await.expect("a status").unwrap_err() {
+            // Until the agent has heard from control; nobody is refused, and nothing recorded.
+            status if status.code() == Code::Unavailable => tokio::task::yield_now().await,
+            status => break receipt(&status),
+        }
+    };
+    assert_eq!(bundles, "r-FetchX509Bundles-0");
+    let svid = match within(workload_api::fetch_once(&world.socket())).await {
+        Err(WorkloadApiError::Status(status)) => receipt(&status),
+        other => panic!("not refused: {other:?}"),
+    };
+    assert_eq!(svid, "r-FetchX509SVID-1");
+    let scope = Scope::new();
+    let reporter = DecisionReporter::start(world.socket(), clock(), &scope);
+    reporter.report(ReportedDecision {
+        receipt: "r-own".into(),
+        time_ms: 1,
+        service: "web".into(),
+        verdict: "allow".into(),
+        address: String::new(),
+        json: "{}".into(),
+    });
+
+    let admin = world.admin();
+    let mut changes = control.it.handle().subscribe();
+    for (receipt, method) in [
+        (bundles.as_str(), "FetchX509Bundles"),
+        (svid.as_str(), "FetchX509SVID"),
+        ("r-Mesh.Report-2", "Mesh.Report"),
+    ] {
+        let found = loop {
+            match within(admin.decision(receipt)).await.unwrap() {
+                Some(found) => break found,
+                None => drop(within(changes.recv()).await.unwrap()),
+            }
+        };
+        assert_eq!(found.reporter, "spiffe://bank.example/palisade/agent/host-1");
+        assert_eq!((found.host.as_str(), found.verdict.as_str()), ("host-1", "deny"));
+        assert_eq!(found.json["method"], method);
+        assert_eq!(found.json["reason"], "no registration matches the caller");
+        let caller = found.json["caller"].as_str().unwrap();
+        assert!(caller.starts_with(&format!("pid={} uid={uid} ", std::process::id())), "{caller}");
+        let near = found.json["near"][0].as_str().unwrap();
+        assert!(near.starts_with(WEB) && near.ends_with("differs in uid"), "{near}");
+    }
+    assert!(within(admin.decision("r-own")).await.unwrap().is_none(), "it had no right to report");
+    scope.drain();
+    agent.stop().await;
+    control.stop().await;
+}
+
 fn ring_sha256(bytes: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
@@ -539,7 +639,7 @@ async fn decisions_travel_to_control_and_are_found_by_receipt() {
             time_ms: n,
             service: "web".into(),
             verdict: if n == 7 { "deny" } else { "allow" }.into(),
-            address: "GET /accounts/42".into(),
+            address: "127.0.0.1:40100".into(),
             json: format!(r#"{{"n":{n}}}"#),
         });
     }
@@ -559,7 +659,7 @@ async fn decisions_travel_to_control_and_are_found_by_receipt() {
     let query = DecisionQuery {
         limit: Some(2),
         since: Some(298),
-        address: Some("GET /accounts/42".into()),
+        address: Some("127.0.0.1:40100".into()),
         verdict: None,
     };
     assert_eq!(within(admin.decisions(&query)).await.unwrap().len(), 2);

@@ -23,6 +23,8 @@ pub enum Layer {
     Sidecar,
     /// The vault.
     Vault,
+    /// A host's agent, which tells whether a process has an identity at all.
+    Agent,
 }
 
 impl fmt::Display for Layer {
@@ -31,6 +33,7 @@ impl fmt::Display for Layer {
             Self::Gateway => "gateway",
             Self::Sidecar => "sidecar",
             Self::Vault => "vault",
+            Self::Agent => "agent",
         })
     }
 }

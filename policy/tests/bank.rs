@@ -650,6 +650,16 @@ fn records_survive_json_and_recorders_keep_them() {
 }
 
 #[test]
+fn a_layer_is_written_as_it_is_shown() {
+    for layer in [Layer::Gateway, Layer::Sidecar, Layer::Vault, Layer::Agent] {
+        let json = serde_json::to_value(layer).unwrap();
+        assert_eq!(json, layer.to_string());
+        assert_eq!(serde_json::from_value::<Layer>(json).unwrap(), layer);
+    }
+    assert_eq!(Layer::Agent.to_string(), "agent");
+}
+
+#[test]
 fn receipts_are_random() {
     let random = ring::rand::SystemRandom::new();
     assert_ne!(Receipt::generate(&random).unwrap(), Receipt::generate(&random).unwrap());
@@ -691,6 +701,21 @@ fn an_explanation_reads_well() {
         &Occasion { transaction: None, trace_id: None, ..occasion("connect", "accounts") },
     );
     expect("no_identity.txt", nobody.record());
+    let unregistered = refuse_connection(
+        "agent",
+        "agent.no_matching_entry",
+        "no registration matches the caller: pid=7 uid=1000 gid=100 sha256=unknown path=/tmp/web; near: \
+         spiffe://bank.example/service/web wants uid=1000 path=/usr/bin/web, differs in path"
+            .into(),
+        None,
+        &Occasion {
+            layer: Layer::Agent,
+            transaction: None,
+            trace_id: None,
+            ..occasion("FetchX509SVID", "/run/palisade/agent.sock")
+        },
+    );
+    expect("no_registration.txt", unregistered.record());
     match serve(&accounts, &alice, &get("/accounts/17"), b"") {
         Verdict::Permit(permit) => expect("permitted.txt", permit.record()),
         Verdict::Deny(denial) => panic!("{}", denial.reason()),

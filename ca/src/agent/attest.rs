@@ -13,11 +13,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
+use super::refusal::{RefusalReason, RefusedCaller};
 use super::upstream::{HostView, LocalEntry};
 use crate::entry::Attributes;
 use crate::hex;
@@ -44,6 +46,33 @@ pub(super) enum AttestError {
     Reused,
     #[error("what /proc says of the process cannot be understood")]
     Proc,
+}
+
+/// A caller that could not be attested, and what its socket says of it.
+#[derive(Debug)]
+pub(super) struct Unattested {
+    pub(super) error: AttestError,
+    pub(super) pid: Option<i32>,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+}
+
+impl Unattested {
+    /// What is known of it, for the record of its refusal. The executable is not: what was read of it may
+    /// be of another process.
+    pub(super) fn refused(&self, method: &'static str, now: Duration) -> RefusedCaller {
+        RefusedCaller {
+            pid: self.pid,
+            uid: self.uid,
+            gid: self.gid,
+            path: None,
+            sha256: None,
+            method,
+            reason: RefusalReason::NotAttested(self.error.to_string()),
+            near_misses: Vec::new(),
+            now,
+        }
+    }
 }
 
 /// Holds on to a process: alive or gone, never another one.
@@ -183,19 +212,28 @@ impl Process {
         matching
     }
 
-    /// What it has, for logs.
-    pub(super) fn describe(&self) -> String {
-        format!(
-            "pid={} uid={} gid={} path={} sha256={}",
-            self.pid,
-            self.uid,
-            self.gid,
-            self.path.as_deref().map_or("unknown".into(), |path| path.display().to_string()),
-            self.sha256.as_deref().unwrap_or("unknown"),
-        )
+    /// What it has, for the record of its refusal.
+    pub(super) fn refused(
+        &self,
+        method: &'static str,
+        reason: RefusalReason,
+        near_misses: Vec<String>,
+        now: Duration,
+    ) -> RefusedCaller {
+        RefusedCaller {
+            pid: Some(self.pid),
+            uid: Some(self.uid),
+            gid: Some(self.gid),
+            path: self.path.clone(),
+            sha256: self.sha256.clone(),
+            method,
+            reason,
+            near_misses,
+            now,
+        }
     }
 
-    /// Why the entries that come near do not match, for logs: those of the same path or user.
+    /// Why the entries that come near do not match: those of the same path or user.
     pub(super) fn near_misses(&self, view: &HostView) -> Vec<String> {
         let near = |entry: &&LocalEntry| {
             (entry.selectors.path.is_some() && entry.selectors.path == self.path)
@@ -327,7 +365,6 @@ fn uptime_ticks(uptime: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    use std::time::Duration;
 
     use identity::{SpiffeId, TrustBundle, TrustDomain};
     use proptest::prelude::*;

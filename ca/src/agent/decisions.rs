@@ -83,7 +83,7 @@ impl Queue {
     }
 
     /// The next batch and the count of those dropped; `None` if there is neither.
-    fn take(&self) -> Option<(Vec<pb::control::Decision>, u64)> {
+    pub(super) fn take(&self) -> Option<(Vec<pb::control::Decision>, u64)> {
         let mut waiting = self.lock();
         let mut batch = Vec::new();
         let mut bytes = 0;

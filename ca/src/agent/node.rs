@@ -356,6 +356,7 @@ mod tests {
             state: state.to_owned(),
             control: "127.0.0.1:1".parse().unwrap(),
             bootstrap: None,
+            refusals: None,
         }
     }
 

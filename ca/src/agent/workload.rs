@@ -22,9 +22,10 @@ use identity::workload_api::proto;
 use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use identity::{Scope, TrustDomain, X509Svid};
 
-use super::attest::{AttestError, Attestor, Process};
+use super::attest::{AttestError, Attestor, Process, Unattested};
 use super::authority_header::AnyAuthority;
 use super::decisions::Queue;
+use super::refusal::{RefusalReason, Refusals};
 use super::rotation::Svids;
 use super::upstream::HostView;
 use crate::pb::mesh as pb;
@@ -56,12 +57,13 @@ pub(super) struct Local {
     pub(super) view: watch::Receiver<Option<Arc<HostView>>>,
     pub(super) svids: watch::Receiver<Arc<Svids>>,
     pub(super) queue: Arc<Queue>,
+    pub(super) refusals: Arc<Refusals>,
     pub(super) clock: SharedClock,
     pub(super) scope: Scope,
 }
 
 /// What attestation made of a connection's peer.
-type Attested = Arc<Result<Process, AttestError>>;
+type Attested = Arc<Result<Process, Unattested>>;
 
 /// A connection whose peer has been looked at.
 pub(super) struct LocalConnection {
@@ -177,7 +179,8 @@ pub(super) fn accept(
                 }
             };
             let credentials = attestor.credentials(&stream);
-            let uid = stream.peer_cred().map_or(u32::MAX, |credentials| credentials.uid());
+            let peer = stream.peer_cred().ok();
+            let uid = peer.map_or(u32::MAX, |peer| peer.uid());
             let (Ok(slot), Some(user)) = (Arc::clone(&slots).try_acquire_owned(), users.enter(uid)) else {
                 tracing::warn!(uid, "too many connections; refused");
                 continue;
@@ -195,7 +198,12 @@ pub(super) fn accept(
                 };
                 let connection = LocalConnection {
                     stream: AnyAuthority::new(stream),
-                    attested: Arc::new(outcome),
+                    attested: Arc::new(outcome.map_err(|error| Unattested {
+                        error,
+                        pid: peer.and_then(|peer| peer.pid()),
+                        uid: peer.map(|peer| peer.uid()),
+                        gid: peer.map(|peer| peer.gid()),
+                    })),
                     _slot: slot,
                     _user: user,
                 };
@@ -243,22 +251,34 @@ fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
     }
 }
 
-/// The attested peer. One that could not be attested has no identity.
+/// What attestation made of the peer.
 fn attested<T>(request: &Request<T>) -> Result<Attested, Status> {
-    let attested = request
-        .extensions()
-        .get::<Attested>()
-        .cloned()
-        .ok_or_else(|| Status::internal("no connection information"))?;
-    if let Err(error) = attested.as_ref() {
-        tracing::warn!(reason = %error, "a caller could not be attested");
-        return Err(no_identity());
-    }
-    Ok(attested)
+    let attested = request.extensions().get::<Attested>().cloned();
+    attested.ok_or_else(|| Status::internal("no connection information"))
 }
 
-fn no_identity() -> Status {
-    Status::permission_denied("no identity is registered for this workload")
+impl Local {
+    /// The peer's process, alive. One that could not be attested, or is gone, has no identity: a socket can
+    /// outlive the process that opened it, in a child; an identity cannot.
+    fn process<'a>(&self, method: &'static str, attested: &'a Attested) -> Result<&'a Process, Status> {
+        let now = self.refusals.now();
+        match attested.as_ref() {
+            Ok(process) if process.is_alive() => Ok(process),
+            Ok(process) => {
+                let gone =
+                    RefusalReason::NotAttested("the process that opened the socket is gone".to_owned());
+                Err(self.refusals.refuse(&process.refused(method, gone, Vec::new(), now)))
+            }
+            Err(unattested) => Err(self.refusals.refuse(&unattested.refused(method, now))),
+        }
+    }
+
+    /// The status for a process that no entry matches.
+    fn no_entry(&self, method: &'static str, process: &Process, view: &HostView) -> Status {
+        let near = process.near_misses(view);
+        let now = self.refusals.now();
+        self.refusals.refuse(&process.refused(method, RefusalReason::NoMatchingEntry, near, now))
+    }
 }
 
 /// The SPIFFE Workload API.
@@ -278,14 +298,9 @@ impl WorkloadService {
         M::Message: Send + 'static,
     {
         check_header(request)?;
-        let feed = Feed {
-            local: self.0.clone(),
-            attested: attested(request)?,
-            make,
-            last: None,
-            logged: false,
-            over: false,
-        };
+        let attested = attested(request)?;
+        self.0.process(M::METHOD, &attested)?;
+        let feed = Feed { local: self.0.clone(), attested, make, last: None, logged: false, over: false };
         Ok(Response::new(Box::pin(futures::stream::unfold(feed, Feed::next))))
     }
 
@@ -341,6 +356,8 @@ impl SpiffeWorkloadApi for WorkloadService {
 
 /// Makes one kind of message from what a caller may have.
 trait Make {
+    /// The call that it answers, for the records of refusals.
+    const METHOD: &'static str;
     type Message;
     /// `None` if there is nothing to say yet. The text tells one message from the next, without keys.
     fn make(
@@ -354,6 +371,7 @@ trait Make {
 struct MakeSvids;
 
 impl Make for MakeSvids {
+    const METHOD: &'static str = "FetchX509SVID";
     type Message = proto::X509svidResponse;
 
     fn make(
@@ -388,6 +406,7 @@ impl Make for MakeSvids {
 struct MakeBundles;
 
 impl Make for MakeBundles {
+    const METHOD: &'static str = "FetchX509Bundles";
     type Message = proto::X509BundlesResponse;
 
     fn make(
@@ -427,22 +446,18 @@ impl<M: Make> Feed<M> {
 
     async fn wait(&mut self) -> Result<M::Message, Status> {
         let attested = Arc::clone(&self.attested);
-        let Ok(process) = attested.as_ref() else { return Err(no_identity()) };
         let patience = self.local.clock.sleep(FIRST_SVID_PATIENCE);
         tokio::pin!(patience);
         loop {
-            // A socket can outlive the process that opened it, in a child; an identity cannot.
-            if !process.is_alive() {
-                return Err(no_identity());
-            }
+            let process = self.local.process(M::METHOD, &attested)?;
             let view = self.local.view.borrow_and_update().clone();
             let view = view.ok_or_else(|| Status::unavailable("the agent is starting"))?;
             let svids = self.local.svids.borrow_and_update().clone();
             let matching = process.matching(&view);
-            self.log(process, &view, &matching);
             if matching.is_empty() {
-                return Err(no_identity());
+                return Err(self.local.no_entry(M::METHOD, process, &view));
             }
+            self.log(process, &matching);
             let now = self.local.clock.now();
             let svids: Vec<_> = matching
                 .iter()
@@ -469,19 +484,19 @@ impl<M: Make> Feed<M> {
         }
     }
 
-    fn log(&mut self, process: &Process, view: &HostView, matching: &[&super::upstream::LocalEntry]) {
-        if matching.is_empty() {
-            let near = process.near_misses(view).join("; ");
-            tracing::warn!(caller = process.describe(), near, "no entry matches");
-        } else if !self.logged {
-            self.logged = true;
-            for entry in matching {
-                let by = entry.selectors.describe();
-                tracing::info!(id = %entry.id, pid = process.pid, uid = process.uid, by, "workload attested");
-            }
+    fn log(&mut self, process: &Process, matching: &[&super::upstream::LocalEntry]) {
+        if std::mem::replace(&mut self.logged, true) {
+            return;
+        }
+        for entry in matching {
+            let by = entry.selectors.describe();
+            tracing::info!(id = %entry.id, pid = process.pid, uid = process.uid, by, "workload attested");
         }
     }
 }
+
+/// The mesh service's one call, for the records of refusals.
+const REPORT: &str = "Mesh.Report";
 
 /// The mesh service.
 #[derive(Debug)]
@@ -495,14 +510,11 @@ impl Mesh for MeshService {
     ) -> Result<Response<pb::ReportResponse>, Status> {
         check_header(&request)?;
         let attested = attested(&request)?;
-        let Ok(process) = attested.as_ref() else { return Err(no_identity()) };
+        let process = self.0.process(REPORT, &attested)?;
         let view =
             self.0.view.borrow().clone().ok_or_else(|| Status::unavailable("the agent is starting"))?;
         let matching = process.matching(&view);
-        let Some(entry) = matching.first().filter(|_| process.is_alive()) else {
-            tracing::warn!(caller = process.describe(), "decisions of a process without identity refused");
-            return Err(no_identity());
-        };
+        let Some(entry) = matching.first() else { return Err(self.0.no_entry(REPORT, process, &view)) };
         let pb::ReportRequest { decisions, dropped } = request.into_inner();
         if decisions.len() > control::MAX_REPORT_BATCH {
             return Err(Status::invalid_argument("too many decisions in one batch"));
@@ -513,35 +525,5 @@ impl Mesh for MeshService {
 }
 
 #[cfg(test)]
-mod tests {
-    use tonic::metadata::MetadataValue;
-
-    use super::*;
-
-    #[test]
-    fn identity_2_the_security_header_must_be_there_once_and_exact() {
-        let with = |values: &[&'static str]| {
-            let mut request = Request::new(());
-            for value in values {
-                request.metadata_mut().append(SECURITY_HEADER, MetadataValue::from_static(value));
-            }
-            check_header(&request).map_err(|status| status.code())
-        };
-        assert_eq!(with(&["true"]), Ok(()));
-        for bad in [&[][..], &["True"], &["TRUE"], &["false"], &[""], &["true", "true"], &["true", "false"]] {
-            assert_eq!(with(bad), Err(tonic::Code::InvalidArgument), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn security_14_one_user_cannot_shut_out_the_others() {
-        let users = Users::default();
-        let mut held: Vec<_> = (0..MAX_CONNECTIONS_PER_UID).map(|_| users.enter(1).unwrap()).collect();
-        assert!(users.enter(1).is_none());
-        assert!(users.enter(2).is_some());
-        held.pop();
-        assert!(users.enter(1).is_some());
-        drop(held);
-        assert!(users.0.lock().unwrap().is_empty());
-    }
-}
+#[path = "workload_tests.rs"]
+mod tests;
