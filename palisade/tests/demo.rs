@@ -1,6 +1,15 @@
 //! The whole demo, headless: real processes, real handshakes, the real bank. One demo serves all the
 //! checks, one after another, because each start costs seconds on a small machine.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test"
+)]
+#![allow(clippy::disallowed_methods, reason = "clients of the test are joined by it")]
+
 mod support;
 
 use std::collections::BTreeMap;

@@ -177,6 +177,14 @@ pub struct DecisionRecord {
     pub explanation: Option<Explanation>,
 }
 
+impl DecisionRecord {
+    /// Who decided, for a person: `sidecar of accounts`, or `gateway`, `vault`, `agent`, of which there is one.
+    pub fn decided_by(&self) -> String {
+        let layer = self.layer.to_string();
+        if layer == self.service { layer } else { format!("{layer} of {}", self.service) }
+    }
+}
+
 /// Why no policy allowed a request.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Explanation {

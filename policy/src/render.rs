@@ -68,7 +68,7 @@ fn verdict(page: &mut Page, record: &DecisionRecord) {
         (Outcome::Deny, status, Mode::Enforce) => format!("denied ({})", status.unwrap_or(403)),
     };
     page.field("verdict", &verdict);
-    page.field("by", &format!("{} of {}", record.layer, record.service));
+    page.field("by", &record.decided_by());
     page.field("rule", &record.rule.to_string());
     if record.verdict == Outcome::Deny {
         page.field("reason", &record.reason);

@@ -1,6 +1,15 @@
 //! A sidecar between real peers and a real backend that records what reached it. Lines of the acceptance
 //! lists are named by list and number.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test"
+)]
+#![allow(clippy::disallowed_methods, reason = "clients of the test are joined by it")]
+
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};

@@ -111,7 +111,9 @@ fn row(stored: &StoredDecision) -> Option<DecisionRow> {
         },
         principal: record.principal.unwrap_or_else(|| "nobody".to_owned()),
         user: record.user.map(|user| user.id),
-        action: record.action.unwrap_or(stored.address.clone()),
+        action: record
+            .action
+            .unwrap_or_else(|| format!("{} {}", record.method, record.target).trim().to_owned()),
         objects: record.objects.into_iter().map(|object| object.object).collect(),
         rule: match &record.rule {
             Rule::Absent => None,

@@ -29,7 +29,8 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
     })?;
     let found = admin::ask(global, async |client| {
         let Some(stored) = client.decision(&receipt.to_string()).await? else { return Ok(None) };
-        let others = client.decisions(&DecisionQuery { limit: Some(NEAR), ..DecisionQuery::default() }).await?;
+        let others =
+            client.decisions(&DecisionQuery { limit: Some(NEAR), ..DecisionQuery::default() }).await?;
         Ok(Some((stored, others)))
     })?;
     let Some((stored, others)) = found else {
@@ -50,13 +51,15 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
 /// to show, so the first receipt often only points here.
 fn elsewhere(stored: &StoredDecision, others: &[StoredDecision]) -> String {
     let record = |stored: &StoredDecision| serde_json::from_value::<DecisionRecord>(stored.json.clone()).ok();
-    let Some(transaction) = record(stored).and_then(|record| record.transaction) else { return String::new() };
+    let Some(transaction) = record(stored).and_then(|record| record.transaction) else {
+        return String::new();
+    };
     let lines: Vec<String> = others
         .iter()
         .filter(|other| other.receipt != stored.receipt)
         .filter_map(record)
         .filter(|other| other.transaction.as_ref() == Some(&transaction) && other.verdict == Outcome::Deny)
-        .map(|other| format!("  {}  {} of {}: {}\n", other.receipt, other.layer, other.service, other.reason))
+        .map(|other| format!("  {}  {}: {}\n", other.receipt, other.decided_by(), other.reason))
         .collect();
     if lines.is_empty() {
         return String::new();

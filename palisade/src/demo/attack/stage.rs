@@ -298,7 +298,7 @@ impl Stage {
 
 fn named(record: Option<&DecisionRecord>) -> (String, String) {
     match record {
-        Some(record) => (format!("{} of {}", record.layer, record.service), record.rule.name().to_owned()),
+        Some(record) => (record.decided_by(), record.rule.name().to_owned()),
         None => ("nobody recorded it".to_owned(), String::new()),
     }
 }
