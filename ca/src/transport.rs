@@ -9,9 +9,6 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::{DigitallySignedStruct, SignatureScheme};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -19,8 +16,7 @@ use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
-use identity::clock::{SharedClock, TlsTime};
-use identity::verify::verify_chain;
+use identity::clock::SharedClock;
 use identity::{BundleSet, IdentitySource, Peer, Scope, SpiffeId, tls};
 
 /// Longest TLS handshake; a client that needs longer is stuck or means no good.
@@ -183,18 +179,7 @@ pub(crate) fn joining_channel(
     expected: SpiffeId,
     clock: &SharedClock,
 ) -> Result<Channel, rustls::Error> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = Arc::new(PinnedServer { bundles, expected });
-    let mut config =
-        rustls::ClientConfig::builder_with_details(provider, Arc::new(TlsTime(Arc::clone(clock))))
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_no_client_auth();
-    config.alpn_protocols = vec![tls::ALPN_H2.to_vec()];
-    config.resumption = rustls::client::Resumption::disabled();
-    config.enable_sni = false;
-    Ok(channel(address, Arc::new(config)))
+    Ok(channel(address, tls::joining_client_config(bundles, expected, &[tls::ALPN_H2], clock)?))
 }
 
 fn channel(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> Channel {
@@ -213,100 +198,4 @@ fn channel(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> Channel {
                 connector.connect(tls::unnamed_server(), tcp).await.map(TokioIo::new)
             }
         }))
-}
-
-/// Verifies control by a bundle that we hold before we have an identity.
-#[derive(Debug)]
-struct PinnedServer {
-    bundles: BundleSet,
-    expected: SpiffeId,
-}
-
-impl ServerCertVerifier for PinnedServer {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let refuse = |error: String| {
-            rustls::Error::InvalidCertificate(rustls::CertificateError::Other(rustls::OtherError(Arc::new(
-                io::Error::other(error),
-            ))))
-        };
-        let leaf = verify_chain(end_entity, intermediates, &self.bundles, now)
-            .map_err(|error| refuse(error.to_string()))?;
-        if leaf.id != self.expected {
-            return Err(refuse(format!("expected {}, the peer is {}", self.expected, leaf.id)));
-        }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOfferedOrEnabled))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use identity::TrustDomain;
-
-    use super::*;
-    use crate::authority::{Authority, DEFAULT_ROOT_TTL, LeafRequest};
-    use crate::csr::PendingKey;
-    use crate::random::SystemRandom;
-
-    const NOW: Duration = Duration::from_secs(1_800_000_000);
-
-    fn authority() -> Authority {
-        let domain = TrustDomain::new("bank.example").unwrap();
-        Authority::generate(domain, DEFAULT_ROOT_TTL, &*SystemRandom::shared(), NOW).unwrap()
-    }
-
-    fn certificate(authority: &Authority, id: &str) -> CertificateDer<'static> {
-        let (public_key, id) =
-            (PendingKey::generate().unwrap().public().unwrap(), SpiffeId::new(id).unwrap());
-        let ttl = Duration::from_secs(60);
-        let request = LeafRequest { public_key: &public_key, id: &id, dns: &[], ips: &[], ttl };
-        authority.issue(&request, &*SystemRandom::shared(), NOW).unwrap().certificate
-    }
-
-    #[test]
-    fn a_joining_node_trusts_control_by_the_pinned_bundle_only() {
-        let (ours, theirs) = (authority(), authority());
-        let control = "spiffe://bank.example/palisade/control";
-        let pinned = PinnedServer {
-            bundles: BundleSet::new([ours.bundle().clone()]),
-            expected: SpiffeId::new(control).unwrap(),
-        };
-        let at = UnixTime::since_unix_epoch(NOW);
-        let judge = |certificate: CertificateDer<'static>| {
-            pinned.verify_server_cert(&certificate, &[], &tls::unnamed_server(), &[], at).map(|_| ())
-        };
-        assert!(judge(certificate(&ours, control)).is_ok());
-        assert!(judge(certificate(&theirs, control)).is_err(), "another root");
-        let workload = certificate(&ours, "spiffe://bank.example/service/web");
-        assert!(judge(workload).is_err(), "a workload that listens where control should");
-    }
 }

@@ -6,12 +6,13 @@
 
 use std::sync::Arc;
 
-use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::client::{ResolvesClientCert, Resumption, WantsClientCert};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, ConfigBuilder, ServerConfig, SignatureScheme};
 use rustls_pki_types::ServerName;
 
+use crate::bundle::BundleSet;
 use crate::clock::{SharedClock, TlsTime};
 use crate::id::SpiffeId;
 use crate::source::IdentitySource;
@@ -61,15 +62,38 @@ pub fn client_config(
     alpn: &[&[u8]],
     clock: &SharedClock,
 ) -> Result<Arc<ClientConfig>, rustls::Error> {
-    let mut config = ClientConfig::builder_with_details(provider(), time(clock))
+    let config = verified_by(ExpectServer::new(source.clone(), expected), clock)?
+        .with_client_cert_resolver(Arc::new(CurrentSvid(source.clone())));
+    Ok(finished(config, alpn))
+}
+
+/// The configuration of a client that has no identity yet: it presents nothing, and accepts only
+/// `expected` by the bundles that it was given beforehand.
+pub fn joining_client_config(
+    bundles: BundleSet,
+    expected: SpiffeId,
+    alpn: &[&[u8]],
+    clock: &SharedClock,
+) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let config = verified_by(ExpectServer::pinned(bundles, expected), clock)?.with_no_client_auth();
+    Ok(finished(config, alpn))
+}
+
+fn verified_by(
+    verifier: Arc<ExpectServer>,
+    clock: &SharedClock,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, rustls::Error> {
+    Ok(ClientConfig::builder_with_details(provider(), time(clock))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(ExpectServer::new(source.clone(), expected))
-        .with_client_cert_resolver(Arc::new(CurrentSvid(source.clone())));
+        .with_custom_certificate_verifier(verifier))
+}
+
+fn finished(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
-    Ok(Arc::new(config))
+    Arc::new(config)
 }
 
 /// The name that a client hands rustls: identity is the SPIFFE ID, so it stands for nothing and is not sent.

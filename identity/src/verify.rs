@@ -86,14 +86,28 @@ pub fn verify_chain(
 /// Verifies the server: it must be exactly one SPIFFE ID.
 #[derive(Debug)]
 pub struct ExpectServer {
-    source: IdentitySource,
+    bundles: Bundles,
     expected: SpiffeId,
+}
+
+/// Whom a verifier trusts.
+#[derive(Debug)]
+enum Bundles {
+    /// The authorities of the moment.
+    Current(IdentitySource),
+    /// Those that came with a join token, for a node that has no identity yet.
+    Pinned(BundleSet),
 }
 
 impl ExpectServer {
     /// Accepts only `expected`, by the bundles of `source` at the moment of the handshake.
     pub fn new(source: IdentitySource, expected: SpiffeId) -> Arc<Self> {
-        Arc::new(Self { source, expected })
+        Arc::new(Self { bundles: Bundles::Current(source), expected })
+    }
+
+    /// Accepts only `expected`, by `bundles` and no others.
+    pub fn pinned(bundles: BundleSet, expected: SpiffeId) -> Arc<Self> {
+        Arc::new(Self { bundles: Bundles::Pinned(bundles), expected })
     }
 }
 
@@ -106,7 +120,12 @@ impl ServerCertVerifier for ExpectServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let leaf = verify_with(&self.source, end_entity, intermediates, now)?;
+        let leaf = match &self.bundles {
+            Bundles::Current(source) => verify_with(source, end_entity, intermediates, now)?,
+            Bundles::Pinned(bundles) => {
+                verify_chain(end_entity, intermediates, bundles, now).map_err(tls_error)?
+            }
+        };
         if leaf.id != self.expected {
             let expected = self.expected.clone();
             return Err(tls_error(VerifyError::WrongPeer { expected, found: leaf.id }));
@@ -120,7 +139,7 @@ impl ServerCertVerifier for ExpectServer {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOfferedOrEnabled))
+        refuse_tls12()
     }
 
     fn verify_tls13_signature(
@@ -129,11 +148,11 @@ impl ServerCertVerifier for ExpectServer {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms())
+        verify_tls13(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        algorithms().supported_schemes()
+        signature_schemes()
     }
 }
 
@@ -182,7 +201,7 @@ impl ClientCertVerifier for AnyWorkload {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOfferedOrEnabled))
+        refuse_tls12()
     }
 
     fn verify_tls13_signature(
@@ -191,11 +210,11 @@ impl ClientCertVerifier for AnyWorkload {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms())
+        verify_tls13(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        algorithms().supported_schemes()
+        signature_schemes()
     }
 }
 
@@ -222,6 +241,31 @@ fn tls_error(error: VerifyError) -> rustls::Error {
         _ => CertificateError::Other(rustls::OtherError(Arc::new(error))),
     };
     rustls::Error::InvalidCertificate(certificate_error)
+}
+
+/// What every verifier answers to a signature of TLS 1.2, which no configuration of ours offers.
+///
+/// # Errors
+/// Always.
+pub fn refuse_tls12() -> Result<HandshakeSignatureValid, rustls::Error> {
+    Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOfferedOrEnabled))
+}
+
+/// What every verifier does with the signature of a TLS 1.3 handshake (RFC 8446 §4.4.3).
+///
+/// # Errors
+/// The signature is not the certificate's, or of a scheme outside [`signature_schemes`].
+pub fn verify_tls13(
+    message: &[u8],
+    cert: &CertificateDer<'_>,
+    dss: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, rustls::Error> {
+    rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms())
+}
+
+/// The signature schemes that every verifier offers.
+pub fn signature_schemes() -> Vec<SignatureScheme> {
+    algorithms().supported_schemes()
 }
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
@@ -280,8 +324,9 @@ mod tests {
 
     #[test]
     fn identity_22_23_security_4_constraints_and_usages_are_enforced() {
+        type Change = Box<dyn FnOnce(&mut rcgen::CertificateParams)>;
         let authority = TestAuthority::new("bank.example");
-        let cases: Vec<(Box<dyn FnOnce(&mut rcgen::CertificateParams)>, LeafError)> = vec![
+        let cases: Vec<(Change, LeafError)> = vec![
             (Box::new(|p| p.is_ca = IsCa::NoCa), LeafError::LeafBasicConstraints),
             (
                 Box::new(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
@@ -355,6 +400,21 @@ mod tests {
         let outcome =
             verify_chain(&der, &long, &BundleSet::new([authority.bundle()]), SystemClock.unix_time());
         assert!(matches!(outcome, Err(VerifyError::TooLong)));
+    }
+
+    #[test]
+    fn a_joining_node_trusts_control_by_the_pinned_bundle_only() {
+        let (ours, theirs) = (TestAuthority::new("bank.example"), TestAuthority::new("bank.example"));
+        let control = SpiffeId::new("spiffe://bank.example/palisade/control").unwrap();
+        let pinned = ExpectServer::pinned(BundleSet::new([ours.bundle()]), control);
+        let judge = |authority: &TestAuthority, path: &str| {
+            let (der, _key) = authority.issue_with(path, |_| {});
+            let (name, now) = (crate::tls::unnamed_server(), SystemClock.unix_time());
+            pinned.verify_server_cert(&der, &[], &name, &[], now).map(|_| ())
+        };
+        assert!(judge(&ours, "/palisade/control").is_ok());
+        assert!(judge(&theirs, "/palisade/control").is_err(), "another root");
+        assert!(judge(&ours, "/service/web").is_err(), "a workload that listens where control should");
     }
 
     #[test]
