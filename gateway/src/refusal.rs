@@ -97,7 +97,7 @@ pub(crate) fn answer(
                 rule: Rule::Builtin(refusal.rule.clone()),
                 reason: cut(&refusal.reason),
                 principal: situation.user.map(|user| format!("client {}", user.client)),
-                user: situation.user.map(recorded_user),
+                user: situation.user.map(RecordedUser::from),
                 chain: Vec::new(),
                 peer_address: Some(situation.remote.to_string()),
                 method: cut(situation.method),
@@ -119,16 +119,6 @@ pub(crate) fn answer(
         response.headers_mut().append(name, value);
     }
     response
-}
-
-fn recorded_user(user: &User) -> RecordedUser {
-    RecordedUser {
-        id: user.id.clone(),
-        issuer: user.issuer.clone(),
-        client: user.client.clone(),
-        scopes: user.scopes.clone(),
-        groups: user.groups.clone(),
-    }
 }
 
 fn cut(text: &str) -> String {

@@ -591,7 +591,7 @@ impl ServicePolicy {
         record.policy_version = Some(self.shared.version.to_string());
         if let Some(caller) = caller {
             record.principal = Some(cut(&caller.principal.to_string()));
-            record.user = caller.user.as_deref().map(recorded_user);
+            record.user = caller.user.as_deref().map(RecordedUser::from);
             record.chain = caller.chain.iter().map(ToString::to_string).collect();
             record.peer_address = caller.address.map(|address| address.to_string());
         }
@@ -607,13 +607,15 @@ impl Understood<'_> {
     }
 }
 
-fn recorded_user(user: &User) -> RecordedUser {
-    RecordedUser {
-        id: user.id.clone(),
-        issuer: user.issuer.clone(),
-        client: user.client.clone(),
-        scopes: user.scopes.clone(),
-        groups: user.groups.clone(),
+impl From<&User> for RecordedUser {
+    fn from(user: &User) -> Self {
+        Self {
+            id: user.id.clone(),
+            issuer: user.issuer.clone(),
+            client: user.client.clone(),
+            scopes: user.scopes.clone(),
+            groups: user.groups.clone(),
+        }
     }
 }
 
