@@ -10,6 +10,7 @@ use thiserror::Error;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use crate::hex;
 use crate::id::{IdError, SpiffeId, TrustDomain};
 
 /// Largest certificate looked at.
@@ -85,7 +86,7 @@ pub fn parse(der: &CertificateDer<'_>) -> Result<Leaf, LeafError> {
     check_key(&certificate)?;
     Ok(Leaf {
         id,
-        serial: hex(certificate.raw_serial()),
+        serial: hex::encode(certificate.raw_serial()),
         not_before: since_epoch(certificate.validity().not_before.timestamp()),
         not_after: since_epoch(certificate.validity().not_after.timestamp()),
         public_key: certificate.public_key().subject_public_key.data.to_vec(),
@@ -191,13 +192,4 @@ fn check_key(certificate: &X509Certificate<'_>) -> Result<(), LeafError> {
 
 fn since_epoch(seconds: i64) -> Duration {
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _infallible = write!(text, "{byte:02x}");
-        text
-    })
 }

@@ -14,15 +14,19 @@
 //! | [`workload_api`] | the SPIFFE Workload API: generated types and the client |
 //! | [`jws`], [`json`] | compact JWS and JSON, parsed so that a document has one meaning |
 //! | [`txn`] | transaction tokens: on whose behalf a request travels, and through whom |
-//! | [`clock`], [`scope`] | time and task lifetimes, passed in so that they can be simulated |
+//! | [`clock`], [`random`], [`scope`] | time, randomness and task lifetimes, passed in so that they can be simulated |
+//! | [`files`], [`hex`] | secret files and state directories; hexadecimal |
 
 pub mod bundle;
 pub mod clock;
+pub mod files;
+pub mod hex;
 pub mod id;
 pub mod json;
 pub mod jws;
 pub mod leaf;
 pub mod peer;
+pub mod random;
 pub mod scope;
 pub mod source;
 pub mod svid;
