@@ -22,16 +22,16 @@ mod backoff;
 pub mod control;
 pub mod csr;
 pub mod entry;
-mod hex;
 mod keyfile;
 pub mod mesh;
 pub mod model;
 mod pb;
 pub mod random;
 mod socket;
-mod state;
 mod transport;
 
+use identity::{files as state, hex};
+
+pub use identity::files::StateError;
 pub use keyfile::KeyFileError;
 pub use socket::SocketError;
-pub use state::StateError;

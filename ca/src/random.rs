@@ -2,6 +2,10 @@
 //!
 //! Private keys and signatures always use the machine's generator, whatever is passed here: a
 //! simulation must never be one mistake away from predictable keys.
+//!
+//! This is a trait of its own beside `identity::random::SharedRandom`, because ring seals its trait: no
+//! generator but ring's can implement that one, and the tests of rotation and backoff need one that gives
+//! the same bytes at every run.
 
 use std::sync::Arc;
 use std::time::Duration;
