@@ -401,8 +401,7 @@ impl IssuerClient {
                 Some(running) => running.clone(),
                 None => {
                     let now = self.clock.now();
-                    let scheduled =
-                        if state.current.is_some() { RETRY_SPACING } else { FIRST_FETCH_SPACING };
+                    let scheduled = if state.current.is_some() { RETRY_SPACING } else { FIRST_FETCH_SPACING };
                     let (last, spacing) = match reason {
                         Reason::Schedule => (&mut state.last_scheduled, scheduled),
                         Reason::UnknownKid => (&mut state.last_unknown_kid, UNKNOWN_KID_SPACING),

@@ -38,20 +38,16 @@ pub mod target;
 #[cfg(test)]
 mod testing;
 
-use std::sync::Arc;
-
 pub use browser::{CALLBACK, LOGGED_OUT};
 pub use config::{
     Algorithm, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits,
 };
 pub use gateway::{Gateway, GatewayError};
 pub use https::Trust;
+pub use identity::random::SharedRandom;
 
 /// Any error, at seams where the kind no longer matters.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// Where randomness comes from.
-pub type SharedRandom = Arc<dyn ring::rand::SecureRandom + Send + Sync>;
 
 /// Paths of the gateway's own; nothing below it is routed to a service.
 pub const OWN_PREFIX: &str = "/.palisade/";

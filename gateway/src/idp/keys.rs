@@ -1,10 +1,8 @@
 //! The provider's keys on disk: one to sign with, one that never leaves.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
+use identity::files::{self, StateError};
 use identity::jws::{self, Compact};
 use ring::digest::{SHA256, digest};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -16,23 +14,13 @@ use zeroize::Zeroizing;
 const SIGNING_KEY: &str = "signing-key.der";
 const SECRET: &str = "secret.bin";
 const SECRET_BYTES: usize = 64;
-/// Largest key file read: a P-256 key in PKCS#8 has 138 bytes.
-const MAX_FILE_BYTES: u64 = 4096;
 
 /// Why keys cannot be made, read or used.
 #[derive(Debug, Error)]
 pub enum KeysError {
-    /// A file cannot be read or written.
-    #[error("the key file {path} cannot be used: {cause}")]
-    File {
-        /// Which.
-        path: String,
-        /// Why.
-        cause: io::Error,
-    },
-    /// Others can read it.
-    #[error("the key file {0} can be read by others; make it mode 0600, and replace it")]
-    Readable(String),
+    /// A file cannot be read or written, or others can read it: then its key is no secret any more.
+    #[error(transparent)]
+    File(#[from] StateError),
     /// Its contents are not a key of ours.
     #[error("the key file {0} does not hold the key it should")]
     Malformed(String),
@@ -128,46 +116,17 @@ fn read_or_make(
     path: &Path,
     make: impl FnOnce() -> Result<Zeroizing<Vec<u8>>, KeysError>,
 ) -> Result<Zeroizing<Vec<u8>>, KeysError> {
-    let failed = |cause| KeysError::File { path: path.display().to_string(), cause };
-    match File::open(path) {
-        Ok(file) => {
-            let metadata = file.metadata().map_err(failed)?;
-            if metadata.mode() & 0o077 != 0 {
-                return Err(KeysError::Readable(path.display().to_string()));
-            }
-            let mut bytes = Zeroizing::new(Vec::new());
-            file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(failed)?;
-            Ok(bytes)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let bytes = make()?;
-            write_new(path, &bytes).map_err(failed)?;
-            Ok(bytes)
-        }
-        Err(error) => Err(failed(error)),
+    if let Some(kept) = files::read_private(path)? {
+        return Ok(kept);
     }
-}
-
-/// Under another name first: a crash leaves no half key behind.
-fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let draft = path.with_extension("new");
-    match std::fs::remove_file(&draft) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&draft, path)?;
-    match path.parent() {
-        Some(directory) => File::open(directory)?.sync_all(),
-        None => Ok(()),
-    }
+    let made = make()?;
+    files::write_private(path, &made)?;
+    Ok(made)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
     use super::*;
 
@@ -186,7 +145,10 @@ mod tests {
         let key = directory.path().join(SIGNING_KEY);
         assert_eq!(std::fs::metadata(&key).unwrap().mode() & 0o777, 0o600);
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(matches!(Keys::open(directory.path(), &random), Err(KeysError::Readable(_))));
+        assert!(matches!(
+            Keys::open(directory.path(), &random),
+            Err(KeysError::File(StateError::FileMode { .. }))
+        ));
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&key, b"not a key").unwrap();
         assert!(matches!(Keys::open(directory.path(), &random), Err(KeysError::Malformed(_))));
