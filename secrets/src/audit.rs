@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use identity::hex;
 use ring::digest::{SHA256, digest};
 use ring::hmac;
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,6 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::barrier::{Keyring, Purpose};
-use crate::random::hex;
 
 /// How many lines may be cut off unnoticed: every so many the head is noted behind the barrier.
 pub const CHECKPOINT_INTERVAL_ENTRIES: u64 = 1024;
@@ -124,7 +124,7 @@ impl Redactor {
 
     /// `hmac-sha256:…` of a text.
     pub fn text(&self, text: &str) -> String {
-        format!("hmac-sha256:{}", hex(hmac::sign(&self.0, text.as_bytes()).as_ref()))
+        format!("hmac-sha256:{}", hex::encode(hmac::sign(&self.0, text.as_bytes()).as_ref()))
     }
 
     /// A document with every value replaced; keys stay, as in Vault. Numbers and booleans are values too:
@@ -252,7 +252,7 @@ impl Audit {
         if line.len() > MAX_LINE_BYTES {
             return Err(AuditError::Line);
         }
-        let hash = hex(digest(&SHA256, &line).as_ref());
+        let hash = hex::encode(digest(&SHA256, &line).as_ref());
         line.push(b'\n');
         if let Err(error) = chain.file.write_all(&line) {
             let whole = chain.bytes;
@@ -296,7 +296,7 @@ fn find_end(file: &mut File, length: u64) -> std::io::Result<Option<(u64, Head)>
     let last = whole.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
     let Ok(link) = serde_json::from_slice::<Link>(last) else { return Ok(None) };
     let bytes = start + u64::try_from(end).unwrap_or(0) + 1;
-    Ok(Some((bytes, Head { seq: link.seq, hash: hex(digest(&SHA256, last).as_ref()) })))
+    Ok(Some((bytes, Head { seq: link.seq, hash: hex::encode(digest(&SHA256, last).as_ref()) })))
 }
 
 /// Follows the chain from the first line to the last and returns its head.
@@ -323,7 +323,7 @@ pub fn verify(input: impl std::io::Read, noted: Option<&Head>) -> Result<Head, F
         if link.seq != number || link.prev != head.hash {
             return Err(Fault::Chain { line: number });
         }
-        head = Head { seq: number, hash: hex(digest(&SHA256, &line).as_ref()) };
+        head = Head { seq: number, hash: hex::encode(digest(&SHA256, &line).as_ref()) };
         seen |= noted == Some(&head);
     }
     match noted {

@@ -6,6 +6,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use identity::hex;
 use ring::hmac;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
@@ -140,7 +141,7 @@ pub fn parse_share(text: &SecretString, config: &SealConfig) -> Result<Share, Se
     let text = text.expose_secret().trim();
     let base64 = || STANDARD.decode(text).ok().map(Zeroizing::new);
     // 64 or 66 hexadecimal digits are base64 too; the length tells which was meant.
-    [random::unhex(text), base64()]
+    [hex::decode(text), base64()]
         .into_iter()
         .flatten()
         .find(|share| share.len() == config.share_bytes())
@@ -326,7 +327,7 @@ mod tests {
     fn shares_read_in_hexadecimal_and_base64_and_in_nothing_else() {
         for (n, k) in [(1, 1), (3, 2)] {
             let (config, shares) = SealConfig::create(n, k, &root(), &random()).unwrap();
-            for text in [random::hex(&shares[0]), STANDARD.encode(&shares[0])] {
+            for text in [hex::encode(&shares[0]), STANDARD.encode(&shares[0])] {
                 assert_eq!(parse_share(&text.into(), &config).unwrap(), shares[0]);
             }
             for bad in ["", "zz", "abcd", &"0".repeat(62)] {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+use identity::files::{self, StateError};
 use redb::{Database, ReadableDatabase as _, TableDefinition};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
@@ -28,21 +29,16 @@ const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records"
 /// Why a record could not be read or written. None of it names a record's content.
 #[derive(Debug, Error)]
 pub enum StorageError {
-    /// The state directory cannot be made or read.
-    #[error("the state directory {path} cannot be used")]
-    Directory {
-        /// Which directory.
+    /// The state directory is not ours alone, or cannot be made.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The database's file cannot be made, or no thread for it.
+    #[error("the database {path} cannot be made")]
+    File {
+        /// Which file.
         path: PathBuf,
         /// What the system says.
         source: std::io::Error,
-    },
-    /// Others than the owner may enter the state directory.
-    #[error("the state directory {path} is open to others (mode {mode:o}); make it 0700")]
-    Permissions {
-        /// Which directory.
-        path: PathBuf,
-        /// Its mode bits.
-        mode: u32,
     },
     /// Another process has the database open.
     #[error("the database {path} is open in another process")]
@@ -146,7 +142,7 @@ impl RedbStorage {
     /// # Errors
     /// A directory that others may enter, a file in use by another process, a file that is not redb's.
     pub fn open(directory: &Path) -> Result<Self, StorageError> {
-        prepare_directory(directory)?;
+        files::private_directory(directory)?;
         let path = directory.join(FILE_NAME);
         let database = open_database(&path)?;
         // The table exists from the start, so that no reader has to treat its absence as a case.
@@ -162,7 +158,7 @@ impl RedbStorage {
         let writer = std::thread::Builder::new()
             .name("vault-writer".into())
             .spawn(move || write_loop(&for_writer, queue))
-            .map_err(|source| StorageError::Directory { path, source })?;
+            .map_err(|source| StorageError::File { path, source })?;
         Ok(Self { database, writes: Some(writes), writer: Some(writer) })
     }
 
@@ -210,23 +206,12 @@ impl Storage for RedbStorage {
     }
 }
 
-fn prepare_directory(directory: &Path) -> Result<(), StorageError> {
-    use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
-    let failed = |source| StorageError::Directory { path: directory.to_owned(), source };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
-    let mode = std::fs::metadata(directory).map_err(failed)?.mode() & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(StorageError::Permissions { path: directory.to_owned(), mode });
-    }
-    Ok(())
-}
-
 fn open_database(path: &Path) -> Result<Database, StorageError> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let failed = |source: redb::Error| StorageError::Open { path: path.to_owned(), source: Box::new(source) };
     // Made with its mode, never made and then narrowed.
     let made = std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
-    made.map_err(|source| StorageError::Directory { path: path.to_owned(), source })?;
+    made.map_err(|source| StorageError::File { path: path.to_owned(), source })?;
     match Database::builder().set_cache_size(CACHE_BYTES).create(path) {
         Ok(database) => Ok(database),
         Err(redb::DatabaseError::DatabaseAlreadyOpen) => Err(StorageError::InUse { path: path.to_owned() }),
@@ -369,7 +354,7 @@ pub(crate) mod tests {
         let file = std::fs::metadata(state.join(FILE_NAME)).unwrap();
         assert_eq!(file.permissions().mode() & 0o777, 0o600);
         std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(matches!(RedbStorage::open(&state), Err(StorageError::Permissions { .. })));
+        assert!(matches!(RedbStorage::open(&state), Err(StorageError::State(StateError::Mode { .. }))));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use identity::SpiffeId;
+use identity::{SpiffeId, hex};
 use ring::hmac;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
@@ -312,7 +312,7 @@ async fn read_all(barrier: &Barrier) -> Result<Vec<Token>, TokenError> {
 
 fn hash(keyring: &Keyring, text: &str) -> String {
     let key = keyring.derive(Purpose::TokenHmac);
-    random::hex(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key.as_slice()), text.as_bytes()).as_ref())
+    hex::encode(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key.as_slice()), text.as_bytes()).as_ref())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
+use identity::hex;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
@@ -293,11 +294,11 @@ fn own_token(caller: &Caller) -> Result<&Presented, ApiError> {
 async fn init(core: &Core, shares: u8, threshold: u8) -> Result<Reply, ApiError> {
     use base64::Engine as _;
     let init = core.init(shares, threshold).await?;
-    let hex: Vec<String> = init.shares.iter().map(|share| random::hex(share)).collect();
+    let in_hex: Vec<String> = init.shares.iter().map(|share| hex::encode(share)).collect();
     let base64: Vec<String> =
         init.shares.iter().map(|share| base64::engine::general_purpose::STANDARD.encode(share)).collect();
     Reply::plain(&json!({
-        "keys": hex,
+        "keys": in_hex,
         "keys_base64": base64,
         "root_token": init.root_token.expose_secret(),
     }))
