@@ -43,7 +43,7 @@ impl Access {
         let compare = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).ok().filter(|_| usable);
         let key = hmac::Key::new(hmac::HMAC_SHA256, token.expose_secret().as_bytes());
         let tag = hmac::sign(&key, b"palisade console cookie v1");
-        let cookie = tag.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let cookie = identity::hex::encode(tag.as_ref());
         Self { compare, token, cookie }
     }
 

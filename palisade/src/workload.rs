@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use identity::clock::SharedClock;
+pub(crate) use identity::random::SharedRandom;
 use identity::{IdentitySource, Scope, SystemClock};
 use policy::{Mode, Policies, ServicePolicy};
-use ring::rand::SecureRandom;
 
 use crate::Global;
 use crate::cmd::config;
@@ -14,9 +14,6 @@ use crate::credentials::Credentials;
 use crate::failure::Failure;
 use crate::logging;
 use crate::mesh::{self, Mesh};
-
-/// The machine's generator, as most crates take it.
-pub(crate) type SharedRandom = Arc<dyn SecureRandom + Send + Sync>;
 
 /// What a verb works with.
 pub(crate) struct Workload {
@@ -38,7 +35,7 @@ impl Workload {
                 std::env::var_os("CREDENTIALS_DIRECTORY"),
             ),
             clock: SystemClock::shared(),
-            random: Arc::new(ring::rand::SystemRandom::new()),
+            random: identity::random::system(),
         })
     }
 

@@ -1,8 +1,8 @@
 //! The version of a policies directory: a hash of every file read.
 
 use std::fmt;
-use std::fmt::Write as _;
 
+use identity::hex;
 use ring::digest::{Context, SHA256};
 
 /// Bytes of the hash that are kept: 48 bits tell a mesh's policies apart; it is no proof of content.
@@ -20,12 +20,7 @@ impl PolicyVersion {
             hash.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
             hash.update(part.as_bytes());
         }
-        let mut text = String::new();
-        for byte in hash.finish().as_ref().iter().take(VERSION_BYTES) {
-            // Writing to a String cannot fail.
-            write!(text, "{byte:02x}").unwrap_or_default();
-        }
-        Self(text)
+        Self(hex::encode(hash.finish().as_ref().get(..VERSION_BYTES).unwrap_or_default()))
     }
 
     /// The text.

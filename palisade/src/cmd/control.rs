@@ -1,16 +1,14 @@
 //! `palisade control`: the certificate authority, registrations, decisions, and the console.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::TcpListener;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ca::control::{Control, ControlConfig, Entry, Selectors};
 use ca::random::SystemRandom;
-use identity::Scope;
+use identity::{Scope, files, hex};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::Global;
@@ -85,7 +83,7 @@ fn entry(registration: Registration) -> Entry {
             uid: attest.uid,
             gid: attest.gid,
             path: attest.path,
-            sha256: attest.sha256.map(|digest| digest.iter().map(|byte| format!("{byte:02x}")).collect()),
+            sha256: attest.sha256.map(|digest| hex::encode(&digest)),
         },
         dns,
         ips,
@@ -111,25 +109,20 @@ fn serve_console(listener: TcpListener, router: axum::Router, scope: &Scope) -> 
 /// The token in the state directory, made at the first start.
 fn console_token(state: &Path, random: &SharedRandom) -> Result<SecretString, Failure> {
     let path = state.join(CONSOLE_TOKEN_FILE);
-    let failed = |error: &std::io::Error| {
+    let failed = |error: &dyn std::error::Error| {
         Failure::new(format!("the console's token in {} cannot be used", path.display())).because(error)
     };
     match fs::read_to_string(&path) {
         Ok(token) if !token.trim().is_empty() => return Ok(SecretString::from(token.trim())),
-        Ok(_) => fs::remove_file(&path).map_err(|error| failed(&error))?,
+        Ok(_) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(&error)),
     }
     let mut bytes = zeroize::Zeroizing::new([0; CONSOLE_TOKEN_BYTES]);
     random.fill(bytes.as_mut()).map_err(|_| Failure::new("the system's random generator failed"))?;
-    let token = SecretString::from(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(|error| failed(&error))?;
-    fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .and_then(|mut file| file.write_all(token.expose_secret().as_bytes()))
+    let token = SecretString::from(hex::encode(bytes.as_ref()));
+    files::private_directory(state)
+        .and_then(|()| files::write_private(&path, token.expose_secret().as_bytes()))
         .map_err(|error| failed(&error))?;
     Ok(token)
 }
@@ -160,12 +153,13 @@ mod tests {
     #[test]
     fn the_consoles_token_is_made_once_and_is_private() {
         let directory = tempfile::tempdir().unwrap();
-        let random: SharedRandom = Arc::new(ring::rand::SystemRandom::new());
-        let first = console_token(directory.path(), &random).unwrap();
-        let second = console_token(directory.path(), &random).unwrap();
+        let state = directory.path().join("state");
+        let random = identity::random::system();
+        let first = console_token(&state, &random).unwrap();
+        let second = console_token(&state, &random).unwrap();
         assert_eq!(first.expose_secret(), second.expose_secret());
         assert_eq!(first.expose_secret().len(), 2 * CONSOLE_TOKEN_BYTES);
-        let mode = fs::metadata(directory.path().join(CONSOLE_TOKEN_FILE)).unwrap().mode();
+        let mode = fs::metadata(state.join(CONSOLE_TOKEN_FILE)).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 }

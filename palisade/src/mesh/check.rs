@@ -748,13 +748,5 @@ pub(crate) fn origin(url: &Url) -> String {
 }
 
 fn digest(text: &str) -> Option<[u8; 32]> {
-    if text.len() != 64 {
-        return None;
-    }
-    let mut digest = [0; 32];
-    for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-    }
-    // `from_str_radix` takes a sign.
-    text.bytes().all(|b| b.is_ascii_hexdigit()).then_some(digest)
+    identity::hex::decode(text)?.as_slice().try_into().ok()
 }

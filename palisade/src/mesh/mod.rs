@@ -271,8 +271,7 @@ fn humane_if_given<S: Serializer>(duration: &Option<Duration>, serializer: S) ->
 
 #[expect(clippy::ref_option, reason = "the shape that serde's serialize_with calls")]
 fn hex<S: Serializer>(digest: &Option<[u8; 32]>, serializer: S) -> Result<S::Ok, S::Error> {
-    let digits: String = digest.iter().flatten().map(|byte| format!("{byte:02x}")).collect();
-    serializer.serialize_str(&digits)
+    serializer.serialize_str(&identity::hex::encode(digest.as_ref().map_or(&[], |digest| digest.as_slice())))
 }
 
 /// The identity of one of the mesh's own processes.
