@@ -138,6 +138,8 @@ fn hash(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use http::header::COOKIE;
     use identity::clock::ManualClock;
     use ring::rand::SystemRandom;
@@ -154,18 +156,19 @@ mod tests {
         headers
     }
 
+    fn parts() -> (Sealer, SystemRandom, Arc<ManualClock>) {
+        let clock = ManualClock::at(Duration::from_secs(1000));
+        (Sealer::from_bytes(&[7; 32]).unwrap(), SystemRandom::new(), clock)
+    }
+
+    fn flows<'a>(sealer: &'a Sealer, random: &'a SystemRandom, clock: &'a ManualClock) -> Flows<'a> {
+        Flows { sealer, random, clock, cookie_prefix: "__Host-f-", purpose: "login" }
+    }
+
     #[test]
     fn gateway_21_each_flow_needs_its_own_browser_purpose_and_time() {
-        let sealer = Sealer::from_bytes(&[7; 32]).unwrap();
-        let random = SystemRandom::new();
-        let clock = ManualClock::at(Duration::from_secs(1000));
-        let flows = Flows {
-            sealer: &sealer,
-            random: &random,
-            clock: &*clock,
-            cookie_prefix: "__Host-f-",
-            purpose: "login",
-        };
+        let (sealer, random, clock) = parts();
+        let flows = flows(&sealer, &random, &clock);
         let begun: Vec<Begun> = (0..20).map(|n| flows.begin(&HeaderMap::new(), n).unwrap()).collect();
         let all: Vec<String> = begun.iter().map(|flow| back(&flow.cookies[0])).collect();
         for (n, flow) in begun.iter().enumerate() {
@@ -185,16 +188,8 @@ mod tests {
 
     #[test]
     fn abandoned_flows_do_not_fill_the_cookie_header() {
-        let sealer = Sealer::from_bytes(&[7; 32]).unwrap();
-        let random = SystemRandom::new();
-        let clock = ManualClock::at(Duration::from_secs(1000));
-        let flows = Flows {
-            sealer: &sealer,
-            random: &random,
-            clock: &*clock,
-            cookie_prefix: "__Host-f-",
-            purpose: "login",
-        };
+        let (sealer, random, clock) = parts();
+        let flows = flows(&sealer, &random, &clock);
         let open: Vec<String> = (0..MAX_OPEN).map(|n| format!("__Host-f-{n}=x")).collect();
         assert_eq!(flows.begin(&request(&open[1..]), ()).unwrap().cookies.len(), 1);
         assert_eq!(flows.begin(&request(&open), ()).unwrap().cookies.len(), MAX_OPEN + 1);
