@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ca::control::{Control, ControlConfig, Entry, Selectors};
+use ca::KeyFileError;
+use ca::control::{Control, ControlConfig, ControlError, Entry, Selectors};
 use ca::random::SystemRandom;
 use identity::{Scope, files, hex};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -35,6 +36,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let mesh = &workload.mesh;
     let passphrase = workload.credentials.text(Credential::CaPassphrase)?;
+    let console_credential = workload.credentials.optional_text(Credential::ConsoleToken)?;
     let console_listener = listen::tcp("the console", "[control] console", mesh.control.console)?;
     let config = ControlConfig {
         trust_domain: mesh.mesh.trust_domain.clone(),
@@ -51,8 +53,8 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     serve::run("control", DRAIN, async |scope| {
         let control = Control::start(config, Arc::clone(&workload.clock), SystemRandom::shared(), &scope)
             .await
-            .map_err(|error| not_started("control", &error))?;
-        let token = match workload.credentials.optional_text(Credential::ConsoleToken)? {
+            .map_err(|error| refused(&error))?;
+        let token = match console_credential {
             Some(token) => token,
             None => console_token(&mesh.control.state, &workload.random)?,
         };
@@ -61,6 +63,18 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         serve_console(console_listener, router, &scope)?;
         Ok(control)
     })
+}
+
+fn refused(error: &ControlError) -> Failure {
+    let failure = not_started("control", error);
+    match error {
+        ControlError::KeyFile(KeyFileError::Passphrase(_)) => Failure { exit: Exit::Invalid, ..failure }
+            .hint(format!(
+                "the credential {} is not the one that this authority was made with",
+                Credential::CaPassphrase.file_name()
+            )),
+        _ => failure,
+    }
 }
 
 /// The registrations of mesh.toml as control takes them.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gateway::config::{Algorithm, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits};
+use gateway::gateway::SERVICE;
 use gateway::{Gateway, GatewayConfig, Trust};
 use identity::IdentitySource;
 
@@ -14,7 +15,7 @@ use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Mesh, Own};
 use crate::serve;
-use crate::workload::{Workload, not_started};
+use crate::workload::{Workload, no_policy, not_started};
 
 /// How long requests under way may go on once the gateway is asked to end: as long as a service's own.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -41,6 +42,9 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let gateway = workload.mesh.gateway.as_ref().ok_or_else(|| workload.no_section("gateway"))?;
     let policies = workload.policies()?;
+    if policies.service(SERVICE).is_none() {
+        return Err(no_policy(&workload.mesh.mesh.policies, SERVICE));
+    }
     let listen = listen::tcp("the gateway", "[gateway] listen", gateway.listen)?;
     let client_secret = workload.credentials.text(Credential::OidcClientSecret)?;
     let seal_key =

@@ -47,7 +47,8 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
             let failure = not_started("the provider", &error);
             match error {
                 // Starting it again would read the same file.
-                IdpError::Users(_) => Failure { exit: Exit::Invalid, ..failure },
+                IdpError::Users(_) => Failure { exit: Exit::Invalid, ..failure }
+                    .hint("[idp] users in mesh.toml names the file of people and password hashes"),
                 _ => failure,
             }
         })

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use secrets::{Vault, VaultConfig};
+use secrets::{POLICY_SERVICE, Vault, VaultConfig, VaultError};
 
 use crate::Global;
 use crate::credentials::Credential;
@@ -11,7 +11,7 @@ use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::serve;
-use crate::workload::{Workload, not_started};
+use crate::workload::{Workload, no_policy, not_started};
 
 /// How long requests under way may go on once the vault is asked to end: reads and writes are short.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -20,6 +20,9 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let vault = workload.mesh.vault.as_ref().ok_or_else(|| workload.no_section("vault"))?;
     let policies = workload.policies()?;
+    if policies.service(POLICY_SERVICE).is_none() {
+        return Err(no_policy(&workload.mesh.mesh.policies, POLICY_SERVICE));
+    }
     let config = VaultConfig {
         state: vault.state.clone(),
         listen: listen::tcp("the vault", "[vault] listen", vault.listen)?,
@@ -33,6 +36,21 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         Vault::start(config, source, policies, recorder, clock, random, &scope)
             .await
-            .map_err(|error| not_started("the vault", &error))
+            .map_err(|error| refused(&error))
     })
+}
+
+fn refused(error: &VaultError) -> Failure {
+    let failure = not_started("the vault", error);
+    let credential = Credential::VaultUnsealKey.file_name();
+    match error {
+        // Starting it again would read the same key.
+        VaultError::Unseal(_) => Failure { exit: Exit::Invalid, ..failure }.hint(format!(
+            "put the key that this vault was initialized with into the credential {credential}, or take it away \
+             and unseal by hand"
+        )),
+        VaultError::UnsealShares { .. } => Failure { exit: Exit::Invalid, ..failure }
+            .hint(format!("take the credential {credential} away and unseal by hand")),
+        _ => failure,
+    }
 }
