@@ -1,42 +1,17 @@
 //! Whole outputs of the command line, compared with `tests/expected/NAME.txt`.
-//!
-//! Run with `UPDATE_EXPECTED=1` to write the files anew, and read the diff.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot run its command has failed")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot run its command has failed")]
+
+mod shown;
 
 use std::path::Path;
-use std::process::Command;
 
-/// Runs `palisade` in tests/config and gives its exit code, standard output and standard error as one text.
-fn palisade(args: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_palisade"))
-        .args(args)
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config"))
-        .env("NO_COLOR", "1")
-        .env_remove("CREDENTIALS_DIRECTORY")
-        .env_remove("COLUMNS")
-        .output()
-        .unwrap();
-    let here = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/config");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replace(here, "HERE");
-    format!(
-        "$ palisade {}\nexit code {}\n-- standard output\n{}-- standard error\n{}",
-        args.join(" "),
-        output.status.code().map_or_else(|| "none".to_owned(), |code| code.to_string()),
-        text(output.stdout),
-        text(output.stderr)
-    )
-}
+use shown::Place;
 
+/// Runs `palisade` in tests/config and compares all that it prints.
 #[track_caller]
 fn expect(name: &str, args: &[&str]) {
-    let seen = palisade(args);
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/expected/{name}.txt"));
-    if std::env::var_os("UPDATE_EXPECTED").is_some() {
-        std::fs::write(&path, &seen).unwrap();
-    }
-    let expected = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(seen == expected, "{} differs from what is printed now:\n{seen}", path.display());
+    Place::new(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config")).expect(name, args);
 }
 
 #[test]
