@@ -229,7 +229,7 @@ async fn identity_11_from_join_token_to_a_verified_svid() {
 /// identity 26: the chain verifies with OpenSSL.
 fn openssl_verifies(world: &World, svid: &X509Svid, bundle_pem: &str) {
     if Command::new("openssl").arg("version").output().is_err() {
-        eprintln!("SKIPPED the check with OpenSSL: there is no openssl here (Debian package openssl)");
+        identity::testing::skip("no openssl here (Debian package openssl)");
         return;
     }
     let (root, leaf) = (world.path("root.pem"), world.path("leaf.der"));
@@ -707,7 +707,7 @@ async fn child_that_asks_for_an_identity() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn security_14_the_socket_used_by_another_user() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: only root can start a process of another user");
+        identity::testing::skip("only root can start a process of another user");
         return;
     }
     const NOBODY: u32 = 65_534;
@@ -752,11 +752,11 @@ async fn identity_5_the_python_spiffe_client_is_served() {
             PathBuf::from(String::from_utf8_lossy(&outcome.stdout).trim().to_owned())
         }
         Ok(_) => {
-            eprintln!("SKIPPED: python3 has no package spiffe (pip install spiffe)");
+            identity::testing::skip("python3 has no package spiffe (pip install spiffe)");
             return;
         }
         Err(error) => {
-            eprintln!("SKIPPED: there is no python3 here ({error})");
+            identity::testing::skip(&format!("no python3 here ({error})"));
             return;
         }
     };

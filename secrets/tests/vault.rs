@@ -653,11 +653,11 @@ async fn pypi_hvac_drives_the_operators_listener() {
     match python(&["-c".as_ref(), "import hvac".as_ref()]) {
         Ok(output) if output.status.success() => {}
         Ok(_) => {
-            println!("SKIPPED: python3 cannot import hvac (pip install hvac)");
+            identity::testing::skip("python3 cannot import hvac (pip install hvac)");
             return;
         }
         Err(error) => {
-            println!("SKIPPED: python3 cannot be run: {error}");
+            identity::testing::skip(&format!("python3 cannot be run: {error}"));
             return;
         }
     }

@@ -1,13 +1,8 @@
 //! Trace contexts of our own making.
 
-use std::sync::Arc;
-
-use ring::rand::SecureRandom;
-
 use crate::headers::TraceParent;
 
-/// Randomness as a parameter, so that a seeded simulation can own it.
-pub type SharedRandom = Arc<dyn SecureRandom + Send + Sync>;
+pub use identity::random::SharedRandom;
 
 /// A new span: in the caller's trace if it has one, else in a trace of its own.
 pub fn child(parent: Option<TraceParent>, random: &SharedRandom) -> TraceParent {

@@ -74,8 +74,7 @@ impl Layout {
     pub(crate) fn sockets(&self) -> PathBuf {
         let mut name = format!("{}:", rustix::process::getuid().as_raw()).into_bytes();
         name.extend_from_slice(self.state.as_os_str().as_encoded_bytes());
-        let hash = ring::digest::digest(&ring::digest::SHA256, &name);
-        let short: String = hash.as_ref().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        std::env::temp_dir().join(format!("palisade-{short}"))
+        let hash = identity::hex::sha256(&name);
+        std::env::temp_dir().join(format!("palisade-{}", hash.get(..12).unwrap_or(&hash)))
     }
 }

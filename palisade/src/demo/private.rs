@@ -4,11 +4,13 @@
 //! A real deployment keeps them in `LoadCredentialEncrypted=`, a TPM or a KMS; the demo's owner holds
 //! them all, and the ready file says so.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::error::Error;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 
+use identity::files::write_private;
 use identity::jws;
 use ring::rand::SecureRandom;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -42,18 +44,12 @@ pub(crate) fn keep(
 
 /// Writes a file that only its owner reads, whole or not at all; makes its directory.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), Failure> {
-    let attempt = || -> io::Result<()> {
-        let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let temporary = path.with_extension("new");
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)?;
-        File::open(directory)?.sync_all()
-    };
-    attempt().map_err(|error| Failure::new(format!("{} cannot be written", path.display())).because(&error))
+    let failed =
+        |cause: &dyn Error| Failure::new(format!("{} cannot be written", path.display())).because(cause);
+    if let Some(directory) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|error| failed(&error))?;
+    }
+    write_private(path, content).map_err(|error| failed(&error))
 }
 
 /// A random key, as text.

@@ -65,7 +65,8 @@ pub(crate) async fn supervise(
         Err(failure) => Err(failure),
     };
 
-    printer.progress("ending everything");
+    // After a Ctrl-C the terminal stands behind its ^C.
+    printer.progress("\nending everything");
     let again = serve::stop_signal()?;
     tokio::pin!(again);
     let ended = supervisor.stop();
@@ -77,6 +78,7 @@ pub(crate) async fn supervise(
             ended.await;
         }
     }
+    printer.progress("ended; no process is left");
     outcome.map(|()| Exit::Ok)
 }
 

@@ -409,27 +409,28 @@ fn show(ready: &Ready, file: &Path, took: Duration, printer: &Printer) -> Result
         rows.push(row(&format!("{name}-sidecar"), format!("{}, as {}", service.inbound, service.spiffe_id)));
     }
     let people: Vec<String> =
-        ready.users.iter().map(|(name, user)| format!("{name} / {}", user.password)).collect();
+        ready.users.iter().map(|(name, user)| format!("  log in   {name} / {}\n", user.password)).collect();
     let me = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("palisade"));
     let (me, file, state) = (me.display(), file.display(), ready.state.display());
     printer.data(&format!(
         "\n{}\n\
          All healthy {:.1} s after the first process started: alice has logged in and read her accounts.\n\n\
-         Log in at {} as {}\n\
-         (the certificate is the mesh's own: {})\n\
-         Console: {}\n\n\
+         Gateway   {gateway}\n{}\
+         Console   {}\n\
+         CA        {ca} (the mesh's own: tell your browser, or accept its warning)\n\
+         Vault     VAULT_ADDR=http://{}, its token is vault.root_token in {file}\n\n\
          Try:\n  \
          {me} demo attack --ready {file}\n  \
-         curl --cacert {} -H \"Authorization: Bearer $({me} demo token alice --ready {file})\" {}/api/accounts/42\n  \
-         {me} --config {state}/mesh.toml explain RECEIPT      # the receipt that the line above was refused with\n\n\
+         curl --cacert {ca} {gateway}/api/accounts/42 \\\n    \
+         -H \"Authorization: Bearer $({me} demo token alice --ready {file})\"\n  \
+         {me} --config {state}/mesh.toml explain RECEIPT\n\n\
          Logs are in {state}/logs. Ctrl-C ends everything.\n",
         printer::table(&["process", "pid", "where"], &rows),
         took.as_secs_f64(),
-        ready.gateway,
-        people.join(" or "),
-        ready.ca_bundle.display(),
+        people.concat(),
         ready.console,
-        ready.ca_bundle.display(),
-        ready.gateway,
+        ready.vault.addr,
+        gateway = ready.gateway,
+        ca = ready.ca_bundle.display(),
     ))
 }

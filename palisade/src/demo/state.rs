@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn somebody_elses_directory_is_an_error_with_the_command_that_mends_it() {
         if !rustix::process::geteuid().is_root() {
-            println!("skipped: giving a directory away needs root");
+            identity::testing::skip("giving a directory away needs root");
             return;
         }
         let parent = tempfile::tempdir().unwrap();
