@@ -46,13 +46,7 @@ impl Workload {
 
     /// The policy of `service`, in the mode that holds for the mesh.
     pub(crate) fn policy(&self, service: &str) -> Result<Arc<ServicePolicy>, Failure> {
-        let policies = self.policies()?;
-        let policy = policies.service(service).ok_or_else(|| no_policy(&self.mesh.mesh.policies, service))?;
-        Ok(match self.mesh.mesh.mode {
-            // What a service says of itself holds.
-            mesh::Mode::Enforce => policy,
-            mesh::Mode::Audit => Arc::new(policy.with_mode(Mode::Audit)),
-        })
+        policy(&self.mesh, service)
     }
 
     /// Our identity, as the agent gives and renews it.
@@ -73,6 +67,17 @@ pub(crate) fn policies(mesh: &Mesh) -> Result<Arc<Policies>, Failure> {
     Policies::load(directory, &mesh.mesh.trust_domain).map_err(|problems| {
         Failure::problems(&directory.display().to_string(), problems.0)
             .next(format!("mend it, then run `palisade --config {} policy check`", mesh.file.display()))
+    })
+}
+
+/// The policy of `service` as it is on disk now, in the mode that holds for the mesh.
+pub(crate) fn policy(mesh: &Mesh, service: &str) -> Result<Arc<ServicePolicy>, Failure> {
+    let policies = policies(mesh)?;
+    let policy = policies.service(service).ok_or_else(|| no_policy(&mesh.mesh.policies, service))?;
+    Ok(match mesh.mesh.mode {
+        // What a service says of itself holds.
+        mesh::Mode::Enforce => policy,
+        mesh::Mode::Audit => Arc::new(policy.with_mode(Mode::Audit)),
     })
 }
 

@@ -32,6 +32,7 @@ async fn the_whole_demo() {
     a_refusal_can_be_explained(&demo).await;
     every_attack_is_stopped_and_every_twin_succeeds(&demo);
     nothing_fails_while_every_svid_rotates_twice(&demo).await;
+    changed_policies_are_put_in_force_and_broken_ones_are_not(&demo).await;
     without_control_existing_identities_work_on(&demo).await;
     any_one_process_may_be_killed(&demo).await;
     let pids: Vec<u32> = demo.pids().into_values().collect();
@@ -193,6 +194,36 @@ async fn nothing_fails_while_every_svid_rotates_twice(demo: &Demo) {
     for (service, count) in &after {
         assert!(*count >= before[service] + 2, "{service} rotated {} times", count - before[service]);
     }
+}
+
+/// SIGHUP puts what is on disk in force, if it is right.
+async fn changed_policies_are_put_in_force_and_broken_ones_are_not(demo: &Demo) {
+    let state = demo.ready()["state"].as_str().unwrap().to_owned();
+    let file = std::path::Path::new(&state).join("policies/services/accounts/accounts.cedar");
+    let before = std::fs::read_to_string(&file).unwrap();
+    let token = demo.token("alice");
+    let reload = || support::signal(demo.pids()["accounts-sidecar"], "HUP");
+    let answers = async |status: u16| {
+        demo.until(&format!("accounts answers {status}"), async || {
+            demo.get("/api/accounts/17", Some(&token)).await.unwrap().0 == status
+        })
+        .await;
+    };
+    std::fs::write(&file, format!("{before}\n@id(\"closed\")\nforbid (principal, action, resource);\n")).unwrap();
+    reload();
+    answers(403).await;
+    // Broken: what was in force stays so. The log says when the attempt has been made.
+    std::fs::write(&file, "permit (principal, action,").unwrap();
+    reload();
+    let log = std::path::Path::new(&state).join("logs/accounts-sidecar.log");
+    demo.until("the refusal to reload is logged", async || {
+        std::fs::read_to_string(&log).unwrap().contains("policies not reloaded")
+    })
+    .await;
+    answers(403).await;
+    std::fs::write(&file, &before).unwrap();
+    reload();
+    answers(200).await;
 }
 
 /// Control is stopped, not killed, so that the supervisor does not bring it back under our hands.

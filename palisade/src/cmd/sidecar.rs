@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use identity::Scope;
 use sidecar::app::AppProtocol;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Sidecar, SidecarConfig};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Global;
 use crate::decisions;
@@ -12,7 +14,7 @@ use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Callee, Mesh, Own, Service};
 use crate::serve;
-use crate::workload::{Workload, not_started};
+use crate::workload::{self, Workload, not_started};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -36,9 +38,43 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Exit, Failure> {
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        Sidecar::start(config, source, policy, recorder, clock, random, &scope)
-            .map_err(|error| not_started("the sidecar", &error))
+        let sidecar = Sidecar::start(config, source, policy, recorder, clock, random, &scope)
+            .map_err(|error| not_started("the sidecar", &error))?;
+        reload_on_hangup(sidecar, args.service.clone(), &workload, &scope)
     })
+}
+
+/// Puts the policies in force that are there when SIGHUP arrives (`systemctl reload`). Ones that are wrong
+/// change nothing: what was in force stays so, and the log says what is wrong.
+fn reload_on_hangup(
+    sidecar: Sidecar,
+    service: String,
+    workload: &Workload,
+    scope: &Scope,
+) -> Result<(), Failure> {
+    let mut hangup = signal(SignalKind::hangup())
+        .map_err(|error| Failure::new("cannot listen for signals").because(&error))?;
+    let (mesh, draining) = (workload.mesh.clone(), scope.clone());
+    scope.spawn_critical("policy reload", async move {
+        loop {
+            tokio::select! {
+                _ = hangup.recv() => {}
+                () = draining.draining() => return,
+            }
+            match workload::policy(&mesh, &service) {
+                Ok(policy) => {
+                    tracing::info!(version = %policy.version(), "policies reloaded");
+                    sidecar.replace_policy(policy);
+                }
+                Err(failure) => tracing::error!(
+                    reason = failure.message,
+                    problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                    "policies not reloaded; the ones before stay in force"
+                ),
+            }
+        }
+    });
+    Ok(())
 }
 
 fn configure(name: &str, service: &Service, mesh: &Mesh) -> Result<SidecarConfig, Failure> {
