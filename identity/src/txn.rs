@@ -247,7 +247,32 @@ fn sign(svid: &X509Svid, kind: &str, claims: Map<String, Value>) -> Result<Strin
 pub struct Verifier {
     gateways: Vec<SpiffeId>,
     signers: Mutex<HashMap<[u8; 32], Signer>>,
-    used: Mutex<HashMap<[u8; 32], Duration>>,
+    used: Mutex<Used>,
+}
+
+/// Tokens of unsafe requests that were accepted and have not expired, by hash.
+#[derive(Debug, Default)]
+struct Used {
+    expires: HashMap<[u8; 32], Duration>,
+    /// Expired ones are dropped when there are so many: twice what was left the last time, so that the
+    /// cost a request stays constant and memory follows the traffic of a token's lifetime.
+    prune_at: usize,
+}
+
+impl Used {
+    fn insert(&mut self, token: [u8; 32], expires: Duration, now: Duration) -> Result<(), TxnError> {
+        if self.expires.len() >= self.prune_at {
+            self.expires.retain(|_, expires| *expires > now);
+            self.prune_at = (self.expires.len() * 2).max(MIN_PRUNE_AT);
+        }
+        if self.expires.len() >= MAX_USED {
+            return Err(TxnError::ReplayMemoryFull);
+        }
+        match self.expires.insert(token, expires) {
+            Some(_) => Err(TxnError::Replayed),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A signer's certificate that verified under the bundle of one identity generation.
@@ -280,6 +305,8 @@ pub struct Arrival<'a> {
 const MAX_SIGNERS: usize = 4096;
 /// Most unsafe requests remembered within a token's lifetime.
 const MAX_USED: usize = 1 << 20;
+/// Below so many, looking for expired ones is not worth it.
+const MIN_PRUNE_AT: usize = 1024;
 
 impl Verifier {
     /// A verifier that lets chains begin at these gateways only.
@@ -378,16 +405,7 @@ impl Verifier {
 
     fn use_once(&self, raw: &str, expires: Duration, now: Duration) -> Result<(), TxnError> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        if used.len() >= MAX_USED {
-            used.retain(|_, expires| *expires > now);
-            if used.len() >= MAX_USED {
-                return Err(TxnError::ReplayMemoryFull);
-            }
-        }
-        match used.insert(sha256(raw.as_bytes()), expires) {
-            Some(_) => Err(TxnError::Replayed),
-            None => Ok(()),
-        }
+        used.insert(sha256(raw.as_bytes()), expires, now)
     }
 
     /// Who signed a part: its type, its algorithm, its certificate and its signature, in that order.
@@ -709,6 +727,19 @@ mod tests {
         assert!(matches!(verifier.verify(&token, arrival), Err(TxnError::Replayed)));
         let unbound = mesh.at_web();
         assert!(matches!(verifier.verify(&unbound, arrival), Err(TxnError::WrongRequest)));
+    }
+
+    #[test]
+    fn spent_tokens_are_remembered_until_they_expire_and_no_longer() {
+        let (mut used, second) = (Used::default(), Duration::from_secs(1));
+        let token = |n: u64| sha256(&n.to_be_bytes());
+        for n in 0..10 * MIN_PRUNE_AT as u64 {
+            // Each lives 30 s, one a second comes: some thirty are alive at any moment.
+            let now = second * u32::try_from(n).unwrap();
+            used.insert(token(n), now + MAX_LIFETIME, now).unwrap();
+            assert!(matches!(used.insert(token(n), now + MAX_LIFETIME, now), Err(TxnError::Replayed)));
+            assert!(used.expires.len() <= MIN_PRUNE_AT);
+        }
     }
 
     #[test]

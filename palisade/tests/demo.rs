@@ -209,7 +209,8 @@ async fn changed_policies_are_put_in_force_and_broken_ones_are_not(demo: &Demo) 
         })
         .await;
     };
-    std::fs::write(&file, format!("{before}\n@id(\"closed\")\nforbid (principal, action, resource);\n")).unwrap();
+    std::fs::write(&file, format!("{before}\n@id(\"closed\")\nforbid (principal, action, resource);\n"))
+        .unwrap();
     reload();
     answers(403).await;
     // Broken: what was in force stays so. The log says when the attempt has been made.

@@ -21,7 +21,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
-use identity::{Identity, IdentitySource, Peer};
+use identity::{Identity, IdentitySource, Peer, SpiffeId};
 use policy::{
     AttributeSource, Attributes, BodyRule, Caller, Denial, ENTITIES_PATH, Layer, Mapped, Mode, Occasion,
     Outcome, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
@@ -46,6 +46,7 @@ const MAX_ENTITIES_BYTES: usize = 64 * 1024;
 /// Everything the inbound listener needs.
 pub struct Inbound {
     pub(crate) service: String,
+    pub(crate) id: SpiffeId,
     pub(crate) policy: Arc<ArcSwap<ServicePolicy>>,
     pub(crate) verifier: Verifier,
     pub(crate) app: App,
@@ -168,7 +169,10 @@ impl Inbound {
         let (mut parts, body) = request.into_parts();
         // One policy version judges the whole request, whatever is loaded meanwhile.
         let policy = self.policy.load_full();
-        let identity = self.source.valid_at(self.clock.now()).ok_or(Stop::NotReady)?;
+        // An agent that gave us somebody else's identity is misconfigured: serve nothing in that name.
+        let identity =
+            self.source.valid_at(self.clock.now()).filter(|identity| *identity.svid.id() == self.id);
+        let identity = identity.ok_or(Stop::NotReady)?;
 
         // One request or several? What two parsers could read differently is refused unread.
         if let Err(rule) = headers::check_framing(&parts) {
@@ -443,7 +447,7 @@ impl Inbound {
                 )
             }
             Err(Stop::NotReady) => {
-                let cause = "no valid identity yet";
+                let cause = "no valid identity of this service's own";
                 let response = answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &cause);
                 ended(response, "error", String::new(), Some(cause.to_owned()))
             }

@@ -103,6 +103,7 @@ impl Sidecar {
 
         let inbound = Inbound {
             service: config.service.clone(),
+            id: config.id.clone(),
             policy: Arc::clone(&policy),
             verifier: Verifier::new(config.gateways),
             app: App::new(config.app, config.app_protocol, config.request_timeout, clock.clone(), scope)?,
