@@ -411,6 +411,9 @@ fn show(ready: &Ready, file: &Path, took: Duration, printer: &Printer) -> Result
     let people: Vec<String> =
         ready.users.iter().map(|(name, user)| format!("  log in   {name} / {}\n", user.password)).collect();
     let me = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("palisade"));
+    // The other verbs look there by themselves.
+    let known = *file == super::ready_file(None);
+    let at = if known { String::new() } else { format!(" --ready {}", file.display()) };
     let (me, file, state) = (me.display(), file.display(), ready.state.display());
     printer.data(&format!(
         "\n{}\n\
@@ -420,9 +423,9 @@ fn show(ready: &Ready, file: &Path, took: Duration, printer: &Printer) -> Result
          CA        {ca} (the mesh's own: tell your browser, or accept its warning)\n\
          Vault     VAULT_ADDR=http://{}, its token is vault.root_token in {file}\n\n\
          Try:\n  \
-         {me} demo attack --ready {file}\n  \
+         {me} demo attack{at}\n  \
          curl --cacert {ca} {gateway}/api/accounts/42 \\\n    \
-         -H \"Authorization: Bearer $({me} demo token alice --ready {file})\"\n  \
+         -H \"Authorization: Bearer $({me} demo token alice{at})\"\n  \
          {me} --config {state}/mesh.toml explain RECEIPT\n\n\
          Logs are in {state}/logs. Ctrl-C ends everything.\n",
         printer::table(&["process", "pid", "where"], &rows),
