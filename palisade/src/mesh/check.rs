@@ -1,8 +1,7 @@
 //! Mistakes of meaning, and the way from text to [`Mesh`]: addresses, identities, references.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
@@ -10,11 +9,12 @@ use policy::{Problem, suggest};
 use toml::Spanned;
 use url::Url;
 
-use super::file::{AttestSection, MeshFile, Text};
+use super::file::{MeshFile, Text};
 use super::load::{MAX_PROBLEMS, Sections};
+use super::read::{Check, Reach};
 use super::{
-    Agent, AppProtocol, Attest, Callee, Control, Gateway, HostPort, Idp, Mesh, Mode, Own, Service,
-    ServiceName, Telemetry, Vault, Whole, Workload,
+    Agent, AppProtocol, Attest, Callee, Control, Gateway, Idp, Mesh, Mode, Own, Service, ServiceName,
+    Telemetry, Vault, Whole, Workload,
 };
 
 /// The host of what runs wherever it is started.
@@ -63,23 +63,6 @@ pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
     };
     // Fails only for a trust domain so long that the whole ID is over the standard's limit.
     trust_domain.workload(path).ok()
-}
-
-/// An address that something binds, for finding two that want the same.
-struct Bound {
-    host: String,
-    address: SocketAddr,
-    what: String,
-}
-
-struct Check<'a> {
-    file: &'a Path,
-    text: &'a str,
-    /// The directory that paths are relative to.
-    base: PathBuf,
-    declared: BTreeSet<String>,
-    problems: Vec<Problem>,
-    bound: Vec<Bound>,
 }
 
 impl Check<'_> {
@@ -531,201 +514,6 @@ impl Check<'_> {
     }
 }
 
-/// How far an address may reach.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reach {
-    /// This host only.
-    Loopback,
-    /// Other processes dial it as it is written, so it names one interface.
-    Dialled,
-    /// Whatever the machine has.
-    Any,
-}
-
-/// Values.
-impl Check<'_> {
-    fn bind(&mut self, text: Option<&Text>, default: &str, what: &str, reach: Reach) -> Option<SocketAddr> {
-        self.bind_on(ANY_HOST, text, default, what, reach)
-    }
-
-    fn bind_on(
-        &mut self,
-        host: &str,
-        text: Option<&Text>,
-        default: &str,
-        what: &str,
-        reach: Reach,
-    ) -> Option<SocketAddr> {
-        let written = text.map_or(default, |text| text.get_ref());
-        let mut complain = |message: String, hint: String| match text {
-            Some(text) => self.report(text, message, Some(hint)),
-            None => self.problems.push(Problem::file(self.file, message).hint(hint)),
-        };
-        let Ok(address) = written.parse::<SocketAddr>() else {
-            let hint = "write an IP address and a port, such as 127.0.0.1:8080";
-            complain(format!("{what}: `{written}` is not an address to listen on"), hint.into());
-            return None;
-        };
-        if address.port() == 0 {
-            complain(format!("{what}: port 0 is nobody's to find"), "choose a port".into());
-            return None;
-        }
-        if reach == Reach::Loopback && !address.ip().is_loopback() {
-            let hint = format!(
-                "use 127.0.0.1:{}; what leaves the host goes through a sidecar's mTLS",
-                address.port()
-            );
-            complain(format!("{what} must be on loopback, and {} is not", address.ip()), hint);
-            return None;
-        }
-        if reach == Reach::Dialled && address.ip().is_unspecified() {
-            let hint = "name the one address that other hosts dial";
-            complain(format!("{what}: {} cannot be dialled", address.ip()), hint.into());
-            return None;
-        }
-        let clash = |bound: &&Bound| bound.host == host && overlap(bound.address, address);
-        if let Some(other) = self.bound.iter().find(clash).map(|bound| bound.what.clone()) {
-            let message = format!("{address} is used twice: {other} and {what}");
-            let hint = "give each its own port".to_owned();
-            match text {
-                Some(text) => self.report(text, message, Some(hint)),
-                None => self.problems.push(Problem::file(self.file, message).hint(hint)),
-            }
-        }
-        self.bound.push(Bound { host: host.to_owned(), address, what: what.to_owned() });
-        Some(address)
-    }
-
-    fn same_place(&mut self, listen: SocketAddr) -> Option<HostPort> {
-        if listen.ip().is_unspecified() {
-            let problem =
-                Problem::file(self.file, "agents cannot tell where control is: it listens on every address");
-            self.problems.push(problem.hint("add control = \"HOST:PORT\" to [agent]"));
-            return None;
-        }
-        Some(HostPort { host: listen.ip().to_string(), port: listen.port() })
-    }
-
-    fn host_port(&mut self, text: &Text) -> Option<HostPort> {
-        // The URL parser knows names, IPv4 and bracketed IPv6, and refuses what is none of them.
-        let parsed = Url::parse(&format!("palisade://{}", text.get_ref())).ok().and_then(|url| {
-            let plain = url.path().is_empty() && url.username().is_empty() && url.query().is_none();
-            let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
-            plain.then_some(HostPort { host, port: url.port()? })
-        });
-        if parsed.is_none() {
-            let message = format!("`{}` is not host:port", text.get_ref());
-            self.report(text, message, Some("for example control.internal:4810".into()));
-        }
-        parsed
-    }
-
-    fn url(&mut self, text: &Text) -> Option<Url> {
-        let wrong = match Url::parse(text.get_ref()) {
-            Ok(url) if url.scheme() != "https" => "does not start with https://".to_owned(),
-            Ok(url) if url.host().is_none() => "names no host".to_owned(),
-            Ok(url)
-                if !url.username().is_empty()
-                    || url.password().is_some()
-                    || url.query().is_some()
-                    || url.fragment().is_some() =>
-            {
-                "holds more than scheme, host, port and path".to_owned()
-            }
-            Ok(url) => return Some(url),
-            Err(error) => format!("is not a URL: {error}"),
-        };
-        let hint = "for example https://id.example.org";
-        self.report(text, format!("`{}` {wrong}", text.get_ref()), Some(hint.into()));
-        None
-    }
-
-    fn own_url(&mut self, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
-        if listen.ip().is_unspecified() {
-            let hint = format!("add {key} = \"https://HOST:{}\"", listen.port());
-            self.report(at, "nobody can tell its URL from an address that stands for all".into(), Some(hint));
-            return None;
-        }
-        Url::parse(&format!("https://{listen}")).ok()
-    }
-
-    fn duration(
-        &mut self,
-        text: Option<&Text>,
-        default: Duration,
-        range: std::ops::RangeInclusive<Duration>,
-    ) -> Option<Duration> {
-        let Some(text) = text else { return Some(default) };
-        let duration = match humantime::parse_duration(text.get_ref()) {
-            Ok(duration) => duration,
-            Err(error) => {
-                let message = format!("`{}` is not a duration: {error}", text.get_ref());
-                self.report(text, message, Some("write it like 90s, 2m or 1h30m".into()));
-                return None;
-            }
-        };
-        if !range.contains(&duration) {
-            let shown = humantime::format_duration;
-            let message = format!(
-                "{} is not between {} and {}",
-                shown(duration),
-                shown(*range.start()),
-                shown(*range.end())
-            );
-            self.report(text, message, None);
-            return None;
-        }
-        Some(duration)
-    }
-
-    fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {
-        let span = section.span();
-        let section = section.get_ref();
-        if section.uid.is_none()
-            && section.gid.is_none()
-            && section.path.is_none()
-            && section.sha256.is_none()
-        {
-            let problem = Problem::at(
-                self.file,
-                self.text,
-                span,
-                "attest is empty: every process would get this identity",
-            );
-            self.problems.push(problem.hint("give at least one of uid, gid, path, sha256"));
-            return None;
-        }
-        let path = section.path.as_ref().map(|text| {
-            // Relative to mesh.toml like every path, so that a mesh can live in a directory.
-            self.path(text)
-        });
-        let sha256 = match &section.sha256 {
-            None => None,
-            Some(text) => match digest(text.get_ref()) {
-                Some(digest) => Some(digest),
-                None => {
-                    let hint = "sha256sum FILE prints it";
-                    self.report(text, "sha256 is 64 hex digits".into(), Some(hint.into()));
-                    return None;
-                }
-            },
-        };
-        Some(Attest { uid: section.uid, gid: section.gid, path, sha256 })
-    }
-
-    fn path(&self, text: &Text) -> PathBuf {
-        self.base.join(text.get_ref())
-    }
-
-    fn path_or(&self, text: Option<&Text>, default: &str) -> PathBuf {
-        text.map_or_else(|| PathBuf::from(default), |text| self.path(text))
-    }
-
-    fn report<T>(&mut self, at: &Spanned<T>, message: String, hint: Option<String>) {
-        self.problems.push(Problem::at(self.file, self.text, at.span(), message).maybe_hint(hint));
-    }
-}
-
 /// Whether every process that `narrow` describes is one that `wide` describes.
 fn covers(wide: &Attest, narrow: &Attest) -> bool {
     fn within<T: PartialEq>(wide: Option<&T>, narrow: Option<&T>) -> bool {
@@ -737,16 +525,7 @@ fn covers(wide: &Attest, narrow: &Attest) -> bool {
         && within(wide.sha256.as_ref(), narrow.sha256.as_ref())
 }
 
-fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
-    let same_ip = one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
-    one.port() == other.port() && same_ip
-}
-
 /// A URL without the slash that stands for its empty path.
 pub(crate) fn origin(url: &Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
-}
-
-fn digest(text: &str) -> Option<[u8; 32]> {
-    identity::hex::decode(text)?.as_slice().try_into().ok()
 }

@@ -5,11 +5,13 @@
 //! | [`file`] | the file as it is written: sections, keys, their reference |
 //! | [`load`] | mistakes of form: syntax, unknown keys, wrong types, missing keys |
 //! | [`check`] | mistakes of meaning, and the way from text to [`Mesh`] |
+//! | `read` | one value each: addresses, URLs, durations, selectors |
 //! | [`schema`] | JSON Schema and sample file, made from the reference |
 
 pub(crate) mod check;
 pub(crate) mod file;
 pub(crate) mod load;
+mod read;
 pub(crate) mod schema;
 
 use std::collections::BTreeMap;

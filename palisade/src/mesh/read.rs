@@ -1,0 +1,242 @@
+//! Reading one value of `mesh.toml` each: addresses, URLs, durations, selectors, paths. What is wrong is
+//! reported with its place, and reading goes on.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use policy::Problem;
+use toml::Spanned;
+use url::Url;
+
+use super::check::ANY_HOST;
+use super::file::{AttestSection, Text};
+use super::{Attest, HostPort};
+
+/// An address that something binds, for finding two that want the same.
+pub(super) struct Bound {
+    pub(super) host: String,
+    pub(super) address: SocketAddr,
+    pub(super) what: String,
+}
+
+pub(super) struct Check<'a> {
+    pub(super) file: &'a Path,
+    pub(super) text: &'a str,
+    /// The directory that paths are relative to.
+    pub(super) base: PathBuf,
+    pub(super) declared: BTreeSet<String>,
+    pub(super) problems: Vec<Problem>,
+    pub(super) bound: Vec<Bound>,
+}
+
+/// How far an address may reach.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// This host only.
+    Loopback,
+    /// Other processes dial it as it is written, so it names one interface.
+    Dialled,
+    /// Whatever the machine has.
+    Any,
+}
+
+/// Values.
+impl Check<'_> {
+    pub(super) fn bind(
+        &mut self,
+        text: Option<&Text>,
+        default: &str,
+        what: &str,
+        reach: Reach,
+    ) -> Option<SocketAddr> {
+        self.bind_on(ANY_HOST, text, default, what, reach)
+    }
+
+    pub(super) fn bind_on(
+        &mut self,
+        host: &str,
+        text: Option<&Text>,
+        default: &str,
+        what: &str,
+        reach: Reach,
+    ) -> Option<SocketAddr> {
+        let written = text.map_or(default, |text| text.get_ref());
+        let mut complain = |message: String, hint: String| match text {
+            Some(text) => self.report(text, message, Some(hint)),
+            None => self.problems.push(Problem::file(self.file, message).hint(hint)),
+        };
+        let Ok(address) = written.parse::<SocketAddr>() else {
+            let hint = "write an IP address and a port, such as 127.0.0.1:8080";
+            complain(format!("{what}: `{written}` is not an address to listen on"), hint.into());
+            return None;
+        };
+        if address.port() == 0 {
+            complain(format!("{what}: port 0 is nobody's to find"), "choose a port".into());
+            return None;
+        }
+        if reach == Reach::Loopback && !address.ip().is_loopback() {
+            let hint = format!(
+                "use 127.0.0.1:{}; what leaves the host goes through a sidecar's mTLS",
+                address.port()
+            );
+            complain(format!("{what} must be on loopback, and {} is not", address.ip()), hint);
+            return None;
+        }
+        if reach == Reach::Dialled && address.ip().is_unspecified() {
+            let hint = "name the one address that other hosts dial";
+            complain(format!("{what}: {} cannot be dialled", address.ip()), hint.into());
+            return None;
+        }
+        let clash = |bound: &&Bound| bound.host == host && overlap(bound.address, address);
+        if let Some(other) = self.bound.iter().find(clash).map(|bound| bound.what.clone()) {
+            let message = format!("{address} is used twice: {other} and {what}");
+            let hint = "give each its own port".to_owned();
+            match text {
+                Some(text) => self.report(text, message, Some(hint)),
+                None => self.problems.push(Problem::file(self.file, message).hint(hint)),
+            }
+        }
+        self.bound.push(Bound { host: host.to_owned(), address, what: what.to_owned() });
+        Some(address)
+    }
+
+    pub(super) fn same_place(&mut self, listen: SocketAddr) -> Option<HostPort> {
+        if listen.ip().is_unspecified() {
+            let problem =
+                Problem::file(self.file, "agents cannot tell where control is: it listens on every address");
+            self.problems.push(problem.hint("add control = \"HOST:PORT\" to [agent]"));
+            return None;
+        }
+        Some(HostPort { host: listen.ip().to_string(), port: listen.port() })
+    }
+
+    pub(super) fn host_port(&mut self, text: &Text) -> Option<HostPort> {
+        // The URL parser knows names, IPv4 and bracketed IPv6, and refuses what is none of them.
+        let parsed = Url::parse(&format!("palisade://{}", text.get_ref())).ok().and_then(|url| {
+            let plain = url.path().is_empty() && url.username().is_empty() && url.query().is_none();
+            let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
+            plain.then_some(HostPort { host, port: url.port()? })
+        });
+        if parsed.is_none() {
+            let message = format!("`{}` is not host:port", text.get_ref());
+            self.report(text, message, Some("for example control.internal:4810".into()));
+        }
+        parsed
+    }
+
+    pub(super) fn url(&mut self, text: &Text) -> Option<Url> {
+        let wrong = match Url::parse(text.get_ref()) {
+            Ok(url) if url.scheme() != "https" => "does not start with https://".to_owned(),
+            Ok(url) if url.host().is_none() => "names no host".to_owned(),
+            Ok(url)
+                if !url.username().is_empty()
+                    || url.password().is_some()
+                    || url.query().is_some()
+                    || url.fragment().is_some() =>
+            {
+                "holds more than scheme, host, port and path".to_owned()
+            }
+            Ok(url) => return Some(url),
+            Err(error) => format!("is not a URL: {error}"),
+        };
+        let hint = "for example https://id.example.org";
+        self.report(text, format!("`{}` {wrong}", text.get_ref()), Some(hint.into()));
+        None
+    }
+
+    pub(super) fn own_url(&mut self, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
+        if listen.ip().is_unspecified() {
+            let hint = format!("add {key} = \"https://HOST:{}\"", listen.port());
+            self.report(at, "nobody can tell its URL from an address that stands for all".into(), Some(hint));
+            return None;
+        }
+        Url::parse(&format!("https://{listen}")).ok()
+    }
+
+    pub(super) fn duration(
+        &mut self,
+        text: Option<&Text>,
+        default: Duration,
+        range: std::ops::RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let Some(text) = text else { return Some(default) };
+        let duration = match humantime::parse_duration(text.get_ref()) {
+            Ok(duration) => duration,
+            Err(error) => {
+                let message = format!("`{}` is not a duration: {error}", text.get_ref());
+                self.report(text, message, Some("write it like 90s, 2m or 1h30m".into()));
+                return None;
+            }
+        };
+        if !range.contains(&duration) {
+            let shown = humantime::format_duration;
+            let message = format!(
+                "{} is not between {} and {}",
+                shown(duration),
+                shown(*range.start()),
+                shown(*range.end())
+            );
+            self.report(text, message, None);
+            return None;
+        }
+        Some(duration)
+    }
+
+    pub(super) fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {
+        let span = section.span();
+        let section = section.get_ref();
+        if section.uid.is_none()
+            && section.gid.is_none()
+            && section.path.is_none()
+            && section.sha256.is_none()
+        {
+            let problem = Problem::at(
+                self.file,
+                self.text,
+                span,
+                "attest is empty: every process would get this identity",
+            );
+            self.problems.push(problem.hint("give at least one of uid, gid, path, sha256"));
+            return None;
+        }
+        let path = section.path.as_ref().map(|text| {
+            // Relative to mesh.toml like every path, so that a mesh can live in a directory.
+            self.path(text)
+        });
+        let sha256 = match &section.sha256 {
+            None => None,
+            Some(text) => match digest(text.get_ref()) {
+                Some(digest) => Some(digest),
+                None => {
+                    let hint = "sha256sum FILE prints it";
+                    self.report(text, "sha256 is 64 hex digits".into(), Some(hint.into()));
+                    return None;
+                }
+            },
+        };
+        Some(Attest { uid: section.uid, gid: section.gid, path, sha256 })
+    }
+
+    pub(super) fn path(&self, text: &Text) -> PathBuf {
+        self.base.join(text.get_ref())
+    }
+
+    pub(super) fn path_or(&self, text: Option<&Text>, default: &str) -> PathBuf {
+        text.map_or_else(|| PathBuf::from(default), |text| self.path(text))
+    }
+
+    pub(super) fn report<T>(&mut self, at: &Spanned<T>, message: String, hint: Option<String>) {
+        self.problems.push(Problem::at(self.file, self.text, at.span(), message).maybe_hint(hint));
+    }
+}
+
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let same_ip = one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+    one.port() == other.port() && same_ip
+}
+
+fn digest(text: &str) -> Option<[u8; 32]> {
+    identity::hex::decode(text)?.as_slice().try_into().ok()
+}
