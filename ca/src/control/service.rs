@@ -371,7 +371,11 @@ fn accept_decision(decision: pb::Decision, host: &str, stored_ms: u64) -> Option
         return None;
     }
     let reporter = SpiffeId::new(&decision.reporter).ok()?;
-    let json = identity::json::parse(decision.json.as_bytes()).ok()?;
+    // What is stored is read back by serde_json, which takes some maps for the JSON inside their text
+    // (`raw_value`): a record that it reads otherwise is refused, or the list of all would not be read again.
+    let json = identity::json::parse(decision.json.as_bytes()).ok().filter(|json| {
+        serde_json::from_str(&decision.json).is_ok_and(|read: serde_json::Value| read == *json)
+    })?;
     Some(StoredDecision {
         receipt: decision.receipt,
         time_ms: decision.time_ms,

@@ -348,6 +348,41 @@ async fn decisions_are_stored_with_their_proven_origin_and_malformed_ones_refuse
     rig.stop().await;
 }
 
+/// serde_json reads a map with this only key as the JSON inside its text, if the build has `raw_value`, as
+/// the binary's has. Such a record could be written and never read again, and all others with it.
+#[tokio::test]
+async fn a_record_that_reads_back_as_something_else_does_not_take_the_others_along() {
+    let rig = Rig::start().await;
+    let node = rig.join("host-1").await;
+    let decision = |receipt: &str, json: &str| pb::Decision {
+        receipt: receipt.into(),
+        json: json.into(),
+        reporter: "spiffe://bank.example/service/web".into(),
+        ..Default::default()
+    };
+    let token = "$serde_json::private::RawValue";
+    let bad = [
+        decision("r-bad", &format!(r#"{{"{token}":"no JSON"}}"#)),
+        decision("r-other", &format!(r#"{{"deep":[{{"{token}":"{{\"verdict\":\"allow\"}}"}}]}}"#)),
+    ];
+    let all = bad.into_iter().chain([decision("r-good", "{}")]).collect();
+    rig.service.report(from(&node, pb::ReportRequest { decisions: all, dropped: 0 })).await.unwrap();
+    let found = rig.control.handle().decisions(Default::default()).await.expect("one record spoils the list");
+    assert!(found.iter().any(|decision| decision.receipt == "r-good"));
+    for record in found {
+        assert!(!record.json.to_string().contains("verdict"), "the record is another one than was judged");
+    }
+    // A full store reads the oldest to drop it.
+    let many = |round: usize| {
+        let decisions = (0..60).map(|n| decision(&format!("r-{round}-{n}"), "{}")).collect();
+        from(&node, pb::ReportRequest { decisions, dropped: 0 })
+    };
+    for round in 0..2 {
+        rig.service.report(many(round)).await.expect("nothing can be stored any more");
+    }
+    rig.stop().await;
+}
+
 #[tokio::test]
 async fn security_20_an_agent_that_asks_too_much_is_stopped_alone() {
     let rig = Rig::start().await;
