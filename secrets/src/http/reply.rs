@@ -68,7 +68,12 @@ impl Reply {
     /// `data` and `auth` of the envelope, for the audit file.
     pub(crate) fn audited(&self) -> Option<Value> {
         let Self::Json { body, .. } = self else { return None };
-        let Value::Object(mut envelope) = serde_json::from_slice(body).ok()? else { return None };
+        // Not by serde_json's own reading, which takes some maps for the JSON inside their text: the line
+        // would then be about another answer, or none.
+        let Ok(mut envelope) = identity::json::parse_object(body) else {
+            // Nested deeper in its envelope than the parser goes: hashed in one piece.
+            return Some(Value::String(String::from_utf8_lossy(body).into_owned()));
+        };
         envelope.retain(|name, value| (name == "data" || name == "auth") && !value.is_null());
         Some(Value::Object(envelope))
     }
@@ -274,4 +279,37 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::Redactor;
+    use crate::barrier::Keyring;
+
+    /// serde_json reads a map with this only key as the JSON inside its text.
+    #[test]
+    fn security_40_the_audited_answer_is_the_one_that_was_given() {
+        let redactor = Redactor::new(&Keyring::generate(&identity::random::system()).unwrap());
+        let audited = |data: &str| {
+            let data = serde_json::value::RawValue::from_string(data.to_owned()).unwrap();
+            redactor.document(&Reply::data("id", data).unwrap().audited().unwrap())
+        };
+        let plain = audited(r#"{"a":"harmless"}"#);
+        assert_eq!(plain["data"]["a"], redactor.text("harmless"));
+        let posing = audited(r#"{"$serde_json::private::RawValue":"{\"a\":\"harmless\"}"}"#);
+        assert_ne!(posing, plain, "another value than the one given out");
+        assert!(posing["data"].as_object().is_some_and(|data| data.keys().any(|key| key.starts_with('$'))));
+        let broken = audited(r#"{"$serde_json::private::RawValue":"no JSON"}"#);
+        assert!(broken.is_object(), "nothing of an answer that was given");
+        // As deep as a body may be, and one deeper in its envelope.
+        let deep = format!("{{\"a\":{}1{}}}", "[".repeat(30), "]".repeat(30));
+        assert!(identity::json::parse(format!("{{\"data\":{deep}}}").as_bytes()).is_ok());
+        let data = serde_json::value::RawValue::from_string(deep).unwrap();
+        #[derive(Serialize)]
+        struct Body {
+            data: Box<serde_json::value::RawValue>,
+        }
+        assert!(Reply::data("id", Body { data }).unwrap().audited().is_some(), "a deep answer unaudited");
+    }
 }
