@@ -82,6 +82,14 @@ impl StateDir {
             io::ErrorKind::AlreadyExists => StateError::NotADirectory(path.to_owned()),
             _ => io("made")(source),
         })?;
+        // Before the name is followed: in a directory for everybody, such as /tmp, another user can have made
+        // it a link to a directory of ours, which the demo would fill, and remove at its end. What is ours
+        // (or root's) there, nobody else can exchange.
+        let name = fs::symlink_metadata(path).map_err(io("looked at"))?;
+        let user = rustix::process::geteuid().as_raw();
+        if name.uid() != user && name.uid() != 0 {
+            return Err(StateError::Owner { path: path.to_owned(), owner: name.uid(), user });
+        }
         // Absolute, because the processes started from it are known by this path.
         let path = fs::canonicalize(path).map_err(io("found"))?;
         check(&path)?;
@@ -239,6 +247,26 @@ mod tests {
         let error = StateDir::open(&path).unwrap_err();
         assert!(error.to_string().ends_with("belongs to user 4242, and this is user 0"), "{error}");
         assert!(error.hint().starts_with("chown -R 0 "), "{}", error.hint());
+    }
+
+    /// The default lies in a directory where anybody may make names, and is removed at the end.
+    #[test]
+    fn a_link_that_somebody_else_made_to_a_directory_of_ours_is_an_error() {
+        if !rustix::process::geteuid().is_root() {
+            identity::testing::skip("giving a link away needs root");
+            return;
+        }
+        let parent = tempfile::tempdir().unwrap();
+        let (home, link) = (parent.path().join("home"), parent.path().join("state"));
+        DirBuilder::new().mode(0o700).create(&home).unwrap();
+        std::os::unix::fs::symlink(&home, &link).unwrap();
+        StateDir::open(&link).expect("a link of our own");
+        std::os::unix::fs::lchown(&link, Some(4242), None).unwrap();
+        let error = StateDir::open(&link).unwrap_err();
+        assert!(
+            matches!(error, StateError::Owner { owner: 4242, .. } | StateError::NotADirectory(_)),
+            "{error}"
+        );
     }
 
     #[test]
