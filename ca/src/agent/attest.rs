@@ -247,6 +247,23 @@ impl Process {
     }
 }
 
+/// Holds on to the peer by what the kernel gave for it.
+fn hold(given: nix::Result<OwnedFd>, pid: i32) -> Result<Arc<dyn Lifeline>, AttestError> {
+    match given {
+        Ok(pidfd) => Ok(Arc::new(Pidfd(pidfd))),
+        // A kernel before 6.5: by number, then. Never where the kernel could have told: a peer that is gone
+        // may have left its number to a process that started before the accept, while a child of the peer
+        // holds the connection.
+        Err(nix::errno::Errno::ENOPROTOOPT) => {
+            let number = rustix::process::Pid::from_raw(pid).ok_or(AttestError::Invisible)?;
+            let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())
+                .map_err(|_| AttestError::Gone)?;
+            Ok(Arc::new(Pidfd(pidfd)))
+        }
+        Err(_) => Err(AttestError::Gone),
+    }
+}
+
 /// Finds out about callers.
 #[derive(Debug, Clone)]
 pub(super) struct Attestor {
@@ -263,17 +280,7 @@ impl Attestor {
     pub(super) fn credentials(&self, stream: &UnixStream) -> Result<PeerCredentials, AttestError> {
         let credentials = stream.peer_cred().map_err(AttestError::Credentials)?;
         let pid = credentials.pid().filter(|pid| *pid > 0).ok_or(AttestError::Invisible)?;
-        let lifeline: Arc<dyn Lifeline> =
-            match nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerPidfd) {
-                Ok(pidfd) => Arc::new(Pidfd(pidfd)),
-                // A kernel before 6.5, or a peer that is gone already: by number, then.
-                Err(_) => {
-                    let number = rustix::process::Pid::from_raw(pid).ok_or(AttestError::Invisible)?;
-                    let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())
-                        .map_err(|_| AttestError::Gone)?;
-                    Arc::new(Pidfd(pidfd))
-                }
-            };
+        let lifeline = hold(nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerPidfd), pid)?;
         let accepted =
             self.processes.uptime().ok().and_then(|text| uptime_ticks(&text)).ok_or(AttestError::Proc)?;
         Ok(PeerCredentials { pid, uid: credentials.uid(), gid: credentials.gid(), lifeline, accepted })
@@ -537,6 +544,17 @@ mod tests {
         assert_eq!(process.pid, i32::try_from(std::process::id()).unwrap());
         assert_eq!(process.path.as_deref(), Some(std::env::current_exe().unwrap().as_path()));
         assert!(process.is_alive());
+    }
+
+    /// The number of a peer that is gone may be another's by now, one that started before the accept.
+    #[tokio::test]
+    async fn identity_40_a_peer_that_is_gone_is_not_looked_for_by_its_number() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        for error in [nix::errno::Errno::ESRCH, nix::errno::Errno::EINVAL, nix::errno::Errno::ENODATA] {
+            assert!(matches!(hold(Err(error), own), Err(AttestError::Gone)), "{error}");
+        }
+        let old_kernel = hold(Err(nix::errno::Errno::ENOPROTOOPT), own).unwrap();
+        assert!(old_kernel.is_alive());
     }
 
     #[tokio::test]
