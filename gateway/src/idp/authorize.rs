@@ -51,7 +51,9 @@ fn flows(provider: &Provider) -> Flows<'_> {
 
 /// `/authorize` (RFC 6749 §4.1.1, OpenID Connect Core §3.1.2).
 pub(super) fn authorize(provider: &Provider, parts: &Parts, parameters: &str) -> Response<Body> {
-    let Some(parameters) = Parameters::parse(parameters) else { return broken("A parameter came twice.") };
+    let Some(parameters) = Parameters::parse(parameters) else {
+        return broken("A parameter came twice, or there are too many.");
+    };
     // Until client and redirect are known to belong together, nobody is sent anywhere.
     let Some(client) = parameters.get("client_id").and_then(|id| provider.client(id)) else {
         return broken("The application that sent you here is not known.");
@@ -142,7 +144,9 @@ pub(super) async fn login(
     if !is_same_origin(&parts.headers, &provider.origin) {
         return broken("The form was not sent from this page.");
     }
-    let Some(parameters) = Parameters::parse(body) else { return broken("A parameter came twice.") };
+    let Some(parameters) = Parameters::parse(body) else {
+        return broken("A parameter came twice, or there are too many.");
+    };
     let sealed = parameters.get("request").unwrap_or_default();
     let Ok((authorization, clear)) = flows(provider).finish::<Authorization>(&parts.headers, sealed) else {
         return broken("This login page is too old, or was opened in another browser.");
@@ -186,7 +190,9 @@ pub(super) async fn login(
 
 /// `/logout` (OpenID Connect RP-Initiated Logout): at once with a hint that fits, else after a question.
 pub(super) fn logout(provider: &Provider, parts: &Parts, parameters: &str) -> Response<Body> {
-    let Some(parameters) = Parameters::parse(parameters) else { return broken("A parameter came twice.") };
+    let Some(parameters) = Parameters::parse(parameters) else {
+        return broken("A parameter came twice, or there are too many.");
+    };
     let cookie_value = cookie::single(&parts.headers, LOGIN_COOKIE).ok().flatten();
     let login = cookie_value.and_then(|id| provider.logins.get(id));
     // An expired hint still says whose login is meant.

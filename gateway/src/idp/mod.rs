@@ -55,6 +55,9 @@ use users::{Passwords, Users, UsersError};
 
 /// Largest form read: a code request with a sealed login state fits several times.
 const MAX_FORM_BYTES: usize = 32 * 1024;
+/// Most parameters of a query or form; no request has half as many. Each is compared with all before it, and
+/// thousands in one form would hold a thread for as long as that takes.
+const MAX_PARAMETERS: usize = 32;
 /// How long clients may keep discovery and keys: short enough that a new key is known before it signs.
 const DOCUMENT_MAX_AGE_SECONDS: u64 = 300;
 /// What any client may ask for; a client may have more of its own.
@@ -407,14 +410,14 @@ async fn form(body: Incoming) -> Result<zeroize::Zeroizing<String>, Response<Bod
     }
 }
 
-/// The parameters of a query or form, each at most once (RFC 6749 §3.1).
+/// The parameters of a query or form, each at most once (RFC 6749 §3.1), and at most [`MAX_PARAMETERS`].
 struct Parameters(Vec<(String, zeroize::Zeroizing<String>)>);
 
 impl Parameters {
     fn parse(text: &str) -> Option<Self> {
         let mut seen: Vec<(String, zeroize::Zeroizing<String>)> = Vec::new();
         for (name, value) in url::form_urlencoded::parse(text.as_bytes()) {
-            if seen.iter().any(|(other, _)| *other == name) {
+            if seen.len() >= MAX_PARAMETERS || seen.iter().any(|(other, _)| *other == name) {
                 return None;
             }
             seen.push((name.into_owned(), zeroize::Zeroizing::new(value.into_owned())));
@@ -468,6 +471,14 @@ mod tests {
         );
         assert!(web.may_redirect_to("https://127.0.0.1:1/cb"));
         assert!(!web.may_redirect_to("https://127.0.0.1:2/cb"));
+    }
+
+    #[test]
+    fn a_flood_of_parameters_is_refused_before_each_is_compared_with_all() {
+        let names = |count: usize| (0..count).map(|n| format!("{n:x}&")).collect::<String>();
+        assert!(Parameters::parse(&names(MAX_PARAMETERS)).is_some());
+        assert!(Parameters::parse(&names(MAX_PARAMETERS + 1)).is_none());
+        assert!(Parameters::parse(&names(6000)).is_none());
     }
 
     #[test]
