@@ -17,7 +17,7 @@ use super::users::Checked;
 use super::{Client, Parameters, Provider, STANDARD_SCOPES};
 use crate::browser::is_same_origin;
 use crate::flow::Flows;
-use crate::limit::address_key;
+use crate::limit::{Limiter, address_key};
 use crate::{answer, cookie};
 
 /// The provider's own login cookie.
@@ -153,9 +153,7 @@ pub(super) async fn login(
     };
     let name = parameters.get("username").unwrap_or_default().trim();
     let password = parameters.get("password").unwrap_or_default();
-    let by_address = provider.attempts_by_address.take(&address_key(remote.ip()));
-    let by_name = provider.attempts_by_name.take(name);
-    let checked = if by_address.allowed && by_name.allowed {
+    let checked = if may_try(&provider.attempts_by_address, &provider.attempts_by_name, remote, name) {
         provider.passwords.check(name, password).await
     } else {
         tracing::warn!(%remote, "too many login attempts");
@@ -186,6 +184,12 @@ pub(super) async fn login(
         response.headers_mut().append(header::SET_COOKIE, cookie);
     }
     response
+}
+
+/// Whether one more password may be tried. What the address may not do costs the name nothing: else one address
+/// could use up everybody's attempts at once, and lock them all out.
+fn may_try(by_address: &Limiter, by_name: &Limiter, remote: SocketAddr, name: &str) -> bool {
+    by_address.take(&address_key(remote.ip())).allowed && by_name.take(name).allowed
 }
 
 /// `/logout` (OpenID Connect RP-Initiated Logout): at once with a hint that fits, else after a question.
@@ -320,4 +324,26 @@ fn broken(text: &'static str) -> Response<Body> {
             p { (text) " Please start again from the application." }
         },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use identity::clock::ManualClock;
+
+    use super::*;
+    use crate::config::Rate;
+
+    #[test]
+    fn an_address_that_has_used_up_its_attempts_locks_nobody_else_out() {
+        let clock = ManualClock::at(Duration::from_secs(1000));
+        let limiter = || Limiter::new(Rate { per_second: 0.5, burst: 20 }, clock.clone());
+        let (by_address, by_name) = (limiter(), limiter());
+        let address = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        let attacker = |name: &str| may_try(&by_address, &by_name, address("192.0.2.1:1"), name);
+        assert_eq!((0..30).filter(|_| attacker("bob")).count(), 20);
+        assert_eq!((0..30).filter(|_| attacker("alice")).count(), 0);
+        assert!(may_try(&by_address, &by_name, address("192.0.2.2:1"), "alice"), "alice, from her own place");
+    }
 }
