@@ -14,7 +14,7 @@ use url::Url;
 
 use super::grants::{Grant, Login};
 use super::users::Checked;
-use super::{Client, Parameters, Provider, STANDARD_SCOPES};
+use super::{Client, ClientAuthentication, Parameters, Provider, STANDARD_SCOPES};
 use crate::browser::is_same_origin;
 use crate::flow::Flows;
 use crate::limit::{Limiter, address_key};
@@ -75,7 +75,10 @@ pub(super) fn authorize(provider: &Provider, parts: &Parts, parameters: &str) ->
     let prompt = parameters.get("prompt").unwrap_or_default();
     let max_age = parameters.get("max_age").map(|age| age.parse::<u64>().unwrap_or(0));
     let fresh = |login: &Login| {
-        !prompt.split(' ').any(|word| matches!(word, "login" | "select_account"))
+        // Whoever listens on a loopback port may say that it is a public client, so its person must take part
+        // each time (RFC 8252 §8.6).
+        matches!(client.authentication, ClientAuthentication::Secret(_))
+            && !prompt.split(' ').any(|word| matches!(word, "login" | "select_account"))
             && max_age.is_none_or(|age| now.saturating_sub(login.auth_time) < age)
             && provider.passwords.user(&login.user).is_some()
     };

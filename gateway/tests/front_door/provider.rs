@@ -114,7 +114,8 @@ async fn the_provider_gives_codes_and_tokens_only_to_whom_they_belong() {
             (StatusCode::BAD_REQUEST, json!("invalid_grant")),
             "{change:?}"
         );
-        code = code_of(&jar.visit(&bench, start(&[]).as_str()).await);
+        let form = jar.visit(&bench, start(&[]).as_str()).await;
+        code = code_of(&jar.submit(&bench, &form, "alice", PASSWORD).await);
     }
     let as_gateway = exchange(&code, &[("client_id", "gateway")]).await;
     assert_eq!(as_gateway.status, StatusCode::UNAUTHORIZED, "a confidential client without its secret");
@@ -163,4 +164,33 @@ async fn guessing_passwords_is_slowed_down() {
     bench.site.clock.advance(Duration::from_secs(2));
     let right = jar.submit(&bench, &right, "alice", PASSWORD).await;
     assert_eq!(right.status, StatusCode::SEE_OTHER);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_proves_nothing_gets_no_code_behind_a_persons_back() {
+    let bench = bench().await;
+    let jar = Jar::default();
+    let start = bench.get("/", &[("accept", HTML)]).await;
+    jar.keep(&start);
+    let form = jar.visit(&bench, start.location().as_str()).await;
+    assert_eq!(jar.submit(&bench, &form, "alice", PASSWORD).await.status, StatusCode::SEE_OTHER);
+    let again = jar.visit(&bench, start.location().as_str()).await;
+    assert_eq!(again.status, StatusCode::SEE_OTHER, "the gateway has a secret: no second form");
+    let challenge = jws::encode([7; 32]);
+    let ask = |prompt: &str| {
+        let pairs = [
+            ("response_type", "code"),
+            ("client_id", "palisade-cli"),
+            ("redirect_uri", "http://127.0.0.1:6666/callback"),
+            ("scope", "openid offline_access bank"),
+            ("code_challenge", &challenge),
+            ("code_challenge_method", "S256"),
+            ("prompt", prompt),
+        ];
+        Url::parse_with_params(&bench.idp("/authorize"), pairs).unwrap()
+    };
+    let page = jar.visit(&bench, ask("").as_str()).await;
+    assert_eq!(page.status, StatusCode::OK, "whoever listens on that port must not get a code silently");
+    let silent = jar.visit(&bench, ask("none").as_str()).await.location();
+    assert!(silent.query_pairs().any(|(name, value)| name == "error" && value == "login_required"));
 }
