@@ -139,14 +139,19 @@ struct State {
     /// When each kind of fetch last began.
     last_scheduled: Option<Duration>,
     last_unknown_kid: Option<Duration>,
+    last_issued_kid: Option<Duration>,
 }
 
 /// Why documents are fetched; each reason has its own spacing, so that made-up kids cannot delay the
-/// schedule, nor a scheduled fetch a moment ago hide a key that was published since.
+/// schedule, nor a scheduled fetch a moment ago hide a key that was published since, nor strangers' kids the
+/// key of a token that the issuer has just given us: logins would fail and sessions end for it.
 #[derive(Debug, Clone, Copy)]
 enum Reason {
     Schedule,
+    /// In a token that somebody brought.
     UnknownKid,
+    /// In a token from the issuer's own token endpoint.
+    IssuedKid,
 }
 
 /// An issuer and what is known of it.
@@ -242,7 +247,7 @@ impl IssuerClient {
         // What can be refused without a key is refused without a fetch.
         self.pins.check_access_type(token)?;
         self.pins.algorithm(token)?;
-        let fetched = self.keys_for(token).await?;
+        let fetched = self.keys_for(token, Reason::UnknownKid).await?;
         self.pins.access_token(token, &fetched.keys, self.clock.now())
     }
 
@@ -345,7 +350,7 @@ impl IssuerClient {
             Some(id_token) => {
                 let token = Compact::parse(id_token).map_err(JwtError::Form)?;
                 self.pins.algorithm(&token)?;
-                let fetched = self.keys_for(&token).await?;
+                let fetched = self.keys_for(&token, Reason::IssuedKid).await?;
                 Some(self.pins.id_token(&token, &fetched.keys, self.clock.now(), nonce, access_token)?)
             }
         };
@@ -363,13 +368,17 @@ impl IssuerClient {
     }
 
     /// The documents to verify `token` with: fetched anew if they do not hold its key.
-    async fn keys_for(self: &Arc<Self>, token: &Compact<'_>) -> Result<Arc<Fetched>, JwtError> {
+    async fn keys_for(
+        self: &Arc<Self>,
+        token: &Compact<'_>,
+        unknown: Reason,
+    ) -> Result<Arc<Fetched>, JwtError> {
         let kid = jwt::key_name(token)?;
         let fetched = self.fetched().await.map_err(|_| JwtError::KeysUnavailable)?;
         if fetched.keys.find(kid).is_some() || kid.is_none() {
             return Ok(fetched);
         }
-        self.fetch_anew(Reason::UnknownKid).await;
+        self.fetch_anew(unknown).await;
         self.current().ok_or(JwtError::KeysUnavailable)
     }
 
@@ -405,6 +414,7 @@ impl IssuerClient {
                     let (last, spacing) = match reason {
                         Reason::Schedule => (&mut state.last_scheduled, scheduled),
                         Reason::UnknownKid => (&mut state.last_unknown_kid, UNKNOWN_KID_SPACING),
+                        Reason::IssuedKid => (&mut state.last_issued_kid, UNKNOWN_KID_SPACING),
                     };
                     if last.is_some_and(|last| now < last.saturating_add(spacing)) {
                         return;

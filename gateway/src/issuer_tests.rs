@@ -170,3 +170,22 @@ async fn what_needs_no_key_causes_no_fetch() {
     assert!(matches!(verify(&client, &id).await, Err(JwtError::Type)));
     assert_eq!(network.requests(), 0);
 }
+
+#[tokio::test]
+async fn gateway_8_kids_made_up_by_strangers_do_not_hide_the_key_that_the_issuer_signs_with() {
+    let (old, new) = (TestKey::new("old"), TestKey::new("new"));
+    let Bench { clock, network, client } = bench(&[&old]);
+    assert!(verify(&client, &token(&old, &clock)).await.is_ok());
+    let made_up = old.access(|header, _| header["kid"] = json!("made-up"));
+    assert!(verify(&client, &made_up).await.is_err());
+    network.page(&format!("{ISSUER}/jwks.json"), &jwks(&[&new]));
+    let id_token = new.access(|header, claims| {
+        header["typ"] = json!("JWT");
+        claims["aud"] = json!("gateway");
+        claims["nonce"] = json!("n");
+    });
+    let answer = json!({ "token_type": "Bearer", "access_token": "a", "id_token": id_token });
+    network.page(&format!("{ISSUER}/token"), &answer.to_string());
+    let tokens = client.exchange_code("code", "https://gateway.example/", "verifier", "n").await;
+    assert_eq!(tokens.unwrap().id.unwrap().subject, "alice");
+}
