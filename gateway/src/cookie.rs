@@ -56,11 +56,9 @@ pub(crate) fn remove(headers: &mut HeaderMap, prefix: &str) {
 /// be able to plant a session.
 pub(crate) fn remove_set(headers: &mut HeaderMap, prefix: &str) {
     let ours = |value: &HeaderValue| {
-        value
-            .as_bytes()
-            .trim_ascii_start()
-            .get(..prefix.len())
-            .is_some_and(|start| start == prefix.as_bytes())
+        // A cookie without a name (`=name=value`) comes back from older browsers as `name=value`.
+        let at = value.as_bytes().iter().position(|byte| !matches!(byte, b' ' | b'\t' | b'='));
+        at.and_then(|at| value.as_bytes().get(at..)).is_some_and(|text| text.starts_with(prefix.as_bytes()))
     };
     if !headers.get_all(SET_COOKIE).iter().any(ours) {
         return;
@@ -124,6 +122,7 @@ mod tests {
     fn a_service_cannot_plant_a_session() {
         let mut answer = HeaderMap::new();
         answer.append(SET_COOKIE, HeaderValue::from_static(" __Host-palisade=stolen; Path=/; Secure"));
+        answer.append(SET_COOKIE, HeaderValue::from_static(" = __Host-palisade=nameless; Path=/; Secure"));
         answer.append(SET_COOKIE, HeaderValue::from_static("basket=1"));
         remove_set(&mut answer, "__Host-palisade");
         assert_eq!(answer.get_all(SET_COOKIE).iter().collect::<Vec<_>>(), ["basket=1"]);
