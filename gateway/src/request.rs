@@ -366,6 +366,9 @@ fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
     hygiene::strip_identity(headers);
     headers.remove(hygiene::TRACEPARENT);
     cookie::remove_set(headers, &gateway.cookie);
+    // The service knows of no login, so it cannot know that its answer is one person's: caches keep answers to
+    // requests with a cookie unless told otherwise (RFC 9111 §3.5 protects only `Authorization`).
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     for (name, value) in rate_headers(gateway, quota) {
         headers.insert(name, value);
     }

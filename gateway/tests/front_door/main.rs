@@ -535,3 +535,12 @@ async fn sessions_and_tokens_survive_a_restart_of_both() {
     bench.site.clock.advance(ACCESS_LIFE);
     assert_eq!(bench.get("/", &[("cookie", &cookie)]).await.status, StatusCode::OK, "the refresh token too");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_to_a_person_is_kept_by_no_cache_unless_the_service_says_otherwise() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    let answer = bench.get("/", &[("cookie", &cookie)]).await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(answer.headers.get("cache-control").map(|value| value.to_str().unwrap()), Some("no-store"));
+}
