@@ -22,6 +22,9 @@ use crate::{OWN_PREFIX, answer, cookie, target};
 pub const CALLBACK: &str = "/.palisade/callback";
 /// Where a logout ends, and where the issuer sends browsers back to after one.
 pub const LOGGED_OUT: &str = "/.palisade/logged-out";
+/// Longest place that a login comes back to; a longer one becomes the front page. It travels in `state`, of
+/// which issuers take a few KiB (ours 4), and a login that an issuer refuses is worse than a forgotten link.
+const MAX_RETURN_BYTES: usize = 2048;
 /// Longest code or `iss` looked at.
 const MAX_PARAMETER_BYTES: usize = 4096;
 
@@ -58,10 +61,11 @@ pub(crate) async fn begin(
     parts: &Parts,
     return_to: &str,
 ) -> Result<Response<Body>, Refusal> {
+    let return_to = if return_to.len() > MAX_RETURN_BYTES { "/" } else { target::local(return_to) };
     // Cookies belong to one host: begun under another name of ours, the login could not be finished.
     if host_of(parts) != Some(gateway.public_authority.as_str()) {
         let mut here = gateway.url(&format!("{OWN_PREFIX}login"));
-        here.query_pairs_mut().append_pair("return_to", target::local(return_to));
+        here.query_pairs_mut().append_pair("return_to", return_to);
         return Ok(answer::redirect(StatusCode::FOUND, here.as_str()));
     }
     let issuer = gateway.issuers.for_login();
@@ -80,7 +84,7 @@ pub(crate) async fn begin(
         issuer: issuer.issuer().as_str().to_owned(),
         nonce: nonce.clone(),
         verifier,
-        return_to: target::local(return_to).to_owned(),
+        return_to: return_to.to_owned(),
     };
     let begun = flows(gateway)
         .begin(&parts.headers, payload)

@@ -544,3 +544,19 @@ async fn an_answer_to_a_person_is_kept_by_no_cache_unless_the_service_says_other
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(answer.headers.get("cache-control").map(|value| value.to_str().unwrap()), Some("no-store"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_link_does_not_make_the_login_impossible() {
+    let bench = bench().await;
+    for (length, place) in [(6000, Some("/")), (2049, Some("/")), (2048, None)] {
+        let jar = Jar::default();
+        let target = format!("/x?q={}", "a".repeat(length - "/x?q=".len()));
+        let start = bench.get(&target, &[("accept", HTML)]).await;
+        jar.keep(&start);
+        let form = jar.visit(&bench, start.location().as_str()).await;
+        assert_eq!(form.status, StatusCode::OK, "{length}");
+        let back = jar.submit(&bench, &form, "alice", PASSWORD).await;
+        let done = jar.visit(&bench, back.location().as_str()).await;
+        assert_eq!(done.header(LOCATION), place.unwrap_or(&target));
+    }
+}
