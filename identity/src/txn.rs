@@ -257,17 +257,22 @@ struct Used {
     /// Expired ones are dropped when there are so many: twice what was left the last time, so that the
     /// cost a request stays constant and memory follows the traffic of a token's lifetime.
     prune_at: usize,
+    /// No token expires before this: until then looking for expired ones is in vain.
+    earliest: Duration,
 }
 
 impl Used {
     fn insert(&mut self, token: [u8; 32], expires: Duration, now: Duration) -> Result<(), TxnError> {
-        if self.expires.len() >= self.prune_at {
+        if self.expires.len() >= self.prune_at && now >= self.earliest {
             self.expires.retain(|_, expires| *expires > now);
-            self.prune_at = (self.expires.len() * 2).max(MIN_PRUNE_AT);
+            // Never beyond the limit: a full memory would not be looked through again, and refuse for ever.
+            self.prune_at = (self.expires.len() * 2).clamp(MIN_PRUNE_AT, MAX_USED);
+            self.earliest = self.expires.values().min().copied().unwrap_or(Duration::MAX);
         }
         if self.expires.len() >= MAX_USED {
             return Err(TxnError::ReplayMemoryFull);
         }
+        self.earliest = self.earliest.min(expires);
         match self.expires.insert(token, expires) {
             Some(_) => Err(TxnError::Replayed),
             None => Ok(()),
@@ -740,6 +745,19 @@ mod tests {
             assert!(matches!(used.insert(token(n), now + MAX_LIFETIME, now), Err(TxnError::Replayed)));
             assert!(used.expires.len() <= MIN_PRUNE_AT);
         }
+    }
+
+    #[test]
+    fn replay_memory_that_filled_up_serves_again_when_its_tokens_have_expired() {
+        let (mut used, second) = (Used::default(), Duration::from_secs(1));
+        let token = |n: u64| sha256(&n.to_be_bytes());
+        for n in 0..MAX_USED as u64 {
+            used.insert(token(n), MAX_LIFETIME, second).unwrap();
+        }
+        let one_more = |used: &mut Used, now| used.insert(token(u64::MAX), now + MAX_LIFETIME, now);
+        assert!(matches!(one_more(&mut used, second), Err(TxnError::ReplayMemoryFull)));
+        assert!(one_more(&mut used, MAX_LIFETIME).is_ok());
+        assert_eq!(used.expires.len(), 1);
     }
 
     #[test]
