@@ -1,6 +1,7 @@
 //! Where a process gets its own identity from, and how it hears of a rotation.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -25,13 +26,18 @@ pub struct IdentitySource(watch::Receiver<Option<Arc<Identity>>>);
 
 /// The writing end of an [`IdentitySource`].
 #[derive(Debug)]
-pub struct IdentityPublisher(watch::Sender<Option<Arc<Identity>>>);
+pub struct IdentityPublisher {
+    sender: watch::Sender<Option<Arc<Identity>>>,
+    /// Outlives a withdrawal: a generation that came back would make connections and verified signers of
+    /// the withdrawn identity pass for the new one's.
+    generation: AtomicU64,
+}
 
 impl IdentitySource {
     /// A source and the publisher that feeds it.
     pub fn channel() -> (IdentityPublisher, Self) {
         let (sender, receiver) = watch::channel(None);
-        (IdentityPublisher(sender), Self(receiver))
+        (IdentityPublisher { sender, generation: AtomicU64::new(0) }, Self(receiver))
     }
 
     /// A source that never changes.
@@ -68,14 +74,32 @@ impl IdentitySource {
 impl IdentityPublisher {
     /// Replaces the identity.
     pub fn publish(&self, svid: X509Svid, bundles: Arc<BundleSet>) {
-        self.0.send_modify(|current| {
-            let generation = current.as_ref().map_or(1, |identity| identity.generation + 1);
+        self.sender.send_modify(|current| {
+            let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
             *current = Some(Arc::new(Identity { svid, bundles, generation }));
         });
     }
 
     /// Takes the identity away: handshakes fail from now on.
     pub fn withdraw(&self) {
-        self.0.send_replace(None);
+        self.sender.send_replace(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestAuthority;
+
+    #[test]
+    fn generations_go_on_counting_after_a_withdrawal() {
+        let authority = TestAuthority::new("bank.example");
+        let bundles = Arc::new(BundleSet::new([authority.bundle()]));
+        let (publisher, source) = IdentitySource::channel();
+        publisher.publish(authority.issue("/service/web"), Arc::clone(&bundles));
+        let first = source.current().unwrap().generation;
+        publisher.withdraw();
+        publisher.publish(authority.issue("/service/web"), bundles);
+        assert!(source.current().unwrap().generation > first);
     }
 }
