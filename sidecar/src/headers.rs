@@ -120,6 +120,7 @@ pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
     }
     check_body_length(headers)?;
     check_authority(parts)?;
+    check_connection(headers)?;
     if headers.contains_key(UPGRADE) || headers.contains_key("http2-settings") {
         return Err("request.upgrade");
     }
@@ -140,6 +141,18 @@ fn check_body_length(headers: &HeaderMap) -> Result<(), &'static str> {
     }
     if encoding.is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"chunked")) {
         return Err("request.transfer_encoding");
+    }
+    Ok(())
+}
+
+/// `Connection` may name headers of this connection only: one that names what the request was judged by
+/// would have it taken off between the judgement and the app.
+fn check_connection(headers: &HeaderMap) -> Result<(), &'static str> {
+    let named = headers.get_all(CONNECTION).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+    for name in named.map(|name| name.trim_ascii().to_ascii_lowercase()) {
+        if name == b"host" || name.starts_with(b"content-") {
+            return Err("request.connection");
+        }
     }
     Ok(())
 }
@@ -277,6 +290,21 @@ mod tests {
         ];
         for (parts, rule) in cases {
             assert_eq!(check_framing(&parts), Err(rule), "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_header_cannot_take_away_what_was_judged() {
+        let with = |value: &str| {
+            parts(|b| {
+                b.header(HOST, "a").header("content-type", "application/json").header(CONNECTION, value)
+            })
+        };
+        for named in ["content-type", "close, Content-Type", "host", "Content-Length", "content-encoding"] {
+            assert_eq!(check_framing(&with(named)), Err("request.connection"), "{named}");
+        }
+        for harmless in ["close", "keep-alive, TE", "X-Hop", ""] {
+            assert_eq!(check_framing(&with(harmless)), Ok(()), "{harmless}");
         }
     }
 
