@@ -18,7 +18,8 @@ pub const TRACEPARENT: &str = "traceparent";
 
 /// Headers by which some backend somewhere learns who is calling or what was asked. A client that sets
 /// one is lying or misled: they are dropped at every hop, and set again only by the hop that verified.
-/// Compared with `_` read as `-`, because CGI-style servers fold the two.
+/// Compared with everything but letters and digits read as `-`, because CGI-style servers fold these
+/// into one.
 const IDENTITY_HEADERS: &[&str] = &[
     "forwarded",
     "txn-token",
@@ -28,6 +29,7 @@ const IDENTITY_HEADERS: &[&str] = &[
     "x-authenticated-user",
     "x-authenticated-groups",
     "x-original-url",
+    "x-original-path",
     "x-original-uri",
     "x-rewrite-url",
     "x-original-method",
@@ -59,8 +61,9 @@ const IDENTITY_PREFIXES: &[&str] =
 pub fn is_identity(name: &HeaderName) -> bool {
     // HeaderName is already lower case.
     let name = name.as_str();
-    if name.contains('_') {
-        return is_identity_text(&name.replace('_', "-"));
+    let folded = |c: char| c != '-' && !c.is_ascii_alphanumeric();
+    if name.contains(folded) {
+        return is_identity_text(&name.replace(folded, "-"));
     }
     is_identity_text(name)
 }
@@ -306,6 +309,15 @@ mod tests {
         for harmless in ["close", "keep-alive, TE", "X-Hop", ""] {
             assert_eq!(check_framing(&with(harmless)), Ok(()), "{harmless}");
         }
+    }
+
+    #[test]
+    fn names_that_a_cgi_server_folds_to_an_identity_header_go() {
+        // lighttpd and old Apache turn every byte but letters and digits into `_`.
+        for name in ["x.forwarded.user", "x!forwarded~user", "remote+user", "txn.token", "x_original_path"] {
+            assert!(is_identity(&HeaderName::try_from(name).unwrap()), "{name}");
+        }
+        assert!(!is_identity(&HeaderName::from_static("x-custom.user")));
     }
 
     #[test]
