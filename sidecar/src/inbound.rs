@@ -13,7 +13,8 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, IF_NONE_MATCH, RANGE,
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, IF_MATCH, IF_MODIFIED_SINCE,
+    IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -382,8 +383,9 @@ impl Inbound {
 
     /// Asks the app for a safe request's answer and holds it: whose object it is stands inside.
     async fn ask(&self, mut request: Request<Body>, remembered: Remembered) -> Result<Held, Stop> {
-        for name in [ACCEPT_ENCODING, RANGE, IF_NONE_MATCH] {
-            // A compressed, partial or absent body could not be judged.
+        let conditions = [IF_MATCH, IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_UNMODIFIED_SINCE, IF_RANGE];
+        for name in [ACCEPT_ENCODING, RANGE].into_iter().chain(conditions) {
+            // A compressed, partial or absent body could not be judged, and the owner would be denied.
             request.headers_mut().remove(name);
         }
         let head_only = request.method() == Method::HEAD;

@@ -683,6 +683,27 @@ async fn the_admin_port_says_ready_and_counts() {
     world.end().await;
 }
 
+#[tokio::test]
+async fn a_condition_on_a_read_is_not_put_to_the_app() {
+    let world = World::new().await;
+    let date = "Thu, 01 Jan 2026 00:00:00 GMT";
+    let conditions = [
+        ("if-modified-since", date),
+        ("if-unmodified-since", date),
+        ("if-match", "\"a\""),
+        ("if-none-match", "\"a\""),
+        ("if-range", date),
+    ];
+    // The backend knows no conditions; one that does would answer 304, which shows no owner.
+    let (status, _) = world.call("alice", "GET", "/accounts/17", "", &conditions).await;
+    assert_eq!(status, 200);
+    let seen = world.seen().pop().unwrap();
+    for (name, _) in conditions {
+        assert!(!seen.headers.contains_key(name), "{name} reached the app");
+    }
+    world.end().await;
+}
+
 /// Two sidecars: the app behind the first calls through its outbound half, for whoever asked it.
 #[tokio::test]
 async fn the_user_travels_by_traceparent_and_by_nothing_else() {
