@@ -172,7 +172,14 @@ impl Upstream {
         let mut request = self.address(request)?;
         let mut attempt = 1;
         loop {
-            let connection = self.connection().await?;
+            // Dials go one after the other: without a bound the hundredth request to a silent peer would
+            // wait for the ninety-nine before it.
+            let connection = tokio::select! {
+                connection = self.connection() => connection?,
+                () = self.clock.sleep(self.config.response_timeout) => {
+                    return Err(UpstreamError::Timeout(self.config.service.clone()));
+                }
+            };
             let guard = InFlight::new(&connection.in_flight);
             let mut sender = connection.sender;
             let answer = tokio::select! {

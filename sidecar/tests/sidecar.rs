@@ -704,6 +704,28 @@ async fn a_condition_on_a_read_is_not_put_to_the_app() {
     world.end().await;
 }
 
+#[tokio::test]
+async fn a_request_to_a_silent_peer_waits_no_longer_than_its_own_timeout() {
+    let world = World::new().await;
+    // The kernel accepts, nobody ever shakes hands.
+    let (_silent, address) = listener();
+    let config = UpstreamConfig {
+        service: "accounts".into(),
+        id: id("/service/accounts"),
+        endpoints: vec![address],
+        response_timeout: Duration::from_millis(100),
+    };
+    let source = world.authority.source("/service/web");
+    let upstream = Upstream::new(config, source, world.clock.clone(), &world.scope).unwrap();
+    let request = || Request::get("/accounts/17").body(sidecar::empty()).unwrap();
+    for outcome in futures::future::join_all([upstream.send(request()), upstream.send(request())]).await {
+        let error = outcome.map(|_| ()).unwrap_err();
+        assert!(matches!(error, sidecar::upstream::UpstreamError::Timeout(_)), "{error}");
+    }
+    drop(upstream);
+    world.end().await;
+}
+
 /// Two sidecars: the app behind the first calls through its outbound half, for whoever asked it.
 #[tokio::test]
 async fn the_user_travels_by_traceparent_and_by_nothing_else() {
