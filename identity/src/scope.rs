@@ -40,6 +40,12 @@ impl Scope {
         }
     }
 
+    /// A scope of its own that drains when it is told to, not with this one; whoever makes it drains it.
+    /// What fails or panics in it is told by both.
+    pub fn part(&self) -> Self {
+        Self { tracker: TaskTracker::new(), draining: CancellationToken::new(), ..self.clone() }
+    }
+
     /// Runs a task whose end concerns nobody else.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let panics = Arc::clone(&self.panics);

@@ -116,6 +116,8 @@ impl Sidecar {
             random: Arc::clone(&random),
             access_log: config.access_log,
         };
+        let (front, calls) = (scope.part(), scope.part());
+        drain_in_order(front.clone(), calls.clone(), scope);
         let tls = tls::server_config(&source, ClientAuth::Required, &[ALPN_H2, ALPN_HTTP11], &clock)?;
         let listener = tokio_listener(config.inbound)?;
         server::serve(
@@ -123,14 +125,14 @@ impl Sidecar {
             listener,
             Some(tls),
             Limits::default(),
-            scope,
+            &front,
             clock.clone(),
             Arc::new(inbound),
         );
 
         for call in config.calls {
             let service = call.upstream.service.clone();
-            let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), scope)
+            let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), &calls)
                 .map_err(|source| SidecarError::Upstream { service, source })?;
             let outbound = Outbound {
                 upstream,
@@ -147,7 +149,7 @@ impl Sidecar {
                 listener,
                 None,
                 Limits::default(),
-                scope,
+                &calls,
                 clock.clone(),
                 Arc::new(outbound),
             );
@@ -164,6 +166,26 @@ impl Sidecar {
     pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
         self.policy.store(policy);
     }
+}
+
+/// Drains the outbound half only after the inbound half's last request: until then the app may have to
+/// call on, over new connections too, to answer it. Whoever joins `scope` bounds both.
+fn drain_in_order(front: Scope, calls: Scope, scope: &Scope) {
+    let whole = scope.clone();
+    scope.spawn_critical("drain", async move {
+        tokio::select! {
+            () = whole.draining() => {}
+            // A listener is gone: the process is not whole any more.
+            () = front.draining() => whole.drain(),
+            () = calls.draining() => whole.drain(),
+        }
+        for part in [front, calls] {
+            part.drain();
+            if let Err(reason) = part.finished(Duration::MAX).await {
+                tracing::debug!(reason, "drained after a failure");
+            }
+        }
+    });
 }
 
 fn tokio_listener(listener: TcpListener) -> io::Result<tokio::net::TcpListener> {

@@ -748,14 +748,21 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
     // The app: calls accounts with the traceparent it was given, or with none, and hands the answer on.
     let web_app = tokio::net::TcpListener::bind(app_address).await.unwrap();
     let scope = world.scope.clone();
+    let web_scope = Scope::new();
+    let web_drain = web_scope.clone();
     scope.clone().spawn("web app", async move {
         loop {
             let stream = tokio::select! {
                 accepted = web_app.accept() => accepted.unwrap().0,
                 () = scope.draining() => return,
             };
+            let web_drain = web_drain.clone();
             scope.spawn("web app connection", async move {
-                let service = service_fn(move |request: Request<Incoming>| async move {
+                let service = service_fn(async |request: Request<Incoming>| {
+                    if request.uri().path() == "/pages/drained" {
+                        web_drain.drain();
+                        until(|| std::net::TcpStream::connect(web_inbound).is_err()).await;
+                    }
                     let stream = tokio::net::TcpStream::connect(calls_address).await.unwrap();
                     let (mut sender, connection) =
                         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
@@ -807,7 +814,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
     let source = world.authority.source("/service/web");
     let policy = web_policies.service("web").unwrap();
     let recorder = world.records.clone();
-    Sidecar::start(config, source, policy, recorder, world.clock.clone(), random(), &world.scope).unwrap();
+    Sidecar::start(config, source, policy, recorder, world.clock.clone(), random(), &web_scope).unwrap();
 
     let gateway = world.authority.issue("/palisade/gateway");
     let gateway_source =
@@ -842,7 +849,12 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
         "an app that drops traceparent calls for nobody"
     );
     assert_eq!(world.last().user, None);
+    // Its sidecar drains meanwhile: the request in flight still calls on, and accounts says no to it.
+    let before = world.records.records().len();
+    assert_eq!(ask("drained", "/pages/drained").await, 403);
+    assert!(world.records.records().len() > before, "accounts was not asked");
     drop(upstream);
+    web_scope.finished(Duration::from_secs(10)).await.unwrap();
     world.end().await;
 }
 
