@@ -223,7 +223,8 @@ pub(crate) struct ServiceSection {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"vault": "127.0.0.1:5003"}))]
     pub(crate) calls: BTreeMap<Text, Text>,
-    /// The vault's secrets that this service may read, as mount-relative paths.
+    /// The vault's secrets that this service reads, as mount-relative paths. This grants nothing: the
+    /// vault's policy decides, and `palisade policy check` fails where it would withhold one.
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["web/cookie-key"])]
     pub(crate) secrets: Vec<Text>,
