@@ -49,7 +49,8 @@ pub(crate) struct MeshSection {
     #[schemars(with = "String", example = &"policies")]
     pub(crate) policies: Text,
     /// enforce: what no policy allows is refused. audit: it is let through and reported as
-    /// "would deny". Identity (mTLS) is demanded either way. Default: enforce.
+    /// "would deny", by the services' sidecars; the gateway and the vault enforce in either mode, and
+    /// identity (mTLS) is demanded in both. Default: enforce.
     #[schemars(with = "Option<Mode>", example = &"enforce")]
     pub(crate) mode: Option<Spanned<Mode>>,
 }
