@@ -5,9 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::tls::{ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::{IdentitySource, Scope};
@@ -178,12 +176,8 @@ impl Gateway {
 struct FrontDoor(Arc<Shared>);
 
 impl Handler for FrontDoor {
-    fn handle(
-        self: Arc<Self>,
-        connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>> {
-        Box::pin(request::handle(Arc::clone(&self.0), connection, request))
+    async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+        request::handle(Arc::clone(&self.0), connection, request).await
     }
 }
 

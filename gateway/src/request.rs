@@ -8,7 +8,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Body as _;
 use identity::txn::{self, RequestBinding, User};
 use policy::{Permit, Receipt};
 use serde::Deserialize;
@@ -44,7 +44,7 @@ struct Caller {
 pub(crate) async fn handle(
     gateway: Arc<Shared>,
     connection: Arc<Connection>,
-    request: Request<Incoming>,
+    request: Request<Body>,
 ) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let trace = match fresh_trace(&gateway) {
@@ -90,7 +90,7 @@ async fn admit(
     remote: SocketAddr,
     trace: TraceParent,
     parts: Parts,
-    body: Incoming,
+    body: Body,
     seen: &mut Option<User>,
 ) -> Result<Response<Body>, Refusal> {
     // Has the request one meaning?
@@ -308,7 +308,7 @@ fn outgoing(
     remote: SocketAddr,
     trace: TraceParent,
     mut parts: Parts,
-    body: Incoming,
+    body: Body,
 ) -> Result<Request<Body>, Refusal> {
     if let Some(length) = parts.headers.get(header::CONTENT_LENGTH) {
         let length: Option<usize> = length.to_str().ok().and_then(|text| text.parse().ok());
@@ -356,7 +356,7 @@ fn outgoing(
     token.set_sensitive(true);
     parts.headers.insert(HeaderName::from_static(txn::HEADER), token);
     parts.uri = target.into();
-    let body = Limited::new(body, MAX_BODY_BYTES).boxed_unsync();
+    let body = Body::new(Limited::new(body, MAX_BODY_BYTES));
     Ok(Request::from_parts(parts, body))
 }
 

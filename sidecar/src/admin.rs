@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId};
 
@@ -23,19 +21,13 @@ pub struct Admin {
 }
 
 impl Handler for Admin {
-    fn handle(
-        self: Arc<Self>,
-        _connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>> {
-        Box::pin(async move {
-            match (request.method(), request.uri().path()) {
-                (&Method::GET, "/live") => answer::json(StatusCode::OK, r#"{"live":true}"#),
-                (&Method::GET, "/ready") => self.ready(),
-                (&Method::GET, "/metrics") => self.metrics(),
-                _ => answer::json(StatusCode::NOT_FOUND, r#"{"error":"not_found"}"#),
-            }
-        })
+    async fn handle(self: Arc<Self>, _connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+        match (request.method(), request.uri().path()) {
+            (&Method::GET, "/live") => answer::json(StatusCode::OK, r#"{"live":true}"#),
+            (&Method::GET, "/ready") => self.ready(),
+            (&Method::GET, "/metrics") => self.metrics(),
+            _ => answer::json(StatusCode::NOT_FOUND, r#"{"error":"not_found"}"#),
+        }
     }
 }
 

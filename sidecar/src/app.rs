@@ -9,7 +9,6 @@ use bytes::Bytes;
 use http::uri::{Authority, Scheme};
 use http::{Request, Response, StatusCode, Uri, Version};
 use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioTimer;
@@ -102,7 +101,7 @@ impl App {
     }
 
     /// Sends one request in origin form. `Host` stays what the caller asked for.
-    pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Incoming>, AppError> {
+    pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, AppError> {
         let mut uri = http::uri::Parts::default();
         uri.scheme = Some(Scheme::HTTP);
         uri.authority = Some(self.authority.clone());
@@ -110,7 +109,9 @@ impl App {
         *request.uri_mut() = Uri::from_parts(uri).map_err(|_| AppError::Target)?;
         *request.version_mut() = self.version;
         tokio::select! {
-            answer = self.client.request(request) => answer.map_err(AppError::Unreachable),
+            answer = self.client.request(request) => {
+                answer.map(|response| response.map(Body::from)).map_err(AppError::Unreachable)
+            }
             () = self.clock.sleep(self.response_timeout) => Err(AppError::Timeout),
         }
     }
@@ -118,15 +119,18 @@ impl App {
 
 /// A body passed on frame by frame: bounded, its trailers cleaned, something kept alive meanwhile.
 pub struct Relay<G> {
-    body: Incoming,
+    body: Body,
     left_bytes: Option<u64>,
     _guard: G,
 }
 
-impl<G> Relay<G> {
+impl<G: Unpin + Send + 'static> Relay<G> {
     /// Passes `body` on; `max_bytes` bounds it, `guard` is dropped with it.
-    pub fn new(body: Incoming, max_bytes: Option<u64>, guard: G) -> Self {
-        Self { body, left_bytes: max_bytes, _guard: guard }
+    pub fn body(body: Body, max_bytes: Option<u64>, guard: G) -> Body {
+        match body.whole() {
+            Some(bytes) if max_bytes.is_none_or(|max| bytes.len() as u64 <= max) => body,
+            _ => Body::new(Self { body, left_bytes: max_bytes, _guard: guard }),
+        }
     }
 }
 
@@ -141,7 +145,7 @@ impl<G: Unpin> http_body::Body for Relay<G> {
         let this = &mut *self;
         let frame = match std::task::ready!(Pin::new(&mut this.body).poll_frame(cx)) {
             None => return Poll::Ready(None),
-            Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+            Some(Err(error)) => return Poll::Ready(Some(Err(error))),
             Some(Ok(frame)) => frame,
         };
         let frame = match frame.into_data() {

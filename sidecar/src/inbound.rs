@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use http::header::{
     ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, IF_MATCH, IF_MODIFIED_SINCE,
     IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
@@ -19,7 +18,6 @@ use http::header::{
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
 use identity::{Identity, IdentitySource, Peer, SpiffeId};
@@ -102,37 +100,31 @@ struct Understood {
 }
 
 impl Handler for Inbound {
-    fn handle(
-        self: Arc<Self>,
-        connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>> {
-        Box::pin(async move {
-            let started = self.clock.now();
-            let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-            let Ok(receipt) = Receipt::generate(&*self.random) else {
-                // Without randomness nothing can be recorded so that it is found again: answer nobody.
-                return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
-            };
-            let occasion = self.occasion(&request, receipt);
-            let mut understood = Understood { occasion, caller: None, mapped: None };
-            let outcome = self.request(&connection, request, &mut understood).await;
-            let ended = self.ended(outcome, &understood);
-            let took = self.clock.now().saturating_sub(started);
-            let status = ended.response.status();
-            let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
-            let route = ended.route.as_str();
-            self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
-            if self.access_log {
-                tracing::info!(
-                    target: "access", direction = "inbound", peer, user = ended.user, %method, path,
-                    action = ended.action, objects = ended.objects, verdict = ended.verdict, rule = ended.rule,
-                    receipt = %understood.occasion.receipt, status = status.as_u16(),
-                    took_us = took.as_micros() as u64, note = ended.note,
-                );
-            }
-            ended.response
-        })
+    async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+        let started = self.clock.now();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let Ok(receipt) = Receipt::generate(&*self.random) else {
+            // Without randomness nothing can be recorded so that it is found again: answer nobody.
+            return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
+        };
+        let occasion = self.occasion(&request, receipt);
+        let mut understood = Understood { occasion, caller: None, mapped: None };
+        let outcome = self.request(&connection, request, &mut understood).await;
+        let ended = self.ended(outcome, &understood);
+        let took = self.clock.now().saturating_sub(started);
+        let status = ended.response.status();
+        let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
+        let route = ended.route.as_str();
+        self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
+        if self.access_log {
+            tracing::info!(
+                target: "access", direction = "inbound", peer, user = ended.user, %method, path,
+                action = ended.action, objects = ended.objects, verdict = ended.verdict, rule = ended.rule,
+                receipt = %understood.occasion.receipt, status = status.as_u16(),
+                took_us = took.as_micros() as u64, note = ended.note,
+            );
+        }
+        ended.response
     }
 
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
@@ -164,7 +156,7 @@ impl Inbound {
     async fn request(
         &self,
         connection: &Connection,
-        request: Request<Incoming>,
+        request: Request<Body>,
         understood: &mut Understood,
     ) -> Result<(Response<Body>, Permit), Stop> {
         let (mut parts, body) = request.into_parts();
@@ -219,13 +211,13 @@ impl Inbound {
             AttributeSource::Known => {
                 let permit = permitted(policy.decide(caller, &mapped, &Attributes::default(), occasion))?;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
-                Ok((response.map(|body| Relay::new(body, None, remembered).boxed_unsync()), permit))
+                Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Entities => {
                 let attributes = self.entities(&mapped, span).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
-                Ok((response.map(|body| Relay::new(body, None, remembered).boxed_unsync()), permit))
+                Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Response => {
                 let held = self.ask(Request::from_parts(parts, body), remembered).await?;
@@ -236,7 +228,7 @@ impl Inbound {
         }
     }
 
-    fn occasion(&self, request: &Request<Incoming>, receipt: Receipt) -> Occasion {
+    fn occasion(&self, request: &Request<Body>, receipt: Receipt) -> Occasion {
         Occasion {
             receipt,
             now: self.clock.now(),
@@ -275,8 +267,8 @@ impl Inbound {
     }
 
     /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
-    async fn body(&self, mapped: Mapped, parts: &Parts, body: Incoming) -> Result<(Mapped, Body), Refusal> {
-        let has_body = !hyper::body::Body::is_end_stream(&body);
+    async fn body(&self, mapped: Mapped, parts: &Parts, body: Body) -> Result<(Mapped, Body), Refusal> {
+        let has_body = body.whole() != Some(&[]);
         match mapped.body() {
             // An empty body may still be announced as one that streams.
             BodyRule::None if has_body => match self.collect(body, 0).await {
@@ -284,9 +276,7 @@ impl Inbound {
                 Err(_some) => Err(Refusal::malformed("request.body", "this route takes no body")),
             },
             BodyRule::None => Ok((mapped, empty())),
-            BodyRule::Opaque { max_bytes } => {
-                Ok((mapped, Relay::new(body, Some(max_bytes as u64), ()).boxed_unsync()))
-            }
+            BodyRule::Opaque { max_bytes } => Ok((mapped, Relay::body(body, Some(max_bytes as u64), ()))),
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
                 let bytes = self.collect(body, max_bytes).await?;
@@ -300,7 +290,7 @@ impl Inbound {
         }
     }
 
-    async fn collect(&self, body: Incoming, max_bytes: usize) -> Result<Bytes, Refusal> {
+    async fn collect(&self, body: Body, max_bytes: usize) -> Result<Bytes, Refusal> {
         match self.whole(body, max_bytes).await {
             Some(body) if body.trailers().is_none() => Ok(body.to_bytes()),
             Some(_) => Err(Refusal::malformed("request.trailers", "trailers cannot belong to a mapped body")),
@@ -312,7 +302,7 @@ impl Inbound {
     }
 
     /// A whole body, if it ends within its bounds of size and time.
-    async fn whole(&self, body: Incoming, max_bytes: usize) -> Option<http_body_util::Collected<Bytes>> {
+    async fn whole(&self, body: Body, max_bytes: usize) -> Option<http_body_util::Collected<Bytes>> {
         tokio::select! {
             body = Limited::new(body, max_bytes).collect() => body.ok(),
             () = self.clock.sleep(WHOLE_BODY_TIMEOUT) => None,
@@ -347,11 +337,7 @@ impl Inbound {
     }
 
     /// Hands a permitted request to the app.
-    async fn forward(
-        &self,
-        _permit: &Permit,
-        request: Request<Body>,
-    ) -> Result<Response<Incoming>, AppError> {
+    async fn forward(&self, _permit: &Permit, request: Request<Body>) -> Result<Response<Body>, AppError> {
         let mut response = self.app.send(request).await?;
         headers::strip_hop_by_hop(response.headers_mut());
         Ok(response)

@@ -14,6 +14,7 @@
 pub mod admin;
 mod answer;
 pub mod app;
+mod body;
 pub mod correlate;
 pub mod headers;
 pub mod inbound;
@@ -26,23 +27,16 @@ pub mod trace;
 pub mod upstream;
 
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
-use http_body_util::combinators::UnsyncBoxBody;
 
+pub use body::{Body, BoxError};
 pub use sidecar::{Call, Sidecar, SidecarConfig, SidecarError};
-
-/// Any error of a body.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// The one body type at module seams: boxed, so that hyper's and our own bodies look alike.
-pub type Body = UnsyncBoxBody<Bytes, BoxError>;
 
 /// A body that is already here.
 pub fn full(bytes: impl Into<Bytes>) -> Body {
-    http_body_util::Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+    Body::from(bytes.into())
 }
 
 /// No body.
 pub fn empty() -> Body {
-    http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync()
+    Body::empty()
 }

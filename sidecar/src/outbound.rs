@@ -3,10 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
 use http::{HeaderValue, Request, Response, StatusCode};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::txn::{self, Chain, RequestBinding};
 use identity::{IdentitySource, SpiffeId};
@@ -62,43 +59,33 @@ impl CallError {
 }
 
 impl Handler for Outbound {
-    fn handle(
-        self: Arc<Self>,
-        connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>> {
-        Box::pin(async move {
-            let started = self.clock.now();
-            let (method, target) = (request.method().clone(), request.uri().path().to_owned());
-            let outcome = self.call(connection.remote, request).await;
-            let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
-            let took = self.clock.now().saturating_sub(started);
-            self.metrics.observe(&Observation {
-                direction: Direction::Outbound,
-                peer: self.upstream.service(),
-                route: "",
-                status,
-                took,
-            });
-            if self.access_log {
-                let error = outcome.as_ref().err().map(tracing::field::display);
-                tracing::info!(
-                    target: "access", direction = "outbound", peer = %self.upstream.id(), %method, path = target,
-                    status = status.as_u16(), took_us = took.as_micros() as u64, error,
-                );
-            }
-            outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
-        })
+    async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+        let started = self.clock.now();
+        let (method, target) = (request.method().clone(), request.uri().path().to_owned());
+        let outcome = self.call(connection.remote, request).await;
+        let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
+        let took = self.clock.now().saturating_sub(started);
+        self.metrics.observe(&Observation {
+            direction: Direction::Outbound,
+            peer: self.upstream.service(),
+            route: "",
+            status,
+            took,
+        });
+        if self.access_log {
+            let error = outcome.as_ref().err().map(tracing::field::display);
+            tracing::info!(
+                target: "access", direction = "outbound", peer = %self.upstream.id(), %method, path = target,
+                status = status.as_u16(), took_us = took.as_micros() as u64, error,
+            );
+        }
+        outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
     }
 }
 
 impl Outbound {
     /// One call of the app, from its own words to the callee's answer.
-    async fn call(
-        &self,
-        remote: SocketAddr,
-        request: Request<Incoming>,
-    ) -> Result<Response<Body>, CallError> {
+    async fn call(&self, remote: SocketAddr, request: Request<Body>) -> Result<Response<Body>, CallError> {
         let (mut parts, body) = request.into_parts();
 
         // Is it one request, from this machine?
@@ -127,7 +114,7 @@ impl Outbound {
         }
 
         // Call on, over mTLS, to exactly the identity that was meant.
-        let body = Relay::new(body, None, ()).boxed_unsync();
+        let body = Relay::body(body, None, ());
         let mut response = self.upstream.send(Request::from_parts(parts, body)).await?;
         headers::strip_hop_by_hop(response.headers_mut());
         Ok(response)

@@ -7,7 +7,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
@@ -131,8 +130,8 @@ pub trait Handler: Send + Sync + 'static {
     fn handle(
         self: Arc<Self>,
         connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>>;
+        request: Request<Body>,
+    ) -> impl Future<Output = Response<Body>> + Send;
 
     /// Hears of a connection that was refused before any request.
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
@@ -256,8 +255,8 @@ async fn requests<S>(
     let builder = http_builder(&listen.limits, http2, &listen.scope);
     let expires = connection.peer.as_ref().map(Peer::not_after);
     let connection = Arc::new(connection);
-    let service = service_fn(|request| {
-        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request);
+    let service = service_fn(|request: Request<Incoming>| {
+        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
         async move { Ok::<_, std::convert::Infallible>(answer.await) }
     });
     let mut serving = pin!(builder.serve_connection(stream, service));

@@ -15,7 +15,6 @@ use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Request, Response, Uri, Version};
 use http_body::{Frame, SizeHint};
-use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -190,7 +189,7 @@ impl Upstream {
             };
             match answer {
                 Ok(response) => {
-                    return Ok(response.map(|body| Guarded { body, _guard: guard }.boxed_unsync()));
+                    return Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })));
                 }
                 Err(mut refused) => match refused.take_message() {
                     Some(unsent) if attempt < MAX_ATTEMPTS => {

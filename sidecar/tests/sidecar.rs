@@ -598,7 +598,7 @@ async fn security_28_a_body_that_trickles_is_refused() {
     let web = world.authority.issue("/service/web");
     let chain = world.chain(&web, "alice", "POST", "/transfers");
     let never = futures::stream::pending::<Result<http_body::Frame<Bytes>, sidecar::BoxError>>();
-    let body = http_body_util::StreamBody::new(never).boxed_unsync();
+    let body = sidecar::Body::new(http_body_util::StreamBody::new(never));
     let request = Request::post("/transfers")
         .header(txn::HEADER, chain)
         .header("content-type", "application/json")

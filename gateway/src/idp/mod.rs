@@ -25,12 +25,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
 use identity::clock::SharedClock;
 use identity::tls::{ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::{IdentitySource, Scope};
@@ -269,17 +267,13 @@ struct Provider {
 struct Door(Arc<Provider>);
 
 impl Handler for Door {
-    fn handle(
-        self: Arc<Self>,
-        connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<Body>> {
-        Box::pin(async move { self.0.handle(connection.remote, request).await })
+    async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+        self.0.handle(connection.remote, request).await
     }
 }
 
 impl Provider {
-    async fn handle(&self, remote: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+    async fn handle(&self, remote: SocketAddr, request: Request<Body>) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let response = match hygiene::check_framing(&parts) {
             Ok(()) => self.endpoint(remote, &parts, body).await,
@@ -298,7 +292,7 @@ impl Provider {
         response
     }
 
-    async fn endpoint(&self, remote: SocketAddr, parts: &Parts, body: Incoming) -> Response<Body> {
+    async fn endpoint(&self, remote: SocketAddr, parts: &Parts, body: Body) -> Response<Body> {
         let get = matches!(parts.method, Method::GET | Method::HEAD);
         let post = parts.method == Method::POST;
         let query = parts.uri.query().unwrap_or_default();
@@ -398,7 +392,7 @@ fn cacheable(mut response: Response<Body>) -> Response<Body> {
     response
 }
 
-async fn form(body: Incoming) -> Result<zeroize::Zeroizing<String>, Response<Body>> {
+async fn form(body: Body) -> Result<zeroize::Zeroizing<String>, Response<Body>> {
     let bad = |status| answer::json(status, &json!({ "error": "invalid_request" }));
     let bytes = match Limited::new(body, MAX_FORM_BYTES).collect().await {
         Ok(collected) => collected.to_bytes(),

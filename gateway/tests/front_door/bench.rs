@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use gateway::https::{HttpClient, HttpsClient};
 use gateway::idp::{Client, Idp, IdpConfig, users};
 use gateway::login::{self, Person};
@@ -19,7 +18,6 @@ use gateway::{
 use http::header::{ACCEPT, LOCATION, SET_COOKIE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 use identity::clock::{ManualClock, SharedClock};
 use identity::testing::{TestAuthority, ago, ahead};
 use identity::tls::{ALPN_H2, ClientAuth};
@@ -97,48 +95,46 @@ fn refusal(path: &str) -> Option<(u16, &'static str)> {
 }
 
 impl Handler for Echo {
-    fn handle(
+    async fn handle(
         self: Arc<Self>,
         connection: Arc<Connection>,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Response<sidecar::Body>> {
-        Box::pin(async move {
-            if let Some((status, said)) = refusal(request.uri().path()) {
-                let response = Response::builder().status(status).header("content-type", "application/json");
-                return response.body(sidecar::full(said)).unwrap();
-            }
-            let identity = self.source.current().unwrap();
-            let target = request.uri().path_and_query().unwrap().as_str();
-            let token = request.headers()[identity::txn::HEADER].to_str().unwrap();
-            let chain = self.verifier.verify(
-                token,
-                Arrival {
-                    me: identity.svid.id(),
-                    presenter: connection.peer.as_ref().unwrap().id(),
-                    bundles: &identity.bundles,
-                    generation: identity.generation,
-                    binding: RequestBinding::new(request.method().as_str(), target),
-                    now: self.clock.now(),
-                },
-            );
-            let headers: Vec<[String; 2]> = request
-                .headers()
-                .iter()
-                .map(|(name, value)| [name.to_string(), value.to_str().unwrap().to_owned()])
-                .collect();
-            let told = json!({
-                "target": target,
-                "peer": connection.peer.as_ref().unwrap().id(),
-                "user": chain.as_ref().map(|chain| chain.user().as_ref().clone()).map_err(ToString::to_string),
-                "headers": headers,
-            });
-            Response::builder()
-                .header("set-cookie", "basket=1")
-                .header("set-cookie", format!("{SESSION_COOKIE}=planted; Path=/; Secure"))
-                .header("txn-token", "leaked")
-                .body(sidecar::full(told.to_string()))
-                .unwrap()
-        })
+        request: Request<sidecar::Body>,
+    ) -> Response<sidecar::Body> {
+        if let Some((status, said)) = refusal(request.uri().path()) {
+            let response = Response::builder().status(status).header("content-type", "application/json");
+            return response.body(sidecar::full(said)).unwrap();
+        }
+        let identity = self.source.current().unwrap();
+        let target = request.uri().path_and_query().unwrap().as_str();
+        let token = request.headers()[identity::txn::HEADER].to_str().unwrap();
+        let chain = self.verifier.verify(
+            token,
+            Arrival {
+                me: identity.svid.id(),
+                presenter: connection.peer.as_ref().unwrap().id(),
+                bundles: &identity.bundles,
+                generation: identity.generation,
+                binding: RequestBinding::new(request.method().as_str(), target),
+                now: self.clock.now(),
+            },
+        );
+        let headers: Vec<[String; 2]> = request
+            .headers()
+            .iter()
+            .map(|(name, value)| [name.to_string(), value.to_str().unwrap().to_owned()])
+            .collect();
+        let told = json!({
+            "target": target,
+            "peer": connection.peer.as_ref().unwrap().id(),
+            "user": chain.as_ref().map(|chain| chain.user().as_ref().clone()).map_err(ToString::to_string),
+            "headers": headers,
+        });
+        Response::builder()
+            .header("set-cookie", "basket=1")
+            .header("set-cookie", format!("{SESSION_COOKIE}=planted; Path=/; Secure"))
+            .header("txn-token", "leaked")
+            .body(sidecar::full(told.to_string()))
+            .unwrap()
     }
 }
 
