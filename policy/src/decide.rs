@@ -14,7 +14,7 @@ use identity::{SpiffeId, TrustDomain};
 use serde_json::json;
 
 use crate::explain::{self, Scope};
-use crate::map::Source;
+use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE, Source};
 use crate::object::{AttributeValue, Attributes, ObjectRef};
 use crate::receipt::Receipt;
 use crate::record::{
@@ -87,7 +87,7 @@ pub enum Verdict {
 
 /// Leave to pass a request on.
 ///
-/// INVARIANT: made by [`ServicePolicy::decide`] and [`ServicePolicy::decide_object`] when a policy
+/// INVARIANT: made by [`ServicePolicy::decide`], [`ServicePolicy::decide_object`] and [`ServicePolicy::decide_connect`] when a policy
 /// permits, and by [`Denial::audited`] for a service in audit mode. Nothing else makes one.
 #[derive(Debug, Clone)]
 #[must_use]
@@ -232,6 +232,7 @@ pub(crate) struct Shared {
     pub(crate) trust_domain: TrustDomain,
     pub(crate) schema: ServiceSchema,
     pub(crate) routes: RouteTable,
+    pub(crate) mapping: Mapping,
     pub(crate) set: PolicySet,
     /// In the order of the files.
     pub(crate) entries: Vec<PolicyEntry>,
@@ -293,6 +294,11 @@ impl ServicePolicy {
     /// The version of the directory it was loaded from.
     pub fn version(&self) -> &PolicyVersion {
         &self.shared.version
+    }
+
+    /// What its callers speak.
+    pub fn mapping(&self) -> Mapping {
+        self.shared.mapping
     }
 
     /// What a request means. Looks at method, target and headers; never at a body.
@@ -397,6 +403,20 @@ impl ServicePolicy {
     ) -> Verdict {
         let known = |object: &ObjectRef, name: &str| attributes.get(object, name).cloned();
         self.judge(caller, None, action, std::slice::from_ref(object), &known, occasion)
+    }
+
+    /// Decides about a plain connection to the port of that name.
+    ///
+    /// Only a service whose map says `mapping = "tcp"` takes one at all, in every mode: where policies are
+    /// about requests, a connection whose requests nobody reads would go round them.
+    pub fn decide_connect(&self, caller: &Caller, port: &str, occasion: &Occasion) -> Verdict {
+        if self.shared.mapping != Mapping::Tcp {
+            let reason = "the service's map does not say mapping = \"tcp\"";
+            let refusal = Refusal::denied("tcp.not_allowed_by_map", reason);
+            return Verdict::Deny(self.refuse(Some(caller), refusal, occasion));
+        }
+        let object = ObjectRef::new(&self.shared.schema.full_kind(PORT_TYPE), port);
+        self.decide_object(caller, CONNECT_ACTION, &object, &Attributes::none(), occasion)
     }
 
     /// Turns a refusal into a denial with a receipt, enforced in every mode.

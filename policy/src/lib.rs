@@ -25,6 +25,7 @@ mod version;
 pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
 pub use decide::{Caller, Denial, Occasion, Permit, Principal, ServicePolicy, Verdict, refuse_connection};
 pub use load::Policies;
+pub use map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 pub use object::{AttributeValue, Attributes, ObjectRef};
 pub use problem::{Problem, Problems, suggest};
 pub use receipt::{Receipt, ReceiptError};

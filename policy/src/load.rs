@@ -262,6 +262,7 @@ fn load_service(
         trust_domain: trust_domain.clone(),
         schema,
         routes: RouteTable::new(&files.name, version, map.routes),
+        mapping: map.mapping,
         set,
         entries,
         by_id,

@@ -66,10 +66,28 @@ impl Route {
     }
 }
 
+/// What a service's map says its callers speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mapping {
+    /// HTTP: every request is mapped by a `[[route]]`.
+    #[default]
+    Routes,
+    /// The app's own protocol over plain connections: each is the action [`CONNECT_ACTION`] on a [`PORT_TYPE`].
+    Tcp,
+    /// None that a sidecar could judge: the service names its objects itself, as the vault does.
+    None,
+}
+
+/// The action that opening a connection is, where a map says `mapping = "tcp"`.
+pub const CONNECT_ACTION: &str = "Connect";
+/// The type of the object that a connection is opened to; its id is the port's name.
+pub const PORT_TYPE: &str = "Port";
+
 /// A parsed map.
 #[derive(Debug, Default)]
 pub(crate) struct Map {
     pub(crate) mode: Mode,
+    pub(crate) mapping: Mapping,
     pub(crate) routes: Vec<Route>,
 }
 
@@ -118,20 +136,37 @@ impl Reader<'_> {
                 return map;
             }
         };
-        let mut unmapped_on_purpose = false;
+        let mut mapping = None;
         let mut drafts = Vec::new();
         for (key, value) in document.get_ref() {
             match key.get_ref().as_ref() {
                 "mode" => map.mode = self.mode(value),
-                "mapping" => unmapped_on_purpose = self.mapping(value),
+                "mapping" => mapping = Some((self.mapping(value), value.span())),
                 "route" => drafts = self.drafts(value),
                 other => self.unknown_key(other, key.span(), &["mode", "mapping", "route"]),
             }
         }
-        if drafts.is_empty() && !unmapped_on_purpose && self.problems.0.is_empty() {
-            self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
-                "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself",
-            );
+        match mapping {
+            Some((Mapping::Tcp, span)) if !drafts.is_empty() => {
+                self.say(
+                    span,
+                    "a service has routes or is \"tcp\": what a connection carries could not be judged",
+                )
+                .hint("give the plain port a service, and a policy, of its own");
+            }
+            Some((Mapping::Tcp, span)) => {
+                self.connections(span, schema);
+                map.mapping = Mapping::Tcp;
+            }
+            Some((other, _)) if drafts.is_empty() => map.mapping = other,
+            Some(_) => {}
+            None if drafts.is_empty() && self.problems.0.is_empty() => {
+                self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
+                    "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself, \
+                     `mapping = \"tcp\"` if it speaks another protocol",
+                );
+            }
+            None => {}
         }
         if drafts.len() > MAX_ROUTES {
             self.say(0..0, format!("more than {MAX_ROUTES} routes"));
@@ -168,12 +203,38 @@ impl Reader<'_> {
         }
     }
 
-    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> bool {
-        if value.get_ref().as_str() != Some("none") {
-            self.say(value.span(), "`mapping` can only be \"none\"")
-                .hint("leave it out where there are routes");
+    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Mapping {
+        match value.get_ref().as_str() {
+            Some("none") => Mapping::None,
+            Some("tcp") => Mapping::Tcp,
+            _ => {
+                self.say(value.span(), "`mapping` is \"tcp\" or \"none\"")
+                    .hint("leave it out where there are routes");
+                Mapping::None
+            }
         }
-        true
+    }
+
+    /// A service of plain connections has something to connect to, of which nothing needs to be known.
+    fn connections(&mut self, span: Range<usize>, schema: &ServiceSchema) {
+        let port = schema.full_kind(PORT_TYPE);
+        let applies = schema.actions.get(CONNECT_ACTION).is_some_and(|action| action.objects.contains(&port));
+        if !applies {
+            let message =
+                format!("the schema of {} has no action `{CONNECT_ACTION}` on {port}", schema.namespace);
+            self.say(span, message).hint(format!(
+                "entity {PORT_TYPE}; action {CONNECT_ACTION} appliesTo {{ principal: [Mesh::Workload], resource: [{PORT_TYPE}], \
+                 context: Mesh::Context }};"
+            ));
+            return;
+        }
+        let required = schema.types.get(&port).and_then(|kind| {
+            kind.attributes.iter().find(|(_, spec)| spec.required).map(|(name, _)| name.clone())
+        });
+        if let Some(name) = required {
+            self.say(span, format!("nothing tells the attribute `{name}` of {port}"))
+                .hint("the object of a connection is the port's name alone");
+        }
     }
 
     fn drafts(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<Draft> {

@@ -135,7 +135,9 @@ fn maps_with_mistakes_are_problems_with_a_place() {
         ("x = ".to_owned(), "1:", "string"),
         (String::new(), "1:1", "no [[route]]"),
         ("mode = \"warn\"\nmapping = \"none\"".into(), "1:8", "`mode` is"),
-        ("mapping = \"some\"".into(), "1:11", "only be \"none\""),
+        ("mapping = \"some\"".into(), "1:11", "is \"tcp\" or \"none\""),
+        ("mapping = \"tcp\"".into(), "1:11", "no action `Connect` on Shop::Port"),
+        (format!("mapping = \"tcp\"\n{MAP}"), "1:11", "has routes or is \"tcp\""),
         ("route = 3".into(), "1:9", "list of tables"),
         (MAP.replace("{id:int}", "{id:integer}"), "2:22", "not a capture type"),
         (MAP.replace("GET /orders", "GET orders"), "2:14", "begins with `/`"),
@@ -300,4 +302,67 @@ proptest! {
             prop_assert!(problems.0.iter().all(|p| p.file.ends_with("map.toml") && p.line > 0), "{problems}");
         }
     }
+}
+
+const PORTS: &str = "namespace Shop {\n  entity Port;\n  action Connect appliesTo { principal: [Mesh::Workload], \
+    resource: [Port], context: Mesh::Context };\n}\n";
+const CONNECT: &str = "@id(\"web-connects\")\npermit (principal == Mesh::Workload::\"spiffe://bank.example/service/web\", \
+    action == Shop::Action::\"Connect\", resource == Shop::Port::\"main\");\n";
+
+#[test]
+fn a_connection_is_an_action_on_a_port_and_only_where_the_map_says_so() {
+    let tcp = |map: &str| {
+        let files = [
+            ("services/shop/map.toml", Some(map)),
+            ("services/shop/shop.cedarschema", Some(PORTS)),
+            ("services/shop/shop.cedar", Some(CONNECT)),
+        ];
+        load(&files).0.unwrap().service("shop").unwrap()
+    };
+    let decide = |policy: &ServicePolicy, service: &str, port: &str| {
+        let id = SpiffeId::new(&format!("spiffe://bank.example/service/{service}")).unwrap();
+        let caller = crate::Caller {
+            principal: crate::Principal::Workload(id),
+            user: None,
+            chain: Arc::new([]),
+            address: None,
+        };
+        let occasion = crate::Occasion {
+            receipt: crate::Receipt::generate(&ring::rand::SystemRandom::new()).unwrap(),
+            now: std::time::Duration::from_secs(1),
+            layer: crate::Layer::Sidecar,
+            method: "CONNECT".into(),
+            target: port.into(),
+            transaction: None,
+            trace_id: None,
+        };
+        match policy.decide_connect(&caller, port, &occasion) {
+            crate::Verdict::Permit(permit) => permit.rule().name().to_owned(),
+            crate::Verdict::Deny(denial) => format!("not by {}", denial.rule().name()),
+        }
+    };
+    let policy = tcp("mapping = \"tcp\"");
+    assert_eq!(policy.mapping(), crate::Mapping::Tcp);
+    assert_eq!(decide(&policy, "web", "main"), "web-connects");
+    assert_eq!(decide(&policy, "web", "admin"), "not by none");
+    assert_eq!(decide(&policy, "other", "main"), "not by none");
+
+    // The same policies over another map: what a connection carries would go round them.
+    assert_eq!(decide(&tcp("mapping = \"none\""), "web", "main"), "not by tcp.not_allowed_by_map");
+    let audit = tcp("mapping = \"none\"\nmode = \"audit\"");
+    assert_eq!(decide(&audit, "web", "main"), "not by tcp.not_allowed_by_map");
+    assert_eq!(audit.mode(), crate::Mode::Audit);
+    let routes = load(&[]).0.unwrap().service("shop").unwrap();
+    assert_eq!(decide(&routes, "web", "main"), "not by tcp.not_allowed_by_map");
+}
+
+#[test]
+fn an_attribute_of_a_port_that_nothing_tells_is_a_problem() {
+    let schema = PORTS.replace("entity Port;", "entity Port = { owner: String };");
+    let text = problems(&[
+        ("services/shop/map.toml", Some("mapping = \"tcp\"")),
+        ("services/shop/shop.cedarschema", Some(&schema)),
+        ("services/shop/shop.cedar", Some(CONNECT)),
+    ]);
+    assert!(text.contains("map.toml:1:11: nothing tells the attribute `owner` of Shop::Port"), "{text}");
 }
