@@ -7,6 +7,7 @@
 //! | [`upstream`] | the client half: pooled mTLS connections to exactly one SPIFFE ID |
 //! | [`app`] | the loopback connection to the app this sidecar stands before |
 //! | [`correlate`] | which transaction a call of the app belongs to |
+//! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
@@ -19,6 +20,7 @@ pub mod correlate;
 pub mod headers;
 pub mod inbound;
 pub mod metrics;
+mod mux;
 pub mod outbound;
 mod sample;
 pub mod server;

@@ -1,6 +1,7 @@
 //! Accepting connections: limits, handshakes, draining. Shared by the sidecar's listeners, its admin
 //! port and the gateway's front door.
 
+use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -14,13 +15,15 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use identity::clock::SharedClock;
+use identity::tls::ALPN_H2;
 use identity::{Peer, Scope};
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
-use crate::Body;
+use crate::{Body, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -236,10 +239,52 @@ async fn connection(
             return Err(RefusedConnection::Handshake(io::Error::other(error)));
         }
     };
-    let http2 = session.alpn_protocol() == Some(identity::tls::ALPN_H2);
+    let protocol = session.alpn_protocol();
+    let (http2, multiplexed) = (protocol == Some(ALPN_H2), protocol == Some(mux::ALPN));
     let connection = Connection { peer, remote };
-    requests(TokioIo::new(stream), connection, Some(http2), listen, handler).await;
+    if multiplexed {
+        exchanges(stream, connection, listen, handler).await;
+    } else {
+        requests(TokioIo::new(stream), connection, Some(http2), listen, handler).await;
+    }
     Ok(())
+}
+
+/// Serves another sidecar until the connection ends, the scope drains, or the peer's certificate expires.
+async fn exchanges(
+    stream: TlsStream<TcpStream>,
+    connection: Connection,
+    listen: &Listen,
+    handler: &Arc<impl Handler>,
+) {
+    let leaving = leaving(&connection, listen);
+    let connection = Arc::new(connection);
+    let handler = Arc::clone(handler);
+    let answer = move |request| Arc::clone(&handler).handle(Arc::clone(&connection), request);
+    log_end(mux::serve(stream, &listen.clock, &listen.scope, leaving, answer).await);
+}
+
+/// Completes when a connection may take no more requests: with the bound for those under way where the peer's
+/// certificate has expired, without one while draining, where whoever joins the scope holds the bound.
+fn leaving(connection: &Connection, listen: &Listen) -> impl Future<Output = Option<Duration>> + use<> {
+    let expires = connection.peer.as_ref().map(Peer::not_after);
+    let left = expires.map(|at| at.saturating_sub(listen.clock.now()));
+    let (clock, scope) = (listen.clock.clone(), listen.scope.clone());
+    async move {
+        let expired = async {
+            match left {
+                Some(left) => clock.sleep(left).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = expired => {
+                tracing::info!("the peer's certificate has expired; no more requests on this connection");
+                Some(EXPIRY_GRACE)
+            }
+            () = scope.draining() => None,
+        }
+    }
 }
 
 /// Serves requests until the connection ends, the scope drains, or the peer's certificate expires.
@@ -253,37 +298,25 @@ async fn requests<S>(
     S: Read + Write + Unpin + Send + 'static,
 {
     let builder = http_builder(&listen.limits, http2, &listen.scope);
-    let expires = connection.peer.as_ref().map(Peer::not_after);
+    let mut leaving = pin!(leaving(&connection, listen));
     let connection = Arc::new(connection);
     let service = service_fn(|request: Request<Incoming>| {
         let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
         async move { Ok::<_, std::convert::Infallible>(answer.await) }
     });
     let mut serving = pin!(builder.serve_connection(stream, service));
-    let left = expires.map(|at| at.saturating_sub(listen.clock.now()));
-    let mut expired = pin!(async {
-        match left {
-            Some(left) => listen.clock.sleep(left).await,
-            None => std::future::pending().await,
-        }
-    });
-    let finish = tokio::select! {
+    let bound = tokio::select! {
         outcome = serving.as_mut() => return log_end(outcome),
-        () = expired.as_mut() => Some(EXPIRY_GRACE),
-        () = listen.scope.draining() => None,
+        bound = leaving.as_mut() => bound,
     };
     serving.as_mut().graceful_shutdown();
-    match finish {
-        // While draining, whoever joins the scope holds the bound.
-        None => log_end(serving.await),
-        Some(grace) => tokio::select! {
-            outcome = serving => log_end(outcome),
-            () = listen.clock.sleep(grace) => tracing::info!("closed: the peer's certificate has expired"),
-        },
+    tokio::select! {
+        outcome = serving => log_end(outcome),
+        () = listen.clock.sleep(bound.unwrap_or(Duration::MAX)) => {}
     }
 }
 
-fn log_end(outcome: Result<(), crate::BoxError>) {
+fn log_end(outcome: Result<(), impl Display>) {
     if let Err(error) = outcome {
         tracing::debug!(%error, "connection ended");
     }

@@ -18,6 +18,7 @@ use crate::app::{App, AppProtocol};
 use crate::correlate::Correlator;
 use crate::inbound::Inbound;
 use crate::metrics::Metrics;
+use crate::mux;
 use crate::outbound::Outbound;
 use crate::sample::Sampler;
 use crate::server::{self, Limits};
@@ -118,7 +119,8 @@ impl Sidecar {
         };
         let (front, calls) = (scope.part(), scope.part());
         drain_in_order(front.clone(), calls.clone(), scope);
-        let tls = tls::server_config(&source, ClientAuth::Required, &[ALPN_H2, ALPN_HTTP11], &clock)?;
+        let tls =
+            tls::server_config(&source, ClientAuth::Required, &[mux::ALPN, ALPN_H2, ALPN_HTTP11], &clock)?;
         let listener = tokio_listener(config.inbound)?;
         server::serve(
             "inbound",

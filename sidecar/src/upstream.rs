@@ -12,18 +12,23 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::HOST;
+use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{Request, Response, Uri, Version};
+use http::{HeaderValue, Request, Response, Uri, Version};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::clock::SharedClock;
+use identity::tls::ALPN_H2;
 use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
+use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
 use crate::{Body, BoxError};
 
@@ -78,8 +83,8 @@ pub enum UpstreamError {
     Broken {
         /// Whom we called.
         service: String,
-        /// hyper's account.
-        cause: hyper::Error,
+        /// What is known of it.
+        cause: BoxError,
     },
     /// No answer within [`UpstreamConfig::response_timeout`].
     #[error("{0} did not answer in time")]
@@ -105,6 +110,7 @@ impl UpstreamError {
 pub struct Upstream {
     config: UpstreamConfig,
     authority: Authority,
+    host: HeaderValue,
     tls: TlsConnector,
     source: IdentitySource,
     clock: SharedClock,
@@ -123,9 +129,29 @@ impl std::fmt::Debug for Upstream {
 
 #[derive(Clone)]
 struct Pooled {
-    sender: SendRequest<Body>,
+    link: Link,
     generation: u64,
-    in_flight: Arc<AtomicUsize>,
+}
+
+/// What the handshake chose.
+#[derive(Clone)]
+enum Link {
+    /// Another sidecar.
+    Mux(mux::Handle),
+    /// Anything else that has an identity: a vault, a server with a SPIFFE library.
+    Http2 { sender: SendRequest<Body>, in_flight: Arc<AtomicUsize> },
+}
+
+impl Link {
+    /// How many requests are under way, or `None` if it takes no more.
+    fn load(&self) -> Option<usize> {
+        match self {
+            Self::Mux(handle) => handle.load(),
+            Self::Http2 { sender, in_flight } => {
+                (!sender.is_closed()).then(|| in_flight.load(Ordering::Relaxed))
+            }
+        }
+    }
 }
 
 impl Upstream {
@@ -137,11 +163,12 @@ impl Upstream {
         clock: SharedClock,
         scope: &Scope,
     ) -> Result<Arc<Self>, UpstreamError> {
-        let tls =
-            identity::tls::client_config(&source, config.id.clone(), &[identity::tls::ALPN_H2], &clock)?;
+        let tls = identity::tls::client_config(&source, config.id.clone(), &[mux::ALPN, ALPN_H2], &clock)?;
         let authority = Authority::try_from(config.service.as_str()).map_err(|_| UpstreamError::Target)?;
+        let host = HeaderValue::try_from(config.service.as_str()).map_err(|_| UpstreamError::Target)?;
         Ok(Arc::new(Self {
             authority,
+            host,
             tls: TlsConnector::from(tls),
             source,
             clock,
@@ -168,54 +195,73 @@ impl Upstream {
     /// A request that never left (its connection was already closing) goes over another connection; one
     /// that left is never sent again.
     pub async fn send(&self, request: Request<Body>) -> Result<Response<Body>, UpstreamError> {
-        let mut request = self.address(request)?;
-        let mut attempt = 1;
-        loop {
+        tokio::select! {
             // Dials go one after the other: without a bound the hundredth request to a silent peer would
             // wait for the ninety-nine before it.
-            let connection = tokio::select! {
-                connection = self.connection() => connection?,
-                () = self.clock.sleep(self.config.response_timeout) => {
-                    return Err(UpstreamError::Timeout(self.config.service.clone()));
-                }
-            };
-            let guard = InFlight::new(&connection.in_flight);
-            let mut sender = connection.sender;
-            let answer = tokio::select! {
-                answer = sender.try_send_request(request) => answer,
-                () = self.clock.sleep(self.config.response_timeout) => {
-                    return Err(UpstreamError::Timeout(self.config.service.clone()));
-                }
-            };
-            match answer {
-                Ok(response) => {
-                    return Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })));
-                }
-                Err(mut refused) => match refused.take_message() {
-                    Some(unsent) if attempt < MAX_ATTEMPTS => {
-                        request = unsent;
-                        attempt += 1;
-                    }
-                    _ => {
-                        let cause = refused.into_error();
-                        return Err(UpstreamError::Broken { service: self.config.service.clone(), cause });
-                    }
-                },
+            answer = self.send_unbounded(request) => answer,
+            () = self.clock.sleep(self.config.response_timeout) => {
+                Err(UpstreamError::Timeout(self.config.service.clone()))
             }
         }
     }
 
-    /// Gives the request the pseudo-headers of HTTP/2. `:authority` is the service's name.
-    fn address(&self, mut request: Request<Body>) -> Result<Request<Body>, UpstreamError> {
-        let target: PathAndQuery = request.uri().path_and_query().cloned().ok_or(UpstreamError::Target)?;
+    async fn send_unbounded(&self, request: Request<Body>) -> Result<Response<Body>, UpstreamError> {
+        let (mut head, mut body) = request.into_parts();
+        head.headers.insert(HOST, self.host.clone());
+        for _ in 0..MAX_ATTEMPTS {
+            match self.connection().await?.link {
+                Link::Mux(handle) => match handle.send(&head, body).await {
+                    Ok(response) => return Ok(response),
+                    Err(SendError::NotSent(unsent)) => body = unsent,
+                    Err(error) => return Err(self.broken(error.to_string())),
+                },
+                Link::Http2 { sender, in_flight } => {
+                    match self.send_http2(sender, &in_flight, &head, body).await? {
+                        Sent::Answered(response) => return Ok(response),
+                        Sent::NotSent(unsent) => body = unsent,
+                    }
+                }
+            }
+        }
+        Err(self.broken("every connection was closing"))
+    }
+
+    fn broken(&self, cause: impl Into<BoxError>) -> UpstreamError {
+        UpstreamError::Broken { service: self.config.service.clone(), cause: cause.into() }
+    }
+
+    async fn send_http2(
+        &self,
+        mut sender: SendRequest<Body>,
+        in_flight: &Arc<AtomicUsize>,
+        head: &Parts,
+        body: Body,
+    ) -> Result<Sent, UpstreamError> {
+        let guard = InFlight::new(in_flight);
+        let request = Request::from_parts(self.pseudo_headers(head)?, body);
+        match sender.try_send_request(request).await {
+            Ok(response) => {
+                Ok(Sent::Answered(response.map(|body| Body::new(Guarded { body, _guard: guard }))))
+            }
+            Err(mut refused) => match refused.take_message() {
+                Some(unsent) => Ok(Sent::NotSent(unsent.into_body())),
+                None => Err(self.broken(refused.into_error())),
+            },
+        }
+    }
+
+    /// The request with the pseudo-headers of HTTP/2. `:authority` is the service's name.
+    fn pseudo_headers(&self, head: &Parts) -> Result<Parts, UpstreamError> {
+        let target: PathAndQuery = head.uri.path_and_query().cloned().ok_or(UpstreamError::Target)?;
         let mut uri = http::uri::Parts::default();
         uri.scheme = Some(Scheme::HTTPS);
         uri.authority = Some(self.authority.clone());
         uri.path_and_query = Some(target);
-        *request.uri_mut() = Uri::from_parts(uri).map_err(|_| UpstreamError::Target)?;
-        *request.version_mut() = Version::HTTP_2;
-        request.headers_mut().remove(http::header::HOST);
-        Ok(request)
+        let mut head = head.clone();
+        head.uri = Uri::from_parts(uri).map_err(|_| UpstreamError::Target)?;
+        head.version = Version::HTTP_2;
+        head.headers.remove(HOST);
+        Ok(head)
     }
 
     async fn connection(&self) -> Result<Pooled, UpstreamError> {
@@ -228,8 +274,7 @@ impl Upstream {
         if let Some(pooled) = self.pooled(identity.generation) {
             return Ok(pooled);
         }
-        let sender = self.dial().await?;
-        let pooled = Pooled { sender, generation: identity.generation, in_flight: Arc::default() };
+        let pooled = Pooled { link: self.dial().await?, generation: identity.generation };
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).push(pooled.clone());
         Ok(pooled)
     }
@@ -237,14 +282,21 @@ impl Upstream {
     /// The least loaded live connection of this identity, unless another should be opened.
     fn pooled(&self, generation: u64) -> Option<Pooled> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        // Dropping a sender lets its connection end after the requests in flight.
-        pool.retain(|pooled| pooled.generation >= generation && !pooled.sender.is_closed());
-        let least = pool.iter().min_by_key(|pooled| pooled.in_flight.load(Ordering::Relaxed))?;
-        let busy = least.in_flight.load(Ordering::Relaxed) >= MAX_STREAMS_PER_CONNECTION;
+        pool.retain(|pooled| {
+            let current = pooled.generation >= generation;
+            if let (false, Link::Mux(handle)) = (current, &pooled.link) {
+                handle.go_away();
+            }
+            // Dropping an HTTP/2 sender lets its connection end after the requests in flight.
+            current
+        });
+        let loads = pool.iter().filter_map(|pooled| Some((pooled.link.load()?, pooled)));
+        let (load, least) = loads.min_by_key(|(load, _)| *load)?;
+        let busy = load >= MAX_STREAMS_PER_CONNECTION;
         if busy && pool.len() < MAX_CONNECTIONS { None } else { Some(least.clone()) }
     }
 
-    async fn dial(&self) -> Result<SendRequest<Body>, UpstreamError> {
+    async fn dial(&self) -> Result<Link, UpstreamError> {
         let count = self.config.endpoints.len();
         let first = self.next_endpoint.fetch_add(1, Ordering::Relaxed);
         let mut cause: BoxError = "no endpoint is configured".into();
@@ -255,7 +307,7 @@ impl Upstream {
                 () = self.clock.sleep(CONNECT_TIMEOUT) => Err("timed out".into()),
             };
             match attempt {
-                Ok(sender) => return Ok(sender),
+                Ok(link) => return Ok(link),
                 Err(error) => {
                     tracing::info!(service = self.config.service, %endpoint, %error, "cannot connect");
                     cause = error;
@@ -269,13 +321,21 @@ impl Upstream {
         })
     }
 
-    async fn dial_endpoint(&self, endpoint: SocketAddr) -> Result<SendRequest<Body>, BoxError> {
+    async fn dial_endpoint(&self, endpoint: SocketAddr) -> Result<Link, BoxError> {
         let stream = TcpStream::connect(endpoint).await?;
         stream.set_nodelay(true)?;
         let stream = self.tls.connect(identity::tls::unnamed_server(), stream).await?;
-        if stream.get_ref().1.alpn_protocol() != Some(identity::tls::ALPN_H2) {
-            return Err("the peer does not speak HTTP/2".into());
+        match stream.get_ref().1.alpn_protocol() {
+            Some(mux::ALPN) => {
+                let service = self.config.service.as_str().into();
+                Ok(Link::Mux(mux::connect(stream, service, self.clock.clone(), &self.scope)))
+            }
+            Some(ALPN_H2) => self.http2(stream).await,
+            _ => Err("the peer speaks neither our protocol nor HTTP/2".into()),
         }
+    }
+
+    async fn http2(&self, stream: TlsStream<TcpStream>) -> Result<Link, BoxError> {
         let (sender, connection) = http2::Builder::new(ScopeExecutor(self.scope.clone()))
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -290,8 +350,24 @@ impl Upstream {
                 tracing::debug!(service, %error, "upstream connection ended");
             }
         });
-        Ok(sender)
+        Ok(Link::Http2 { sender, in_flight: Arc::default() })
     }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        for pooled in self.pool.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            if let Link::Mux(handle) = &pooled.link {
+                handle.go_away();
+            }
+        }
+    }
+}
+
+/// What became of a request on an HTTP/2 connection.
+enum Sent {
+    Answered(Response<Body>),
+    NotSent(Body),
 }
 
 /// Counts a request on its connection until its answer's body has ended.

@@ -1,0 +1,70 @@
+//! The side that answers.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use http::{Request, Response};
+use identity::Scope;
+use identity::clock::SharedClock;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::driver::{ConnectionError, Driver};
+use super::exchange::{Open, Role, Sending, Shared};
+use crate::Body;
+
+/// Serves one connection until it ends. When `leaving` completes, the peer is asked to open no more
+/// exchanges, and those that are open may run on for as long as it says.
+pub(crate) async fn serve<S, F>(
+    stream: S,
+    clock: &SharedClock,
+    scope: &Scope,
+    leaving: impl Future<Output = Option<Duration>>,
+    answer: impl Fn(Request<Body>) -> F + Clone + Send + Unpin + 'static,
+) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let shared = Shared::new(Role::Server);
+    let tasks = scope.clone();
+    let driver = Driver::new(stream, Arc::clone(&shared), Role::Server, clock.clone(), move |open: Open| {
+        tasks.spawn("request", exchange(open, answer.clone()));
+    });
+    let (mut driver, leaving) = (pin!(driver), pin!(leaving));
+    let bound = tokio::select! {
+        ended = driver.as_mut() => return ended,
+        bound = leaving => bound,
+    };
+    shared.go_away();
+    tokio::select! {
+        ended = driver => ended,
+        () = clock.sleep(bound.unwrap_or(Duration::MAX)) => Err(ConnectionError::TooLong),
+    }
+}
+
+async fn exchange<F>(open: Open, answer: impl Fn(Request<Body>) -> F)
+where
+    F: Future<Output = Response<Body>>,
+{
+    let Some((request, sending)) = open.take_request() else { return };
+    let Some(response) = unless_abandoned(&sending, answer(request)).await else { return };
+    let (head, body) = response.into_parts();
+    match sending.response(&head, &body) {
+        Ok(true) => {}
+        Ok(false) => sending.body(body).await,
+        // Dropping `sending` resets the exchange: the caller hears that it failed.
+        Err(error) => tracing::info!(%error, "an answer could not be sent"),
+    }
+}
+
+/// Stops working on what nobody waits for any more.
+async fn unless_abandoned<T>(sending: &Sending, work: impl Future<Output = T>) -> Option<T> {
+    let mut work = pin!(work);
+    std::future::poll_fn(|cx| match work.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => sending.poll_abandoned(cx).map(|()| None),
+    })
+    .await
+}
