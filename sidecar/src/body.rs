@@ -3,12 +3,18 @@
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Collected, Limited};
 use hyper::body::Incoming;
+use identity::clock::SharedClock;
+
+/// Longest that a body which is judged, or an answer that is held, may take to arrive: both fit into a few
+/// packets.
+const WHOLE_BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Any error of a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -65,6 +71,14 @@ impl From<Incoming> for Body {
 impl Default for Body {
     fn default() -> Self {
         Self::empty()
+    }
+}
+
+/// A whole body, if it ends within `max_bytes` and [`WHOLE_BODY_TIMEOUT`].
+pub(crate) async fn whole(body: Body, max_bytes: usize, clock: &SharedClock) -> Option<Collected<Bytes>> {
+    tokio::select! {
+        body = Limited::new(body, max_bytes).collect() => body.ok(),
+        () = clock.sleep(WHOLE_BODY_TIMEOUT) => None,
     }
 }
 

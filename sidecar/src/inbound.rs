@@ -7,7 +7,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -17,37 +16,33 @@ use http::header::{
 };
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Limited};
 use identity::clock::SharedClock;
-use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
+use identity::txn::{Chain, Verifier};
 use identity::{Identity, IdentitySource, Peer, SpiffeId};
 use policy::{
-    AttributeSource, Attributes, BodyRule, Caller, Denial, ENTITIES_PATH, Layer, Mapped, Mode, Occasion,
-    Outcome, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
+    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, Occasion, Outcome, Permit,
+    Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
 };
 
 use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
+use crate::entities::Unanswered;
 use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
 use crate::trace::SharedRandom;
-use crate::{Body, answer, empty, full, trace};
+use crate::{Body, answer, body, empty, entities, full, trace, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
-/// Longest that a mapped body, or an answer that is held, may take to arrive: both fit into a few packets.
-const WHOLE_BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest answer of an entities endpoint.
-const MAX_ENTITIES_BYTES: usize = 64 * 1024;
 
 /// Everything the inbound listener needs.
 pub struct Inbound {
     pub(crate) service: String,
     pub(crate) id: SpiffeId,
     pub(crate) policy: Arc<ArcSwap<ServicePolicy>>,
-    pub(crate) verifier: Verifier,
+    pub(crate) verifier: Arc<Verifier>,
     pub(crate) app: App,
     pub(crate) correlator: Arc<Correlator>,
     pub(crate) source: IdentitySource,
@@ -89,6 +84,15 @@ impl From<Denial> for Stop {
 impl From<AppError> for Stop {
     fn from(error: AppError) -> Self {
         Self::App(error)
+    }
+}
+
+impl From<Unanswered> for Stop {
+    fn from(unanswered: Unanswered) -> Self {
+        match unanswered {
+            Unanswered::App(error) => Self::App(error),
+            Unanswered::Unusable => Self::Upstream(StatusCode::BAD_GATEWAY),
+        }
     }
 }
 
@@ -178,11 +182,12 @@ impl Inbound {
             let refusal = Refusal::denied("tls.no_client_certificate", "the peer proved no identity");
             return Err(policy.refuse(None, refusal, &understood.occasion).into());
         };
-        let chain = match self.transaction(&parts, peer, &identity) {
+        let chain = match transaction::verify(&self.verifier, &parts, peer.id(), &identity, self.clock.now())
+        {
             Ok(chain) => chain,
             Err(error) => {
                 let caller = caller(peer, None, connection.remote);
-                let refusal = Refusal::denied(txn_rule(&error), error.to_string());
+                let refusal = Refusal::denied(transaction::rule(&error), error.to_string());
                 let denial = policy.refuse(Some(&caller), refusal, &understood.occasion);
                 understood.caller = Some(caller);
                 return Err(denial.into());
@@ -214,7 +219,9 @@ impl Inbound {
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Entities => {
-                let attributes = self.entities(&mapped, span).await?.map_err(refuse)?;
+                let attributes = entities::ask(&self.app, &self.service, &mapped, span, &self.clock)
+                    .await?
+                    .map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
@@ -238,32 +245,6 @@ impl Inbound {
             transaction: None,
             trace_id: TraceParent::from_headers(request.headers()).map(|trace| trace.trace_id_text()),
         }
-    }
-
-    /// The transaction token, verified and bound to this peer and this request. None is fine: policy
-    /// says which calls may come without a user.
-    fn transaction(
-        &self,
-        parts: &Parts,
-        peer: &Peer,
-        identity: &Identity,
-    ) -> Result<Option<Chain>, TxnError> {
-        let mut tokens = parts.headers.get_all(txn::HEADER).iter();
-        let Some(token) = tokens.next() else { return Ok(None) };
-        let token = token.to_str().map_err(|_| TxnError::Form)?;
-        if tokens.next().is_some() {
-            return Err(TxnError::Form);
-        }
-        let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
-        let arrival = Arrival {
-            me: identity.svid.id(),
-            presenter: peer.id(),
-            bundles: &identity.bundles,
-            generation: identity.generation,
-            binding: RequestBinding::new(parts.method.as_str(), target),
-            now: self.clock.now(),
-        };
-        self.verifier.verify(token, arrival).map(Some)
     }
 
     /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
@@ -291,21 +272,13 @@ impl Inbound {
     }
 
     async fn collect(&self, body: Body, max_bytes: usize) -> Result<Bytes, Refusal> {
-        match self.whole(body, max_bytes).await {
+        match body::whole(body, max_bytes, &self.clock).await {
             Some(body) if body.trailers().is_none() => Ok(body.to_bytes()),
             Some(_) => Err(Refusal::malformed("request.trailers", "trailers cannot belong to a mapped body")),
             None => Err(Refusal::malformed(
                 "request.body_size",
                 "the body is over its limit, was cut short or took too long",
             )),
-        }
-    }
-
-    /// A whole body, if it ends within its bounds of size and time.
-    async fn whole(&self, body: Body, max_bytes: usize) -> Option<http_body_util::Collected<Bytes>> {
-        tokio::select! {
-            body = Limited::new(body, max_bytes).collect() => body.ok(),
-            () = self.clock.sleep(WHOLE_BODY_TIMEOUT) => None,
         }
     }
 
@@ -343,30 +316,6 @@ impl Inbound {
         Ok(response)
     }
 
-    /// Asks the app for the attributes of the request's objects.
-    async fn entities(
-        &self,
-        mapped: &Mapped,
-        span: TraceParent,
-    ) -> Result<Result<Attributes, Refusal>, Stop> {
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(ENTITIES_PATH)
-            .header(HOST, self.service.as_str())
-            .header(CONTENT_TYPE, "application/json")
-            .header(headers::TRACEPARENT, span.header_value())
-            .body(full(mapped.entities_request()))
-            .map_err(|_| AppError::Target)?;
-        let response = self.app.send(request).await?;
-        if !response.status().is_success() {
-            return Err(Stop::Upstream(StatusCode::BAD_GATEWAY));
-        }
-        match self.whole(response.into_body(), MAX_ENTITIES_BYTES).await {
-            Some(body) => Ok(mapped.attributes_from_entities(&body.to_bytes())),
-            None => Err(Stop::Upstream(StatusCode::BAD_GATEWAY)),
-        }
-    }
-
     /// Asks the app for a safe request's answer and holds it: whose object it is stands inside.
     async fn ask(&self, mut request: Request<Body>, remembered: Remembered) -> Result<Held, Stop> {
         let conditions = [IF_MATCH, IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_UNMODIFIED_SINCE, IF_RANGE];
@@ -384,7 +333,7 @@ impl Inbound {
         if parts.status.is_server_error() {
             return Err(Stop::Upstream(parts.status));
         }
-        let Some(body) = self.whole(body, MAX_HELD_RESPONSE_BYTES).await else {
+        let Some(body) = body::whole(body, MAX_HELD_RESPONSE_BYTES, &self.clock).await else {
             return Err(Stop::Upstream(StatusCode::BAD_GATEWAY));
         };
         let body = body.to_bytes();
@@ -510,23 +459,4 @@ fn plain_type(parts: &Parts, expected: &str) -> Result<(), Refusal> {
         return refuse("only charset=utf-8 is taken");
     }
     Ok(())
-}
-
-/// The rule that refused a transaction token.
-fn txn_rule(error: &TxnError) -> &'static str {
-    match error {
-        TxnError::Form | TxnError::Jws(identity::jws::JwsError::Form) => "txn.malformed",
-        TxnError::Jws(identity::jws::JwsError::Signature) => "txn.bad_signature",
-        TxnError::Jws(_) | TxnError::Member(_) => "txn.malformed",
-        TxnError::Signer(_) => "txn.unknown_signer",
-        TxnError::NotFromGateway => "txn.not_from_gateway",
-        TxnError::BrokenChain => "txn.broken_chain",
-        TxnError::WrongPresenter => "txn.wrong_presenter",
-        TxnError::WrongAudience => "txn.wrong_audience",
-        TxnError::Expired => "txn.expired",
-        TxnError::NotYetValid => "txn.not_yet_valid",
-        TxnError::WrongRequest => "txn.wrong_request",
-        TxnError::Replayed => "txn.replayed",
-        TxnError::ReplayMemoryFull => "txn.replay_memory_full",
-    }
 }

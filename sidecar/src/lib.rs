@@ -17,6 +17,7 @@ mod answer;
 pub mod app;
 mod body;
 pub mod correlate;
+mod entities;
 pub mod headers;
 pub mod inbound;
 pub mod metrics;
@@ -26,6 +27,7 @@ mod sample;
 pub mod server;
 mod sidecar;
 pub mod trace;
+mod transaction;
 pub mod upstream;
 
 use bytes::Bytes;

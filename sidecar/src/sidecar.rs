@@ -106,7 +106,7 @@ impl Sidecar {
             service: config.service.clone(),
             id: config.id.clone(),
             policy: Arc::clone(&policy),
-            verifier: Verifier::new(config.gateways),
+            verifier: Arc::new(Verifier::new(config.gateways)),
             app: App::new(config.app, config.app_protocol, config.request_timeout, clock.clone(), scope)?,
             correlator: Arc::clone(&correlator),
             source: source.clone(),
