@@ -10,6 +10,7 @@
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
+//! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 
 pub mod admin;
@@ -27,6 +28,7 @@ mod sample;
 pub mod server;
 mod sidecar;
 pub mod trace;
+pub mod traffic;
 mod transaction;
 pub mod upstream;
 
