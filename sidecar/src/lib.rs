@@ -8,6 +8,8 @@
 //! | [`app`] | the loopback connection to the app this sidecar stands before |
 //! | [`correlate`] | which transaction a call of the app belongs to |
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
+//! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
+//! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
@@ -21,12 +23,14 @@ pub mod correlate;
 mod entities;
 pub mod headers;
 pub mod inbound;
+pub mod live;
 pub mod metrics;
 mod mux;
 pub mod outbound;
 mod sample;
 pub mod server;
 mod sidecar;
+pub mod tcp;
 pub mod trace;
 pub mod traffic;
 mod transaction;

@@ -1,0 +1,244 @@
+//! The client's side of plain connections: a loopback listener, each of whose connections becomes a session with
+//! exactly one SPIFFE ID.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use identity::clock::SharedClock;
+use identity::{IdentitySource, Scope, SpiffeId};
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use super::copy::{CopyError, End, Side as _, both_ways};
+use super::frame::{OpenFrame, Session, SessionError, Status};
+use super::pool::{Pool, PoolError, Ready};
+use super::stats::{SessionEnd, TcpStats};
+use super::stream::Stream;
+use crate::live::Traffic;
+use crate::metrics::Direction;
+
+/// Connections of one listener; more wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 10_000;
+/// How long to wait before accepting again when the process is out of file descriptors.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// How often a session that a connection did not begin is sent over another: the second one is new.
+const MAX_ATTEMPTS: usize = 3;
+
+/// Whom plain connections go to, and where they may be found.
+#[derive(Debug, Clone)]
+pub struct TcpUpstream {
+    /// The service's name, for logs and metrics.
+    pub service: String,
+    /// Who must answer.
+    pub id: SpiffeId,
+    /// The port's name in the service's policies; empty: its only one.
+    pub port: String,
+    /// Where, tried in turn.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// Plain connections of the app to one service.
+pub struct TcpOutbound {
+    upstream: TcpUpstream,
+    pool: Arc<Pool>,
+    endpoints: Mutex<Arc<[SocketAddr]>>,
+    next: AtomicUsize,
+    clock: SharedClock,
+    stats: TcpStats,
+    access_log: bool,
+}
+
+/// Why a connection of the app went no further.
+#[derive(Debug, Error)]
+enum ConnectError {
+    #[error("outbound listeners serve this machine only")]
+    NotLocal,
+    #[error("no endpoint is configured")]
+    NoEndpoint,
+    #[error("{0}")]
+    Pool(#[from] PoolError),
+}
+
+impl TcpOutbound {
+    /// Plain connections to `upstream`; nothing is dialled until the first one.
+    pub fn new(
+        upstream: TcpUpstream,
+        source: IdentitySource,
+        stats: TcpStats,
+        clock: SharedClock,
+        access_log: bool,
+    ) -> Result<Arc<Self>, rustls::Error> {
+        let pool = Pool::new(upstream.id.clone(), source, clock.clone(), stats.clone())?;
+        let endpoints = Mutex::new(upstream.endpoints.clone().into());
+        Ok(Arc::new(Self { upstream, pool, endpoints, next: AtomicUsize::new(0), clock, stats, access_log }))
+    }
+
+    /// Accepts until `scope` drains; sessions that are open go on. Returns at once.
+    pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
+        scope.spawn_critical("outbound tcp", Arc::clone(self).accept(listener, scope.clone()));
+        scope.spawn_critical("tcp pool", Arc::clone(&self.pool).keep(scope.clone()));
+    }
+
+    /// Puts other endpoints in place of those so far. Sessions that are open stay where they are.
+    pub fn set_endpoints(&self, endpoints: Vec<SocketAddr>) {
+        *self.endpoints.lock().unwrap_or_else(PoisonError::into_inner) = endpoints.into();
+    }
+
+    /// TLS connections that are ready for a session.
+    pub fn ready_connections(&self) -> usize {
+        self.pool.ready()
+    }
+
+    async fn accept(self: Arc<Self>, listener: TcpListener, scope: Scope) {
+        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let slot = tokio::select! {
+                slot = Arc::clone(&slots).acquire_owned() => slot,
+                () = scope.draining() => return,
+            };
+            // The semaphore is never closed; if it were, nothing could be accepted any more.
+            let Ok(slot) = slot else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = scope.draining() => return,
+            };
+            match accepted {
+                Ok((stream, remote)) => {
+                    let this = Arc::clone(&self);
+                    scope.spawn("outbound tcp connection", async move {
+                        let _slot = slot;
+                        this.carry(stream, remote).await;
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors, or a connection that was gone before we took it: go on.
+                    tracing::warn!(%error, "accept failed");
+                    self.clock.sleep(ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+
+    /// One connection of the app, from its first byte to its last.
+    pub async fn carry(&self, stream: TcpStream, remote: SocketAddr) {
+        let started = self.clock.now();
+        let _active = self.stats.session();
+        let traffic = Traffic::default();
+        let mut near = Stream::new(stream);
+        let outcome = self.session(&mut near, remote, &traffic).await;
+        if outcome.is_err() {
+            // A reset, not an orderly end: what the app has got is not the whole.
+            near.abort();
+        }
+        let end = outcome.as_ref().map_or_else(Failed::end, |()| SessionEnd::Finished);
+        let note = outcome.as_ref().err().map(tracing::field::display);
+        let bytes = traffic.bytes();
+        self.stats.ended(Direction::Outbound, end, bytes);
+        if self.access_log {
+            tracing::info!(
+                target: "access", direction = "outbound", kind = "tcp", service = self.upstream.service,
+                peer = %self.upstream.id, port = self.upstream.port, source = %remote, end = end.as_str(),
+                sent_bytes = bytes.0, received_bytes = bytes.1,
+                took_us = self.clock.now().saturating_sub(started).as_micros() as u64, note,
+            );
+        }
+    }
+
+    async fn session(&self, near: &mut Stream, remote: SocketAddr, traffic: &Traffic) -> Result<(), Failed> {
+        if !remote.ip().is_loopback() {
+            return Err(ConnectError::NotLocal.into());
+        }
+        let open = OpenFrame { port: self.upstream.port.clone(), source: Some(remote) };
+        let Ready { tls, mut lease } = self.connection(false).await?;
+        let mut session = Session::open(tls, &open);
+        let mut attempt = 1;
+        loop {
+            let left = lease.expires.saturating_sub(self.clock.now());
+            let outcome = tokio::select! {
+                outcome = both_ways(near, &mut session, &self.clock, traffic) => outcome,
+                () = self.clock.sleep(left) => return Err(Failed::Expired),
+            };
+            let error = match outcome {
+                Ok(()) => {
+                    if let Some(tls) = session.into_finished() {
+                        self.pool.put(Ready { tls, lease });
+                    }
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            match error.of_session(End::Far) {
+                Some(SessionError::Refused { status, receipt }) => {
+                    return Err(Failed::Refused { status: *status, receipt: receipt.clone() });
+                }
+                // Closed as we took it: nothing of the session was begun, so it begins elsewhere.
+                Some(SessionError::NotBegun) if attempt < MAX_ATTEMPTS => {
+                    let Some(unbegun) = session.into_unbegun() else { return Err(Failed::Copy(error)) };
+                    attempt += 1;
+                    let again = self.connection(true).await?;
+                    (session, lease) = (Session::again(again.tls, unbegun), again.lease);
+                }
+                _ => return Err(Failed::Copy(error)),
+            }
+        }
+    }
+
+    /// A connection to one of the endpoints, tried in turn; a `new` one, if one that was ready has failed.
+    async fn connection(&self, new: bool) -> Result<Ready, ConnectError> {
+        let endpoints = Arc::clone(&self.endpoints.lock().unwrap_or_else(PoisonError::into_inner));
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut failure = ConnectError::NoEndpoint;
+        for turn in 0..endpoints.len() {
+            let Some(endpoint) = endpoints.get((first + turn) % endpoints.len()) else { break };
+            let attempt =
+                if new { self.pool.connect(*endpoint).await } else { self.pool.get(*endpoint).await };
+            match attempt {
+                Ok(ready) => return Ok(ready),
+                Err(error) => failure = error.into(),
+            }
+        }
+        Err(failure)
+    }
+}
+
+/// How a session failed.
+enum Failed {
+    Connect(ConnectError),
+    Copy(CopyError),
+    Refused { status: Status, receipt: String },
+    Expired,
+}
+
+impl From<ConnectError> for Failed {
+    fn from(error: ConnectError) -> Self {
+        Self::Connect(error)
+    }
+}
+
+impl Failed {
+    fn end(&self) -> SessionEnd {
+        match self {
+            Self::Connect(_) => SessionEnd::Unreachable,
+            Self::Copy(CopyError::Io(..)) => SessionEnd::Broken,
+            Self::Copy(_) => SessionEnd::TimedOut,
+            Self::Refused { status: Status::Denied, .. } => SessionEnd::Denied,
+            Self::Refused { .. } => SessionEnd::Unreachable,
+            Self::Expired => SessionEnd::Expired,
+        }
+    }
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Connect(error) => error.fmt(f),
+            Self::Copy(error) => error.fmt(f),
+            Self::Refused { status, receipt } if receipt.is_empty() => f.write_str(status.as_str()),
+            Self::Refused { status, receipt } => write!(f, "{}, receipt {receipt}", status.as_str()),
+            Self::Expired => f.write_str("a certificate has ended"),
+        }
+    }
+}
