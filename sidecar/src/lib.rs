@@ -9,6 +9,7 @@
 //! | [`correlate`] | which transaction a call of the app belongs to |
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
+//! | [`detect`], [`proxy_protocol`] | what a connection speaks by its first bytes; where it came from before a proxy |
 //! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
@@ -20,6 +21,7 @@ mod answer;
 pub mod app;
 mod body;
 pub mod correlate;
+pub mod detect;
 mod entities;
 pub mod headers;
 pub mod inbound;
@@ -27,6 +29,7 @@ pub mod live;
 pub mod metrics;
 mod mux;
 pub mod outbound;
+pub mod proxy_protocol;
 mod sample;
 pub mod server;
 mod sidecar;
