@@ -14,8 +14,10 @@
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
+//! | [`access`] | a line of JSON a request |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 
+pub mod access;
 pub mod admin;
 mod answer;
 pub mod app;

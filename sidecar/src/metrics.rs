@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
+use indexmap::{Equivalent, IndexMap};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -16,6 +17,8 @@ use prometheus_client::registry::Registry;
 
 /// Peers told apart in metrics; the rest are counted together as `other`.
 const MAX_PEERS: usize = 256;
+/// Series found without building their labels: more than a service's routes times its callers usually are.
+const MAX_CACHED_SERIES: usize = 4096;
 /// Upper bounds in seconds: from a loopback hop to a timeout.
 const DURATION_BUCKETS_SECONDS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0];
@@ -27,6 +30,16 @@ pub enum Direction {
     Inbound,
     /// From the app to the mesh.
     Outbound,
+}
+
+impl Direction {
+    /// The label's value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -46,6 +59,40 @@ struct RouteLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RuleLabels {
     rule: String,
+}
+
+/// A request's labels as they are at hand.
+#[derive(Hash)]
+struct SeriesOf<'a> {
+    direction: Direction,
+    status: u16,
+    peer: &'a str,
+    route: &'a str,
+}
+
+/// The same, kept. Hashed alike, so that a finished request finds its series without an allocation.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct SeriesKey {
+    direction: Direction,
+    status: u16,
+    peer: Box<str>,
+    route: Box<str>,
+}
+
+impl Equivalent<SeriesKey> for SeriesOf<'_> {
+    fn equivalent(&self, key: &SeriesKey) -> bool {
+        self.status == key.status
+            && self.direction == key.direction
+            && *self.route == *key.route
+            && *self.peer == *key.peer
+    }
+}
+
+/// What a finished request counts in.
+#[derive(Debug, Clone)]
+struct Series {
+    requests: Counter,
+    duration: Histogram,
 }
 
 /// One finished request.
@@ -74,6 +121,8 @@ pub struct Metrics {
     expires: Gauge<f64, AtomicU64>,
     rotations: Counter,
     peers: Mutex<HashSet<String>>,
+    /// The series of requests seen lately; the families hold them all.
+    series: Mutex<IndexMap<SeriesKey, Series>>,
 }
 
 impl Default for Metrics {
@@ -102,6 +151,7 @@ impl Default for Metrics {
             expires,
             rotations,
             peers: Mutex::default(),
+            series: Mutex::default(),
         }
     }
 }
@@ -114,12 +164,33 @@ impl Metrics {
     /// Counts a finished request.
     pub fn observe(&self, seen: &Observation<'_>) {
         let Observation { direction, peer, route, status, took } = *seen;
-        let peer = self.bounded_peer(peer);
-        let labels =
-            RequestLabels { direction, peer, route: route.to_owned(), status: status.as_u16().into() };
-        self.requests.get_or_create(&labels).inc();
-        let labels = RouteLabels { direction, route: route.to_owned() };
-        self.duration.get_or_create(&labels).observe(took.as_secs_f64());
+        let labels = SeriesOf { direction, status: status.as_u16(), peer, route };
+        let mut cached = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(series) = cached.get(&labels) {
+            series.requests.inc();
+            series.duration.observe(took.as_secs_f64());
+            return;
+        }
+        let series = self.series_of(&labels);
+        series.requests.inc();
+        series.duration.observe(took.as_secs_f64());
+        if cached.len() >= MAX_CACHED_SERIES {
+            // Peers come and go; what is in use is back at its next request.
+            cached.clear();
+        }
+        let (peer, route) = (peer.into(), route.into());
+        cached.insert(SeriesKey { direction, status: labels.status, peer, route }, series);
+    }
+
+    fn series_of(&self, labels: &SeriesOf<'_>) -> Series {
+        let (direction, route) = (labels.direction, labels.route.to_owned());
+        let of_route = RouteLabels { direction, route: route.clone() };
+        let peer = self.bounded_peer(labels.peer);
+        let of_request = RequestLabels { direction, peer, route, status: labels.status.into() };
+        Series {
+            requests: self.requests.get_or_create(&of_request).clone(),
+            duration: self.duration.get_or_create(&of_route).clone(),
+        }
     }
 
     /// Counts a denial. Rules come from policy files and this code, so they are bounded.
