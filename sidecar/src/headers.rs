@@ -1,7 +1,6 @@
 //! What must never pass from one hop to the next, and what makes a request ambiguous.
 
-use std::fmt::Write as _;
-
+use bytes::Bytes;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
@@ -220,16 +219,26 @@ impl TraceParent {
 
     /// The header's value.
     pub fn header_value(&self) -> HeaderValue {
-        let mut text = String::with_capacity(55);
-        // Writing to a String cannot fail, and hexadecimal digits are a valid header value.
-        let _infallible = write!(text, "00-{:032x}-{:016x}-{:02x}", self.trace_id, self.span_id, self.flags);
-        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+        let mut text = Vec::with_capacity(55);
+        text.extend_from_slice(b"00-");
+        put_hex(&mut text, &self.trace_id.to_be_bytes());
+        text.push(b'-');
+        put_hex(&mut text, &self.span_id.to_be_bytes());
+        text.push(b'-');
+        put_hex(&mut text, &[self.flags]);
+        // Hexadecimal digits and dashes are a valid header value.
+        HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 
     /// The trace id in the header's form.
     pub fn trace_id_text(&self) -> String {
         format!("{:032x}", self.trace_id)
     }
+}
+
+fn put_hex(text: &mut Vec<u8>, bytes: &[u8]) {
+    let digit = |nibble: u8| if nibble < 10 { b'0' + nibble } else { b'a' + nibble - 10 };
+    text.extend(bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 0xf)]));
 }
 
 #[cfg(test)]

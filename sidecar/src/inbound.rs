@@ -31,8 +31,8 @@ use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
-use crate::trace::SharedRandom;
-use crate::{Body, answer, body, empty, entities, full, trace, transaction};
+use crate::trace::{SharedRandom, Spans};
+use crate::{Body, answer, body, empty, entities, full, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
@@ -51,6 +51,7 @@ pub struct Inbound {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
     pub(crate) random: SharedRandom,
+    pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: bool,
 }
 
@@ -207,7 +208,7 @@ impl Inbound {
         understood.mapped = Some(described(&mapped));
 
         // From here on the app may be asked something, and its calls travel on the user's behalf.
-        let span = trace::child(TraceParent::from_headers(&parts.headers), &self.random);
+        let span = self.spans.child(TraceParent::from_headers(&parts.headers));
         let remembered = self.correlator.remember(span, chain.clone());
         self.dress(&mut parts, peer, chain.as_ref(), &identity, span);
 

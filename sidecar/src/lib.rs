@@ -22,6 +22,7 @@ pub mod admin;
 mod answer;
 pub mod app;
 mod body;
+mod buffered;
 pub mod correlate;
 pub mod detect;
 mod entities;
@@ -44,6 +45,7 @@ pub mod upstream;
 use bytes::Bytes;
 
 pub use body::{Body, BoxError};
+pub use buffered::Buffered;
 pub use sidecar::{Call, Sidecar, SidecarConfig, SidecarError};
 
 /// A body that is already here.

@@ -14,9 +14,9 @@ use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::server::{Connection, Handler};
-use crate::trace::SharedRandom;
+use crate::trace::Spans;
 use crate::upstream::{Upstream, UpstreamError};
-use crate::{Body, answer, trace};
+use crate::{Body, answer};
 
 /// Everything one outbound listener needs.
 pub struct Outbound {
@@ -25,7 +25,7 @@ pub struct Outbound {
     pub(crate) source: IdentitySource,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
-    pub(crate) random: SharedRandom,
+    pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: bool,
 }
 
@@ -105,7 +105,7 @@ impl Outbound {
         // Nothing that the app says about identity goes out; what we know does.
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
-        let span = trace::child(from, &self.random);
+        let span = self.spans.child(from);
         parts.headers.insert(headers::TRACEPARENT, span.header_value());
         if let Some(chain) = chain {
             let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());

@@ -23,7 +23,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::{Body, mux};
+use crate::{Body, Buffered, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -223,7 +223,7 @@ async fn connection(
             Ok(_) => return Err(RefusedConnection::PlainText),
             Err(error) => return Err(RefusedConnection::Handshake(error)),
         }
-        acceptor.accept(stream).await.map(Some).map_err(RefusedConnection::Handshake)
+        acceptor.accept(Buffered::new(stream)).await.map(Some).map_err(RefusedConnection::Handshake)
     };
     let stream = tokio::select! {
         stream = handshake => stream?,
@@ -252,7 +252,7 @@ async fn connection(
 
 /// Serves another sidecar until the connection ends, the scope drains, or the peer's certificate expires.
 async fn exchanges(
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Buffered>,
     connection: Connection,
     listen: &Listen,
     handler: &Arc<impl Handler>,

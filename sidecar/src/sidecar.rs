@@ -22,7 +22,7 @@ use crate::mux;
 use crate::outbound::Outbound;
 use crate::sample::Sampler;
 use crate::server::{self, Limits};
-use crate::trace::SharedRandom;
+use crate::trace::{SharedRandom, Spans};
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 
 /// What one sidecar is told. Listeners come bound, so that a taken port is found before anything starts.
@@ -101,6 +101,7 @@ impl Sidecar {
         let policy = Arc::new(ArcSwap::from(policy));
         let correlator = Arc::new(Correlator::default());
         let metrics = Arc::new(Metrics::default());
+        let spans = Arc::new(Spans::new(Arc::clone(&random)));
 
         let inbound = Inbound {
             service: config.service.clone(),
@@ -115,6 +116,7 @@ impl Sidecar {
             metrics: Arc::clone(&metrics),
             clock: clock.clone(),
             random: Arc::clone(&random),
+            spans: Arc::clone(&spans),
             access_log: config.access_log,
         };
         let (front, calls) = (scope.part(), scope.part());
@@ -142,7 +144,7 @@ impl Sidecar {
                 source: source.clone(),
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
-                random: Arc::clone(&random),
+                spans: Arc::clone(&spans),
                 access_log: config.access_log,
             };
             let listener = tokio_listener(call.listener)?;

@@ -30,7 +30,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
-use crate::{Body, BoxError};
+use crate::{Body, BoxError, Buffered};
 
 /// Streams on one connection before another is opened: more only queue behind one socket.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
@@ -324,7 +324,7 @@ impl Upstream {
     async fn dial_endpoint(&self, endpoint: SocketAddr) -> Result<Link, BoxError> {
         let stream = TcpStream::connect(endpoint).await?;
         stream.set_nodelay(true)?;
-        let stream = self.tls.connect(identity::tls::unnamed_server(), stream).await?;
+        let stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)).await?;
         match stream.get_ref().1.alpn_protocol() {
             Some(mux::ALPN) => {
                 let service = self.config.service.as_str().into();
@@ -335,7 +335,7 @@ impl Upstream {
         }
     }
 
-    async fn http2(&self, stream: TlsStream<TcpStream>) -> Result<Link, BoxError> {
+    async fn http2(&self, stream: TlsStream<Buffered>) -> Result<Link, BoxError> {
         let (sender, connection) = http2::Builder::new(ScopeExecutor(self.scope.clone()))
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
