@@ -12,6 +12,7 @@
 //! | [`verify`], [`tls`] | rustls verifiers and configurations that follow a rotating identity |
 //! | [`source`] | where a process gets its own identity from, and hears of rotations |
 //! | [`workload_api`] | the SPIFFE Workload API: generated types and the client |
+//! | [`pem`] | an identity from PEM files, followed as they change |
 //! | [`jws`], [`json`] | compact JWS and JSON, parsed so that a document has one meaning |
 //! | [`txn`] | transaction tokens: on whose behalf a request travels, and through whom |
 //! | [`clock`], [`random`], [`scope`] | time, randomness and task lifetimes, passed in so that they can be simulated |
@@ -26,6 +27,7 @@ pub mod json;
 pub mod jws;
 pub mod leaf;
 pub mod peer;
+pub mod pem;
 pub mod random;
 pub mod scope;
 pub mod source;
