@@ -46,7 +46,7 @@ use bytes::Bytes;
 
 pub use body::{Body, BoxError};
 pub use buffered::Buffered;
-pub use sidecar::{Call, Sidecar, SidecarConfig, SidecarError};
+pub use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig, SidecarError};
 
 /// A body that is already here.
 pub fn full(bytes: impl Into<Bytes>) -> Body {

@@ -28,26 +28,35 @@ use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 /// What one sidecar is told. Listeners come bound, so that a taken port is found before anything starts.
 #[derive(Debug)]
 pub struct SidecarConfig {
-    /// The service's name in mesh.toml.
-    pub service: String,
     /// The identity it must get from the agent.
     pub id: SpiffeId,
+    /// The door to the app; a sidecar of a program that only calls others has none.
+    pub inbound: Option<InboundConfig>,
+    /// One loopback listener a called service.
+    pub calls: Vec<Call>,
+    /// `/ready`, `/live`, `/metrics`.
+    pub admin: Option<TcpListener>,
+    /// Whether each request gets a line in the log.
+    pub access_log: bool,
+}
+
+/// The app, and who may come to it.
+#[derive(Debug)]
+pub struct InboundConfig {
+    /// The service's name, as policies know it.
+    pub service: String,
+    /// The mTLS listener that other sidecars reach.
+    pub listener: TcpListener,
     /// Where the app listens on loopback.
     pub app: SocketAddr,
     /// What the app speaks.
     pub app_protocol: AppProtocol,
-    /// The mTLS listener that other sidecars reach.
-    pub inbound: TcpListener,
-    /// `/ready`, `/live`, `/metrics`.
-    pub admin: TcpListener,
-    /// One loopback listener a called service.
-    pub calls: Vec<Call>,
+    /// What may be done.
+    pub policy: Arc<ServicePolicy>,
     /// Where transaction tokens may begin.
     pub gateways: Vec<SpiffeId>,
     /// From handing a request to the app to the head of its answer.
     pub request_timeout: Duration,
-    /// Whether each request gets a line in the log.
-    pub access_log: bool,
 }
 
 /// A service that the app may call through its sidecar.
@@ -84,7 +93,8 @@ pub enum SidecarError {
 /// A running sidecar.
 #[derive(Debug)]
 pub struct Sidecar {
-    policy: Arc<ArcSwap<ServicePolicy>>,
+    /// What the inbound half decides by, if there is one.
+    policy: Option<Arc<ArcSwap<ServicePolicy>>>,
 }
 
 impl Sidecar {
@@ -92,47 +102,42 @@ impl Sidecar {
     pub fn start(
         config: SidecarConfig,
         source: IdentitySource,
-        policy: Arc<ServicePolicy>,
         recorder: Arc<dyn Recorder>,
         clock: SharedClock,
         random: SharedRandom,
         scope: &Scope,
     ) -> Result<Self, SidecarError> {
-        let policy = Arc::new(ArcSwap::from(policy));
         let correlator = Arc::new(Correlator::default());
         let metrics = Arc::new(Metrics::default());
         let spans = Arc::new(Spans::new(Arc::clone(&random)));
-
-        let inbound = Inbound {
-            service: config.service.clone(),
-            id: config.id.clone(),
-            policy: Arc::clone(&policy),
-            verifier: Arc::new(Verifier::new(config.gateways)),
-            app: App::new(config.app, config.app_protocol, config.request_timeout, clock.clone(), scope)?,
-            correlator: Arc::clone(&correlator),
-            source: source.clone(),
-            recorder,
-            sampler: Sampler::default(),
-            metrics: Arc::clone(&metrics),
-            clock: clock.clone(),
-            random: Arc::clone(&random),
-            spans: Arc::clone(&spans),
-            access_log: config.access_log,
-        };
         let (front, calls) = (scope.part(), scope.part());
         drain_in_order(front.clone(), calls.clone(), scope);
-        let tls =
-            tls::server_config(&source, ClientAuth::Required, &[mux::ALPN, ALPN_H2, ALPN_HTTP11], &clock)?;
-        let listener = tokio_listener(config.inbound)?;
-        server::serve(
-            "inbound",
-            listener,
-            Some(tls),
-            Limits::default(),
-            &front,
-            clock.clone(),
-            Arc::new(inbound),
-        );
+        let policy =
+            config.inbound.as_ref().map(|inbound| Arc::new(ArcSwap::from(Arc::clone(&inbound.policy))));
+        if let (Some(config_in), Some(policy)) = (config.inbound, &policy) {
+            let InboundConfig { service, listener, app, app_protocol, gateways, request_timeout, .. } =
+                config_in;
+            let inbound = Inbound {
+                service,
+                id: config.id.clone(),
+                policy: Arc::clone(policy),
+                verifier: Arc::new(Verifier::new(gateways)),
+                app: App::new(app, app_protocol, request_timeout, clock.clone(), scope)?,
+                correlator: Arc::clone(&correlator),
+                source: source.clone(),
+                recorder,
+                sampler: Sampler::default(),
+                metrics: Arc::clone(&metrics),
+                clock: clock.clone(),
+                random: Arc::clone(&random),
+                spans: Arc::clone(&spans),
+                access_log: config.access_log,
+            };
+            let alpn = [mux::ALPN, ALPN_H2, ALPN_HTTP11];
+            let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
+            let (listener, limits) = (tokio_listener(listener)?, Limits::default());
+            server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), Arc::new(inbound));
+        }
 
         for call in config.calls {
             let service = call.upstream.service.clone();
@@ -160,15 +165,20 @@ impl Sidecar {
         }
 
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);
-        let admin = Admin { id: config.id, source, metrics, clock: clock.clone(), scope: scope.clone() };
-        let listener = tokio_listener(config.admin)?;
-        server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
+        if let Some(listener) = config.admin {
+            let admin = Admin { id: config.id, source, metrics, clock: clock.clone(), scope: scope.clone() };
+            let listener = tokio_listener(listener)?;
+            server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
+        }
         Ok(Self { policy })
     }
 
     /// Puts another policy in force. A request that is under way is judged by the one it began with.
+    /// A sidecar without an inbound half decides nothing and drops it.
     pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
-        self.policy.store(policy);
+        if let Some(in_force) = &self.policy {
+            in_force.store(policy);
+        }
     }
 }
 

@@ -29,7 +29,7 @@ use identity::{IdentitySource, Scope, SpiffeId, TrustDomain, X509Svid};
 use policy::{DecisionRecord, MemoryRecorder, Policies};
 use sidecar::app::AppProtocol;
 use sidecar::upstream::{Upstream, UpstreamConfig};
-use sidecar::{Call, Sidecar, SidecarConfig};
+use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const SCHEMA: &str = r#"
@@ -198,20 +198,22 @@ impl World {
         let ((inbound, inbound_address), (admin, admin_address)) = (listener(), listener());
         let records = Arc::new(MemoryRecorder::default());
         let config = SidecarConfig {
-            service: "accounts".into(),
             id: id("/service/accounts"),
-            app: app_address,
-            app_protocol: AppProtocol::Http1,
-            inbound,
-            admin,
+            inbound: Some(InboundConfig {
+                service: "accounts".into(),
+                listener: inbound,
+                app: app_address,
+                app_protocol: AppProtocol::Http1,
+                policy: policies.service("accounts").unwrap(),
+                gateways: vec![id("/palisade/gateway")],
+                request_timeout: Duration::from_secs(10),
+            }),
             calls: Vec::new(),
-            gateways: vec![id("/palisade/gateway")],
-            request_timeout: Duration::from_secs(10),
+            admin: Some(admin),
             access_log: true,
         };
         let source = authority.source("/service/accounts");
-        let policy = policies.service("accounts").unwrap();
-        Sidecar::start(config, source, policy, records.clone(), clock.clone(), random(), &scope).unwrap();
+        Sidecar::start(config, source, records.clone(), clock.clone(), random(), &scope).unwrap();
         Self {
             authority,
             inbound: inbound_address,
@@ -792,12 +794,16 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
         }
     });
     let config = SidecarConfig {
-        service: "web".into(),
         id: id("/service/web"),
-        app: app_address,
-        app_protocol: AppProtocol::Http1,
-        inbound,
-        admin,
+        inbound: Some(InboundConfig {
+            service: "web".into(),
+            listener: inbound,
+            app: app_address,
+            app_protocol: AppProtocol::Http1,
+            policy: web_policies.service("web").unwrap(),
+            gateways: vec![id("/palisade/gateway")],
+            request_timeout: Duration::from_secs(10),
+        }),
         calls: vec![Call {
             listener: calls,
             upstream: UpstreamConfig {
@@ -807,14 +813,12 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
                 response_timeout: Duration::from_secs(10),
             },
         }],
-        gateways: vec![id("/palisade/gateway")],
-        request_timeout: Duration::from_secs(10),
+        admin: Some(admin),
         access_log: true,
     };
     let source = world.authority.source("/service/web");
-    let policy = web_policies.service("web").unwrap();
     let recorder = world.records.clone();
-    Sidecar::start(config, source, policy, recorder, world.clock.clone(), random(), &web_scope).unwrap();
+    Sidecar::start(config, source, recorder, world.clock.clone(), random(), &web_scope).unwrap();
 
     let gateway = world.authority.issue("/palisade/gateway");
     let gateway_source =
