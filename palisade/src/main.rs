@@ -12,6 +12,7 @@ mod logging;
 mod mesh;
 mod printer;
 mod serve;
+mod standalone;
 mod supervised;
 mod workload;
 

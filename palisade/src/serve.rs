@@ -1,9 +1,12 @@
 //! The life of a long-running verb: start, serve until asked to end, drain.
 
 use std::future::Future;
+use std::io;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use identity::Scope;
+use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::{Exit, Failure};
@@ -14,14 +17,25 @@ pub(crate) fn run<F, T>(verb: &'static str, bound: Duration, start: F) -> Result
 where
     F: AsyncFnOnce(Scope) -> Result<T, Failure>,
 {
+    run_on(None, verb, bound, start)
+}
+
+/// [`run`] with so many threads that carry requests; none for one a processor.
+pub(crate) fn run_on<F, T>(
+    workers: Option<NonZeroUsize>,
+    verb: &'static str,
+    bound: Duration,
+    start: F,
+) -> Result<Exit, Failure>
+where
+    F: AsyncFnOnce(Scope) -> Result<T, Failure>,
+{
     // Secrets in memory must not be written to a file when the process crashes.
     let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(rustix::process::Resource::Core, none)
         .map_err(|error| Failure::new("cannot turn off core dumps").because(&error))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
+    let runtime =
+        runtime(workers).map_err(|error| Failure::new("cannot start the runtime").because(&error))?;
     runtime.block_on(async {
         let scope = Scope::new();
         let stop = stop_signal()?;
@@ -43,6 +57,20 @@ where
         tracing::info!(verb, "ended");
         Ok(Exit::Ok)
     })
+}
+
+/// One worker is this thread itself: no task ever wakes another thread.
+fn runtime(workers: Option<NonZeroUsize>) -> io::Result<Runtime> {
+    let mut builder = match workers.map(NonZeroUsize::get) {
+        Some(1) => Builder::new_current_thread(),
+        Some(workers) => {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(workers);
+            builder
+        }
+        None => Builder::new_multi_thread(),
+    };
+    builder.enable_all().build()
 }
 
 /// Completes when the process is asked to end.

@@ -1,4 +1,4 @@
-//! `palisade config`: check, show and describe mesh.toml.
+//! `palisade config`: check, show and describe mesh.toml, and sidecar.toml of a sidecar that runs alone.
 
 use std::path::{Path, PathBuf};
 
@@ -7,8 +7,11 @@ use serde_json::{Value, json};
 
 use crate::Global;
 use crate::failure::{Exit, Failure};
+use crate::mesh::file::MeshFile;
 use crate::mesh::{Mesh, schema};
 use crate::printer::Printer;
+use crate::standalone::Standalone;
+use crate::standalone::file::SidecarFile;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -25,6 +28,9 @@ enum What {
         /// Print the problems as JSON.
         #[arg(long)]
         json: bool,
+        /// The file is the sidecar.toml of a sidecar that runs alone.
+        #[arg(long)]
+        sidecar: bool,
     },
     /// Print the file as it is understood: defaults filled in, paths absolute.
     Show {
@@ -35,21 +41,40 @@ enum What {
         json: bool,
     },
     /// Print the JSON Schema of the file, for editors.
-    Schema,
+    Schema {
+        /// That of sidecar.toml.
+        #[arg(long)]
+        sidecar: bool,
+    },
     /// Print a whole sample file with a comment on every key.
-    Example,
+    Example {
+        /// A sidecar.toml.
+        #[arg(long)]
+        sidecar: bool,
+    },
 }
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
     match &args.what {
-        What::Check { file, json } => check(file.as_deref().unwrap_or(&global.config), *json, printer),
+        What::Check { file, json, sidecar } => {
+            check(file.as_deref().unwrap_or(&global.config), *json, *sidecar, printer)
+        }
         What::Show { file, json } => show(file.as_deref().unwrap_or(&global.config), *json, printer),
-        What::Schema => {
-            printer.data(&format!("{:#}\n", schema::json_schema()))?;
+        What::Schema { sidecar } => {
+            let schema = if *sidecar {
+                schema::json_schema::<SidecarFile>()
+            } else {
+                schema::json_schema::<MeshFile>()
+            };
+            printer.data(&format!("{schema:#}\n"))?;
             Ok(Exit::Ok)
         }
-        What::Example => {
-            printer.data(&schema::sample())?;
+        What::Example { sidecar } => {
+            printer.data(&if *sidecar {
+                schema::sample::<SidecarFile>()
+            } else {
+                schema::sample::<MeshFile>()
+            })?;
             Ok(Exit::Ok)
         }
     }
@@ -63,14 +88,26 @@ pub(crate) fn load(file: &Path) -> Result<Mesh, Failure> {
     })
 }
 
+/// Reads sidecar.toml for a sidecar that runs alone.
+pub(crate) fn load_standalone(file: &Path) -> Result<Standalone, Failure> {
+    Standalone::load(file).map_err(|problems| {
+        Failure::problems(&file.display().to_string(), problems)
+            .next(format!("mend it, then run `palisade config check --sidecar {}`", file.display()))
+    })
+}
+
 /// The machine's own name.
 fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-fn check(file: &Path, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+fn check(file: &Path, json: bool, sidecar: bool, printer: &Printer) -> Result<Exit, Failure> {
     if json {
-        let problems = Mesh::load(file, &hostname()).err().unwrap_or_default();
+        let problems = if sidecar {
+            Standalone::load(file).err().unwrap_or_default()
+        } else {
+            Mesh::load(file, &hostname()).err().unwrap_or_default()
+        };
         let listed: Vec<Value> = problems
             .iter()
             .map(|problem| {
@@ -82,6 +119,11 @@ fn check(file: &Path, json: bool, printer: &Printer) -> Result<Exit, Failure> {
             .collect();
         printer.data(&format!("{:#}\n", json!({"version": 1, "problems": listed})))?;
         return Ok(if problems.is_empty() { Exit::Ok } else { Exit::Invalid });
+    }
+    if sidecar {
+        let told = load_standalone(file)?.to_string();
+        printer.data(&format!("{} is good: {told}\n", file.display()))?;
+        return Ok(Exit::Ok);
     }
     let mesh = load(file)?;
     let services = mesh.service.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -133,7 +175,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("mesh.toml");
         std::fs::create_dir(directory.path().join("policies")).unwrap();
-        let mesh = Mesh::parse(&schema::sample(), &file, "host-1").unwrap();
+        let mesh = Mesh::parse(&schema::sample::<MeshFile>(), &file, "host-1").unwrap();
         let shown = serde_json::to_value(&mesh).unwrap();
         let again = Mesh::parse(&as_toml(&shown), &file, "another-host").unwrap();
         assert_eq!(serde_json::to_value(&again).unwrap(), shown);

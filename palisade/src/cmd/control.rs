@@ -146,13 +146,14 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
+    use crate::mesh::file::MeshFile;
     use crate::mesh::schema;
 
     #[test]
     fn what_browsers_connect_to_is_certified_for_its_host_and_services_are_not() {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("policies")).unwrap();
-        let text = schema::sample()
+        let text = schema::sample::<MeshFile>()
             .replace("#public_url = \"https://127.0.0.1:8443\"", "public_url = \"https://bank.test\"");
         let mesh = Mesh::parse(&text, &directory.path().join("mesh.toml"), "host-1").unwrap();
         let entries = entries(&mesh);

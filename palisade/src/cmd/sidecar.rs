@@ -1,11 +1,14 @@
-//! `palisade sidecar`: the proxy beside one service.
+//! `palisade sidecar`: the proxy beside one service, of a mesh or alone.
+
+mod alone;
 
 use std::sync::Arc;
 
 use identity::Scope;
+use policy::ServicePolicy;
 use sidecar::app::AppProtocol;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, Sidecar, SidecarConfig};
+use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Global;
@@ -18,66 +21,86 @@ use crate::workload::{self, Workload, not_started};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The service's name in mesh.toml.
+    /// The service's name in mesh.toml. Without it, --config names the sidecar.toml of a sidecar that
+    /// runs alone: certificates from files, no control, no agent.
     #[arg(long, value_name = "NAME")]
-    service: String,
+    service: Option<String>,
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Exit, Failure> {
+    match &args.service {
+        Some(service) => of_mesh(service, global),
+        None => alone::run(global),
+    }
+}
+
+fn of_mesh(service_name: &str, global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
-    let found = workload.mesh.service.iter().find(|(name, _)| name.as_str() == args.service);
+    let found = workload.mesh.service.iter().find(|(name, _)| name.as_str() == service_name);
     let Some((_, service)) = found else {
         let names = || workload.mesh.service.keys().map(mesh::ServiceName::as_str);
-        let hint = policy::suggest(&args.service, names())
+        let hint = policy::suggest(service_name, names())
             .unwrap_or_else(|| format!("its services are {}", names().collect::<Vec<_>>().join(", ")));
-        return Err(Failure::usage(format!("mesh.toml has no service `{}`", args.service)).hint(hint));
+        return Err(Failure::usage(format!("mesh.toml has no service `{service_name}`")).hint(hint));
     };
-    let policy = workload.policy(&args.service)?;
-    let config = configure(&args.service, service, &workload.mesh)?;
+    let policy = workload.policy(service_name)?;
+    let config = configure(service_name, service, policy, &workload.mesh)?;
     serve::run("sidecar", service.drain_timeout, async |scope| {
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        let sidecar = Sidecar::start(config, source, policy, recorder, clock, random, &scope)
+        let sidecar = Sidecar::start(config, source, recorder, clock, random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
-        reload_on_hangup(sidecar, args.service.clone(), &workload, &scope)
+        let (mesh, service) = (workload.mesh.clone(), service_name.to_owned());
+        on_hangup(&scope, move || replace_policy(&sidecar, workload::policy(&mesh, &service)))
     })
 }
 
-/// Puts the policies in force that are there when SIGHUP arrives (`systemctl reload`). Ones that are wrong
-/// change nothing: what was in force stays so, and the log says what is wrong.
-fn reload_on_hangup(
-    sidecar: Sidecar,
-    service: String,
-    workload: &Workload,
-    scope: &Scope,
-) -> Result<(), Failure> {
+/// Has `reload` run at each SIGHUP (`systemctl reload`).
+fn on_hangup(scope: &Scope, mut reload: impl FnMut() + Send + 'static) -> Result<(), Failure> {
     let mut hangup = signal(SignalKind::hangup())
         .map_err(|error| Failure::new("cannot listen for signals").because(&error))?;
-    let (mesh, draining) = (workload.mesh.clone(), scope.clone());
-    scope.spawn_critical("policy reload", async move {
+    let draining = scope.clone();
+    scope.spawn_critical("reload", async move {
         loop {
             tokio::select! {
-                _ = hangup.recv() => {}
+                _ = hangup.recv() => reload(),
                 () = draining.draining() => return,
-            }
-            match workload::policy(&mesh, &service) {
-                Ok(policy) => {
-                    tracing::info!(version = %policy.version(), "policies reloaded");
-                    sidecar.replace_policy(policy);
-                }
-                Err(failure) => tracing::error!(
-                    reason = failure.message,
-                    problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                    "policies not reloaded; the ones before stay in force"
-                ),
             }
         }
     });
     Ok(())
 }
 
-fn configure(name: &str, service: &Service, mesh: &Mesh) -> Result<SidecarConfig, Failure> {
+/// Puts the policies in force that are on disk now. Ones that are wrong change nothing: what was in force
+/// stays so, and the log says what is wrong.
+fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) {
+    match read {
+        Ok(policy) => {
+            tracing::info!(version = %policy.version(), "policies reloaded");
+            sidecar.replace_policy(policy);
+        }
+        Err(failure) => tracing::error!(
+            reason = failure.message,
+            problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "policies not reloaded; the ones before stay in force"
+        ),
+    }
+}
+
+fn protocol(protocol: mesh::AppProtocol) -> AppProtocol {
+    match protocol {
+        mesh::AppProtocol::Http1 => AppProtocol::Http1,
+        mesh::AppProtocol::H2c => AppProtocol::H2c,
+    }
+}
+
+fn configure(
+    name: &str,
+    service: &Service,
+    policy: Arc<ServicePolicy>,
+    mesh: &Mesh,
+) -> Result<SidecarConfig, Failure> {
     let key = |part: &str| format!("[service.{name}] {part}");
     let inbound = listen::tcp("the sidecar", &key("inbound"), service.inbound)?;
     let admin = listen::tcp("the sidecar's admin port", &key("admin"), service.admin)?;
@@ -106,18 +129,18 @@ fn configure(name: &str, service: &Service, mesh: &Mesh) -> Result<SidecarConfig
         });
     }
     Ok(SidecarConfig {
-        service: name.to_owned(),
         id: service.id.clone(),
-        app: service.app,
-        app_protocol: match service.app_protocol {
-            mesh::AppProtocol::Http1 => AppProtocol::Http1,
-            mesh::AppProtocol::H2c => AppProtocol::H2c,
-        },
-        inbound,
-        admin,
+        inbound: Some(InboundConfig {
+            service: name.to_owned(),
+            listener: inbound,
+            app: service.app,
+            app_protocol: protocol(service.app_protocol),
+            policy,
+            gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
+            request_timeout: service.request_timeout,
+        }),
         calls,
-        gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
-        request_timeout: service.request_timeout,
+        admin: Some(admin),
         access_log: mesh.telemetry.access_log,
     })
 }

@@ -10,7 +10,7 @@ use toml::Spanned;
 use url::Url;
 
 use super::file::{MeshFile, Text};
-use super::load::{MAX_PROBLEMS, Sections};
+use super::load::Sections;
 use super::read::{Check, Reach};
 use super::{
     Agent, AppProtocol, Attest, Callee, Control, Gateway, Idp, Mesh, Mode, Own, Service, ServiceName,
@@ -25,33 +25,18 @@ const MIN_SVID_TTL: Duration = Duration::from_secs(10);
 /// Longest life of an SVID: what a stolen key is worth at most, with nobody noticing.
 const MAX_SVID_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest timeout of a request or a drain: past an hour it is no bound any more.
-const MAX_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+pub(crate) const MAX_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 
 /// Turns the sections into a [`Mesh`], or says everything that is wrong with them.
 pub(crate) fn mesh(
-    sections: Sections,
+    sections: Sections<MeshFile>,
     text: &str,
     file: &Path,
     hostname: &str,
 ) -> Result<Mesh, Vec<Problem>> {
-    let base = std::path::absolute(file).ok().and_then(|file| file.parent().map(Path::to_owned));
-    let mut check = Check {
-        file,
-        text,
-        base: base.unwrap_or_default(),
-        declared: sections.declared,
-        problems: sections.problems,
-        bound: Vec::new(),
-    };
+    let mut check = Check::new(file, text, sections.declared, sections.problems);
     let mesh = sections.file.and_then(|sections| check.mesh(sections, hostname));
-    check.problems.sort_by_key(|problem| (problem.line, problem.column));
-    check.problems.truncate(MAX_PROBLEMS);
-    match mesh {
-        Some(mesh) if check.problems.is_empty() => Ok(mesh),
-        // A mesh that is not whole has said why; this keeps it an error should that ever be untrue.
-        None if check.problems.is_empty() => Err(vec![Problem::file(file, "is incomplete")]),
-        _ => Err(check.problems),
-    }
+    check.outcome(mesh)
 }
 
 /// The SPIFFE ID of one of the mesh's own processes.

@@ -1,29 +1,29 @@
-//! From the text of `mesh.toml` to its sections: every mistake of form is collected, none stops the
+//! From the text of a file to its sections: every mistake of form is collected, none stops the
 //! search for the next.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::ops::Range;
 use std::path::Path;
 
 use policy::{Problem, suggest};
-use serde::Deserialize as _;
 use serde_json::Value;
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue, ValueDeserializer};
 
-use super::file::MeshFile;
-use super::schema;
+use super::schema::{self, Reference};
 
-/// Largest mesh.toml read: 10,000 services fit; a file mistaken for one does not fill memory.
+/// Largest file read: 10,000 services fit; a file mistaken for one does not fill memory.
 pub(crate) const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Most mistakes listed at once: past that a reader mends the first and runs the check again.
 pub(crate) const MAX_PROBLEMS: usize = 50;
 
 /// What the form of the file gave.
-pub(crate) struct Sections {
+pub(crate) struct Sections<F> {
     /// The sections that are whole; those with a mistake of form are left out.
-    pub(crate) file: Option<MeshFile>,
+    pub(crate) file: Option<F>,
     /// Every `section` and `service.NAME` that the file holds, whole or not, so that a reference to a
     /// broken one is not reported as a second mistake.
     pub(crate) declared: BTreeSet<String>,
@@ -31,7 +31,7 @@ pub(crate) struct Sections {
 }
 
 /// Reads the sections of `text`, which came from `file`.
-pub(crate) fn sections(text: &str, file: &Path) -> Sections {
+pub(crate) fn sections<F: Reference>(text: &str, file: &Path) -> Sections<F> {
     let (tree, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
         // What was recovered from broken syntax may not be what was meant: no second guesses.
@@ -40,11 +40,11 @@ pub(crate) fn sections(text: &str, file: &Path) -> Sections {
     }
     let declared = declared(tree.get_ref());
     let mut whole = Spanned::new(0..0, DeValue::Table(tree.into_inner()));
-    let mut finder = Finder { file, text, problems: Vec::new() };
-    if !finder.check(&mut whole, &schema::json_schema(), "") {
+    let mut finder = Finder { file, text, sample: F::SAMPLE, problems: Vec::new() };
+    if !finder.check(&mut whole, &schema::json_schema::<F>(), "") {
         return Sections { file: None, declared, problems: finder.problems };
     }
-    let file = match MeshFile::deserialize(ValueDeserializer::from(whole)) {
+    let file = match F::deserialize(ValueDeserializer::from(whole)) {
         Ok(file) => Some(file),
         Err(error) => {
             let span = error.span().unwrap_or(0..0);
@@ -53,6 +53,29 @@ pub(crate) fn sections(text: &str, file: &Path) -> Sections {
         }
     };
     Sections { file, declared, problems: finder.problems }
+}
+
+/// Reads the text of `file`, which is to be an `F`.
+pub(crate) fn read<F: Reference>(file: &Path) -> Result<String, Problem> {
+    let explain = |error: &io::Error| {
+        let problem = Problem::file(file, format!("cannot be read: {error}"));
+        match error.kind() {
+            io::ErrorKind::NotFound => problem.hint(format!(
+                "name it with --config FILE; `{} > {}` writes one to start from",
+                F::SAMPLE,
+                F::NAME
+            )),
+            io::ErrorKind::PermissionDenied => problem.hint("it must be readable for the user you run as"),
+            _ => problem,
+        }
+    };
+    let mut text = String::new();
+    let opened = File::open(file).map_err(|error| explain(&error))?;
+    opened.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|error| explain(&error))?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(Problem::file(file, format!("is larger than {MAX_FILE_BYTES} bytes")));
+    }
+    Ok(text)
 }
 
 fn syntax(file: &Path, text: &str, error: &toml::de::Error) -> Problem {
@@ -71,6 +94,8 @@ fn declared(tree: &DeTable<'_>) -> BTreeSet<String> {
 struct Finder<'a> {
     file: &'a Path,
     text: &'a str,
+    /// The command that prints a whole file.
+    sample: &'static str,
     problems: Vec<Problem>,
 }
 
@@ -192,7 +217,7 @@ impl Finder<'_> {
 
     fn missing(&mut self, span: Range<usize>, key: &str, schema: &Value, place: &str) {
         if place.is_empty() {
-            let hint = format!("add a [{key}] section; `palisade config example` prints a whole file");
+            let hint = format!("add a [{key}] section; `{}` prints a whole file", self.sample);
             self.problems
                 .push(Problem::file(self.file, format!("the section [{key}] is missing")).hint(hint));
             return;

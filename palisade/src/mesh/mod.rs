@@ -11,7 +11,7 @@
 pub(crate) mod check;
 pub(crate) mod file;
 pub(crate) mod load;
-mod read;
+pub(crate) mod read;
 pub(crate) mod schema;
 
 use std::collections::BTreeMap;
@@ -301,7 +301,7 @@ pub(crate) struct Registration {
 impl Mesh {
     /// Reads and checks `file`. `hostname` is what `[agent] host` defaults to.
     pub(crate) fn load(file: &Path, hostname: &str) -> Result<Self, Vec<Problem>> {
-        let text = read(file).map_err(|problem| vec![problem])?;
+        let text = load::read::<file::MeshFile>(file).map_err(|problem| vec![problem])?;
         Self::parse(&text, file, hostname)
     }
 
@@ -352,27 +352,4 @@ impl Mesh {
         });
         services.chain(workloads).chain(own).collect()
     }
-}
-
-fn read(file: &Path) -> Result<String, Problem> {
-    use std::io::Read as _;
-    let explain = |error: &std::io::Error| {
-        let problem = Problem::file(file, format!("cannot be read: {error}"));
-        match error.kind() {
-            std::io::ErrorKind::NotFound => problem.hint(
-                "name it with --config FILE; `palisade config example > mesh.toml` writes one to start from",
-            ),
-            std::io::ErrorKind::PermissionDenied => {
-                problem.hint("it must be readable for the user you run as")
-            }
-            _ => problem,
-        }
-    };
-    let mut text = String::new();
-    let opened = std::fs::File::open(file).map_err(|error| explain(&error))?;
-    opened.take(load::MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|error| explain(&error))?;
-    if text.len() as u64 > load::MAX_FILE_BYTES {
-        return Err(Problem::file(file, format!("is larger than {} bytes", load::MAX_FILE_BYTES)));
-    }
-    Ok(text)
 }

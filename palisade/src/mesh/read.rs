@@ -1,4 +1,4 @@
-//! Reading one value of `mesh.toml` each: addresses, URLs, durations, selectors, paths. What is wrong is
+//! Reading one value of a file each: addresses, URLs, durations, selectors, paths. What is wrong is
 //! reported with its place, and reading goes on.
 
 use std::collections::BTreeSet;
@@ -12,28 +12,29 @@ use url::Url;
 
 use super::check::ANY_HOST;
 use super::file::{AttestSection, Text};
+use super::load::MAX_PROBLEMS;
 use super::{Attest, HostPort};
 
 /// An address that something binds, for finding two that want the same.
-pub(super) struct Bound {
-    pub(super) host: String,
-    pub(super) address: SocketAddr,
-    pub(super) what: String,
+pub(crate) struct Bound {
+    pub(crate) host: String,
+    pub(crate) address: SocketAddr,
+    pub(crate) what: String,
 }
 
-pub(super) struct Check<'a> {
-    pub(super) file: &'a Path,
-    pub(super) text: &'a str,
+pub(crate) struct Check<'a> {
+    pub(crate) file: &'a Path,
+    pub(crate) text: &'a str,
     /// The directory that paths are relative to.
-    pub(super) base: PathBuf,
-    pub(super) declared: BTreeSet<String>,
-    pub(super) problems: Vec<Problem>,
-    pub(super) bound: Vec<Bound>,
+    pub(crate) base: PathBuf,
+    pub(crate) declared: BTreeSet<String>,
+    pub(crate) problems: Vec<Problem>,
+    pub(crate) bound: Vec<Bound>,
 }
 
 /// How far an address may reach.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reach {
+pub(crate) enum Reach {
     /// This host only.
     Loopback,
     /// Other processes dial it as it is written, so it names one interface.
@@ -42,9 +43,34 @@ pub(super) enum Reach {
     Any,
 }
 
+impl<'a> Check<'a> {
+    /// A check of `text`, which came from `file`; paths in it are relative to that.
+    pub(crate) fn new(
+        file: &'a Path,
+        text: &'a str,
+        declared: BTreeSet<String>,
+        problems: Vec<Problem>,
+    ) -> Self {
+        let base = std::path::absolute(file).ok().and_then(|file| file.parent().map(Path::to_owned));
+        Self { file, text, base: base.unwrap_or_default(), declared, problems, bound: Vec::new() }
+    }
+
+    /// What was read, if nothing was wrong with it.
+    pub(crate) fn outcome<T>(mut self, read: Option<T>) -> Result<T, Vec<Problem>> {
+        self.problems.sort_by_key(|problem| (problem.line, problem.column));
+        self.problems.truncate(MAX_PROBLEMS);
+        match read {
+            Some(read) if self.problems.is_empty() => Ok(read),
+            // What is not whole has said why; this keeps it an error should that ever be untrue.
+            None if self.problems.is_empty() => Err(vec![Problem::file(self.file, "is incomplete")]),
+            _ => Err(self.problems),
+        }
+    }
+}
+
 /// Values.
 impl Check<'_> {
-    pub(super) fn bind(
+    pub(crate) fn bind(
         &mut self,
         text: Option<&Text>,
         default: &str,
@@ -54,7 +80,7 @@ impl Check<'_> {
         self.bind_on(ANY_HOST, text, default, what, reach)
     }
 
-    pub(super) fn bind_on(
+    pub(crate) fn bind_on(
         &mut self,
         host: &str,
         text: Option<&Text>,
@@ -102,7 +128,7 @@ impl Check<'_> {
         Some(address)
     }
 
-    pub(super) fn same_place(&mut self, listen: SocketAddr) -> Option<HostPort> {
+    pub(crate) fn same_place(&mut self, listen: SocketAddr) -> Option<HostPort> {
         if listen.ip().is_unspecified() {
             let problem =
                 Problem::file(self.file, "agents cannot tell where control is: it listens on every address");
@@ -112,7 +138,7 @@ impl Check<'_> {
         Some(HostPort { host: listen.ip().to_string(), port: listen.port() })
     }
 
-    pub(super) fn host_port(&mut self, text: &Text) -> Option<HostPort> {
+    pub(crate) fn host_port(&mut self, text: &Text) -> Option<HostPort> {
         // The URL parser knows names, IPv4 and bracketed IPv6, and refuses what is none of them.
         let parsed = Url::parse(&format!("palisade://{}", text.get_ref())).ok().and_then(|url| {
             let plain = url.path().is_empty() && url.username().is_empty() && url.query().is_none();
@@ -126,7 +152,7 @@ impl Check<'_> {
         parsed
     }
 
-    pub(super) fn url(&mut self, text: &Text) -> Option<Url> {
+    pub(crate) fn url(&mut self, text: &Text) -> Option<Url> {
         let wrong = match Url::parse(text.get_ref()) {
             Ok(url) if url.scheme() != "https" => "does not start with https://".to_owned(),
             Ok(url) if url.host().is_none() => "names no host".to_owned(),
@@ -146,7 +172,7 @@ impl Check<'_> {
         None
     }
 
-    pub(super) fn own_url(&mut self, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
+    pub(crate) fn own_url(&mut self, listen: SocketAddr, at: &Text, key: &str) -> Option<Url> {
         if listen.ip().is_unspecified() {
             let hint = format!("add {key} = \"https://HOST:{}\"", listen.port());
             self.report(at, "nobody can tell its URL from an address that stands for all".into(), Some(hint));
@@ -155,7 +181,7 @@ impl Check<'_> {
         Url::parse(&format!("https://{listen}")).ok()
     }
 
-    pub(super) fn duration(
+    pub(crate) fn duration(
         &mut self,
         text: Option<&Text>,
         default: Duration,
@@ -184,7 +210,7 @@ impl Check<'_> {
         Some(duration)
     }
 
-    pub(super) fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {
+    pub(crate) fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {
         let span = section.span();
         let section = section.get_ref();
         if section.uid.is_none()
@@ -219,15 +245,15 @@ impl Check<'_> {
         Some(Attest { uid: section.uid, gid: section.gid, path, sha256 })
     }
 
-    pub(super) fn path(&self, text: &Text) -> PathBuf {
+    pub(crate) fn path(&self, text: &Text) -> PathBuf {
         self.base.join(text.get_ref())
     }
 
-    pub(super) fn path_or(&self, text: Option<&Text>, default: &str) -> PathBuf {
+    pub(crate) fn path_or(&self, text: Option<&Text>, default: &str) -> PathBuf {
         text.map_or_else(|| PathBuf::from(default), |text| self.path(text))
     }
 
-    pub(super) fn report<T>(&mut self, at: &Spanned<T>, message: String, hint: Option<String>) {
+    pub(crate) fn report<T>(&mut self, at: &Spanned<T>, message: String, hint: Option<String>) {
         self.problems.push(Problem::at(self.file, self.text, at.span(), message).maybe_hint(hint));
     }
 }

@@ -1,13 +1,42 @@
-//! The JSON Schema of `mesh.toml`, the sample file made from it, and the keys a section knows.
+//! The JSON Schema of a file, the sample file made from it, and the keys a section knows.
 
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::file::MeshFile;
 
+/// A file whose reference is its structs' doc comments.
+pub(crate) trait Reference: JsonSchema + DeserializeOwned {
+    /// What the file is called.
+    const NAME: &'static str;
+    /// The command that prints a whole one.
+    const SAMPLE: &'static str;
+    /// Its sections as the structs are written, which is the order to read them in (JSON objects are
+    /// sorted), each with the name that stands for a free one in the sample.
+    const SECTIONS: &'static [(&'static str, &'static str)];
+}
+
+impl Reference for MeshFile {
+    const NAME: &'static str = "mesh.toml";
+    const SAMPLE: &'static str = "palisade config example";
+    const SECTIONS: &'static [(&'static str, &'static str)] = &[
+        ("mesh", ""),
+        ("control", ""),
+        ("agent", ""),
+        ("gateway", ""),
+        ("idp", ""),
+        ("vault", ""),
+        ("service", "web"),
+        ("workload", "nightly"),
+        ("telemetry", ""),
+    ];
+}
+
 /// The JSON Schema (draft 2020-12) of the whole file, without references.
-pub(crate) fn json_schema() -> Value {
+pub(crate) fn json_schema<F: Reference>() -> Value {
     let settings = schemars::generate::SchemaSettings::draft2020_12().with(|s| s.inline_subschemas = true);
-    let mut schema = settings.into_generator().into_root_schema_for::<MeshFile>().to_value();
+    let mut schema = settings.into_generator().into_root_schema_for::<F>().to_value();
     without_null(&mut schema);
     schema
 }
@@ -66,29 +95,35 @@ pub(crate) fn example(schema: &Value) -> Option<String> {
 }
 
 /// A sample file: every section and key, each under its own description; optional keys are commented out.
-pub(crate) fn sample() -> String {
-    let schema = json_schema();
+pub(crate) fn sample<F: Reference>() -> String {
+    let schema = json_schema::<F>();
     let mut out = String::new();
     comment(&mut out, &schema);
     let required = |schema: &Value, key: &str| {
         schema.get("required").and_then(Value::as_array).is_some_and(|keys| keys.iter().any(|k| k == key))
     };
-    // As the structs are written, which is the order to read them in; JSON objects are sorted.
-    for name in ["mesh", "control", "agent", "gateway", "idp", "vault", "service", "workload", "telemetry"] {
+    for (name, free) in F::SECTIONS {
         let Some(section) = schema.get("properties").and_then(|sections| sections.get(name)) else {
             continue;
         };
-        let (header, section) = match free_values(section) {
-            Some(section) => {
-                (format!("[{name}.{}]", if name == "service" { "web" } else { "nightly" }), section)
-            }
+        let whole = free_values(section).filter(|values| known_keys(values).is_some());
+        let (header, section) = match whole {
+            Some(section) => (format!("[{name}.{free}]"), section),
             None => (format!("[{name}]"), section),
         };
         out.push('\n');
         comment(&mut out, section);
         out.push_str(&header);
         out.push('\n');
-        let Some(keys) = known_keys(section) else { continue };
+        let Some(keys) = known_keys(section) else {
+            // Keys of the reader's own choice: those of the example show the form.
+            let pairs =
+                section.get("examples").and_then(|examples| examples.get(0)).and_then(Value::as_object);
+            for (key, value) in pairs.into_iter().flatten() {
+                out.push_str(&format!("#{} = {}\n", toml_key(key), toml_value(value)));
+            }
+            continue;
+        };
         let (needed, optional): (Vec<_>, Vec<_>) = keys.iter().partition(|(key, _)| required(section, key));
         for (key, schema) in needed.iter().chain(&optional) {
             comment(&mut out, schema);
@@ -138,11 +173,11 @@ mod tests {
     fn the_sample_file_is_the_reference() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("mesh.example.toml");
         if std::env::var_os("UPDATE_EXPECTED").is_some() {
-            std::fs::write(&path, sample()).unwrap();
+            std::fs::write(&path, sample::<MeshFile>()).unwrap();
         }
         let committed = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(
-            committed == sample(),
+            committed == sample::<MeshFile>(),
             "mesh.example.toml and the doc comments of mesh/file.rs differ; run \
              `UPDATE_EXPECTED=1 cargo test -p palisade the_sample_file` and look at the diff"
         );
@@ -152,7 +187,7 @@ mod tests {
     fn the_sample_loads_as_written_and_with_every_key_in_use() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("policies")).unwrap();
-        let all: String = sample()
+        let all: String = sample::<MeshFile>()
             .lines()
             .map(|line| match line.strip_prefix('#') {
                 Some(key) if !key.starts_with(' ') => format!("{key}\n"),
@@ -160,7 +195,7 @@ mod tests {
             })
             .collect();
         assert!(all.contains("\nsvid_ttl = "), "{all}");
-        for text in [sample(), all] {
+        for text in [sample::<MeshFile>(), all] {
             let problems = super::super::Mesh::parse(&text, &dir.path().join("mesh.toml"), "host-1").err();
             assert!(
                 problems.is_none(),
@@ -172,7 +207,7 @@ mod tests {
 
     #[test]
     fn every_key_has_a_description_and_an_example() {
-        let schema = json_schema();
+        let schema = json_schema::<MeshFile>();
         for (name, section) in schema["properties"].as_object().unwrap() {
             let section = free_values(section).unwrap_or(section);
             for (key, schema) in known_keys(section).unwrap_or_else(|| panic!("{name}: {section}")) {

@@ -1,0 +1,116 @@
+//! `palisade sidecar --config FILE`: one sidecar by itself.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use identity::pem::Followed;
+use identity::{SpiffeId, SystemClock, TrustDomain};
+use policy::{NoRecorder, Policies, ServicePolicy};
+use sidecar::upstream::UpstreamConfig;
+use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
+
+use super::{on_hangup, protocol, replace_policy};
+use crate::Global;
+use crate::cmd::config;
+use crate::failure::{Exit, Failure};
+use crate::listen;
+use crate::logging::{self, Appended};
+use crate::serve;
+use crate::standalone::{AccessLog, Inbound, Standalone};
+use crate::workload::{no_policy, not_started};
+
+pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
+    if global.config == Path::new("mesh.toml") {
+        let hint = "name a service of mesh.toml with --service NAME, or with --config FILE the sidecar.toml of \
+                    one that runs alone; `palisade config example --sidecar` prints one";
+        return Err(Failure::usage("the sidecar of which service?").hint(hint));
+    }
+    let standalone = config::load_standalone(&global.config)?;
+    let access = access_log(&standalone.access_log)?;
+    start_log(global.log.as_deref().unwrap_or(&standalone.log), &standalone.access_log, access.as_ref())?;
+    let (clock, random) = (SystemClock::shared(), identity::random::system());
+    let (drain_timeout, workers) = (standalone.drain_timeout, standalone.workers);
+    serve::run_on(workers, "sidecar", drain_timeout, async |scope| {
+        let files = standalone.identity.clone();
+        let Followed { source, again } = files.follow(Arc::clone(&clock), &scope).map_err(|error| {
+            Failure::invalid(format!("{}: [identity] cannot be used", standalone.file.display()))
+                .because(&error)
+        })?;
+        let Some(identity) = source.current() else { return Err(Failure::new("there is no identity")) };
+        let id = identity.svid.id().clone();
+        let trust_domain = id.trust_domain().clone();
+        let config = configure(&standalone, id)?;
+        let sidecar = Sidecar::start(config, source, Arc::new(NoRecorder), clock, random, &scope)
+            .map_err(|error| not_started("the sidecar", &error))?;
+        tracing::info!(id = %identity.svid.id(), serves = %standalone, "sidecar started");
+        on_hangup(&scope, move || {
+            again.notify_one();
+            if let Some(Err(error)) = access.as_ref().map(Appended::reopen) {
+                tracing::error!(%error, "the access log cannot be opened anew; it goes on in the old file");
+            }
+            if let Some(inbound) = &standalone.inbound {
+                replace_policy(&sidecar, policy(inbound, &trust_domain));
+            }
+        })
+    })
+}
+
+fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Failure> {
+    let mut calls = Vec::new();
+    for (name, outbound) in &standalone.outbound {
+        let what = format!("the calls to {name}");
+        calls.push(Call {
+            listener: listen::tcp(&what, &format!("[outbound.{name}] listen"), outbound.listen)?,
+            upstream: UpstreamConfig {
+                service: name.to_string(),
+                id: outbound.id.clone(),
+                endpoints: outbound.endpoints.clone(),
+                response_timeout: outbound.request_timeout,
+            },
+        });
+    }
+    let inbound = match &standalone.inbound {
+        None => None,
+        Some(inbound) => Some(InboundConfig {
+            service: inbound.service.to_string(),
+            listener: listen::tcp("the sidecar", "[inbound] listen", inbound.listen)?,
+            app: inbound.app,
+            app_protocol: protocol(inbound.app_protocol),
+            policy: policy(inbound, id.trust_domain())?,
+            gateways: inbound.gateways.clone(),
+            request_timeout: inbound.request_timeout,
+        }),
+    };
+    let admin = match standalone.admin {
+        None => None,
+        Some(address) => Some(listen::tcp("the sidecar's admin port", "[admin] listen", address)?),
+    };
+    Ok(SidecarConfig { id, inbound, calls, admin, access_log: standalone.access_log != AccessLog::Off })
+}
+
+/// The policy as it is on disk now.
+fn policy(inbound: &Inbound, trust_domain: &TrustDomain) -> Result<Arc<ServicePolicy>, Failure> {
+    let policies = Policies::load(&inbound.policies, trust_domain)
+        .map_err(|problems| Failure::problems(&inbound.policies.display().to_string(), problems.0))?;
+    let service = inbound.service.as_str();
+    policies.service(service).ok_or_else(|| no_policy(&inbound.policies, service))
+}
+
+fn access_log(wanted: &AccessLog) -> Result<Option<Appended>, Failure> {
+    let AccessLog::File(path) = wanted else { return Ok(None) };
+    let opened = Appended::open(path).map_err(|error| {
+        Failure::new(format!("cannot write the access log {}", path.display()))
+            .because(&error)
+            .hint("set another file, stdout or off with [telemetry] access_log")
+    })?;
+    Ok(Some(opened))
+}
+
+fn start_log(filter: &str, wanted: &AccessLog, access: Option<&Appended>) -> Result<(), Failure> {
+    match (wanted, access) {
+        (AccessLog::Off, _) => logging::start(filter),
+        (_, Some(file)) => logging::start_apart(filter, BoxMakeWriter::new(file.clone())),
+        (_, None) => logging::start_apart(filter, BoxMakeWriter::new(std::io::stdout)),
+    }
+}

@@ -1,0 +1,200 @@
+//! Mistakes of meaning in `sidecar.toml`, and the way from text to [`Standalone`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use identity::pem::IdentityFiles;
+use identity::{SpiffeId, TrustDomain};
+use policy::Problem;
+use toml::Spanned;
+
+use super::file::{InboundSection, OutboundSection, SidecarFile, TelemetrySection};
+use super::{AccessLog, Inbound, Outbound, Standalone};
+use crate::mesh::check::MAX_TIMEOUT;
+use crate::mesh::file::Text;
+use crate::mesh::load::Sections;
+use crate::mesh::read::{Check, Reach};
+use crate::mesh::{AppProtocol, ServiceName};
+
+/// Most threads that carry requests: far above any machine's processors.
+const MAX_WORKERS: u32 = 1024;
+/// How long an answer may take where nothing is said.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a drain may take where nothing is said.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Turns the sections into a [`Standalone`], or says everything that is wrong with them.
+pub(super) fn standalone(
+    sections: Sections<SidecarFile>,
+    text: &str,
+    file: &Path,
+) -> Result<Standalone, Vec<Problem>> {
+    let mut check = Check::new(file, text, sections.declared, sections.problems);
+    let standalone = sections.file.and_then(|sections| check.standalone(sections));
+    check.outcome(standalone)
+}
+
+impl Check<'_> {
+    fn standalone(&mut self, sections: SidecarFile) -> Option<Standalone> {
+        let SidecarFile { identity, trust, inbound, outbound, admin, telemetry, limits } = sections;
+        let mut domains = Vec::new();
+        for (domain, roots) in &trust {
+            let roots = self.existing(roots);
+            match TrustDomain::new(domain.get_ref()) {
+                Ok(domain) => domains.push((domain, roots)),
+                Err(error) => {
+                    let hint = "write the bare name, such as partner.example";
+                    self.report(domain, format!("not a trust domain: {error}"), Some(hint.into()));
+                }
+            }
+        }
+        let identity = IdentityFiles {
+            certificate: self.existing(&identity.certificate),
+            key: self.existing(&identity.key),
+            bundle: self.existing(&identity.bundle),
+            trust: domains,
+        };
+        if !self.declared.contains("inbound") && !self.declared.contains("outbound") {
+            let problem = Problem::file(self.file, "there is neither [inbound] nor [outbound.NAME] to serve");
+            self.problems.push(problem.hint("add one; `palisade config example --sidecar` shows both"));
+        }
+        let inbound = inbound.as_ref().map(|section| self.inbound(section));
+        let mut calls = BTreeMap::new();
+        for (name, section) in &outbound {
+            let call = self.outbound(name.get_ref(), section);
+            match (ServiceName::new(name.get_ref()), call) {
+                (Ok(name), Some(call)) => {
+                    calls.insert(name, call);
+                }
+                (Ok(_), None) => {}
+                (Err(message), _) => self.report(name, message, None),
+            }
+        }
+        let admin = admin
+            .as_ref()
+            .map(|section| self.bind(Some(&section.listen), "", "admin's listen", Reach::Loopback));
+        let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
+        let drain_timeout = self.duration(limits.drain_timeout.as_ref(), DRAIN_TIMEOUT, timeouts);
+        let workers = limits.workers.as_ref().map(|workers| self.workers(workers));
+        // A part that is broken has said so, and what has a problem is not handed out.
+        Some(Standalone {
+            file: self.file.to_owned(),
+            identity,
+            inbound: inbound.flatten(),
+            outbound: calls,
+            admin: admin.flatten(),
+            access_log: self.access_log(&telemetry),
+            log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
+            drain_timeout: drain_timeout?,
+            workers: workers.flatten(),
+        })
+    }
+
+    fn inbound(&mut self, section: &InboundSection) -> Option<Inbound> {
+        let listen = self.bind(Some(&section.listen), "", "inbound's listen", Reach::Any);
+        let app = self.bind(Some(&section.app), "", "the app", Reach::Loopback);
+        let service = match ServiceName::new(section.service.get_ref()) {
+            Ok(service) => Some(service),
+            Err(message) => {
+                self.report(&section.service, message, None);
+                None
+            }
+        };
+        let policies = self.path(&section.policies);
+        if !policies.is_dir() {
+            let message = format!("there is no directory `{}`", section.policies.get_ref());
+            let hint = "a relative path starts at this file's own directory; without policies every request is refused";
+            self.report(&section.policies, message, Some(hint.into()));
+        }
+        let gateways = section.gateways.iter().filter_map(|text| self.spiffe_id(text)).collect();
+        Some(Inbound {
+            listen: listen?,
+            app: app?,
+            app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
+            service: service?,
+            policies,
+            gateways,
+            request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
+        })
+    }
+
+    fn outbound(&mut self, name: &str, section: &OutboundSection) -> Option<Outbound> {
+        let what = format!("outbound.{name}'s listen");
+        let listen = self.bind(Some(&section.listen), "", &what, Reach::Loopback);
+        let id = self.spiffe_id(&section.id);
+        if section.endpoints.is_empty() {
+            let hint = "add endpoints = [\"ADDRESS:PORT\"]";
+            self.report(&section.id, format!("{name} is to be found nowhere"), Some(hint.into()));
+        }
+        let mut endpoints = Vec::new();
+        for text in &section.endpoints {
+            match text.get_ref().parse::<SocketAddr>() {
+                Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => {
+                    endpoints.push(address);
+                }
+                _ => {
+                    let message = format!("`{}` is not an address to connect to", text.get_ref());
+                    self.report(
+                        text,
+                        message,
+                        Some("write an IP address and a port, such as 10.0.0.7:15606".into()),
+                    );
+                }
+            }
+        }
+        Some(Outbound {
+            listen: listen?,
+            id: id?,
+            endpoints,
+            request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
+        })
+    }
+
+    fn access_log(&self, section: &TelemetrySection) -> AccessLog {
+        match &section.access_log {
+            None => AccessLog::Stdout,
+            Some(text) => match text.get_ref().as_str() {
+                "off" => AccessLog::Off,
+                "stdout" => AccessLog::Stdout,
+                _ => AccessLog::File(self.path(text)),
+            },
+        }
+    }
+
+    fn request_timeout(&mut self, text: Option<&Text>) -> Option<Duration> {
+        self.duration(text, REQUEST_TIMEOUT, Duration::from_millis(1)..=MAX_TIMEOUT)
+    }
+
+    fn workers(&mut self, workers: &Spanned<u32>) -> Option<NonZeroUsize> {
+        let count = *workers.get_ref();
+        if !(1..=MAX_WORKERS).contains(&count) {
+            self.report(workers, format!("workers is a number from 1 to {MAX_WORKERS}"), None);
+            return None;
+        }
+        NonZeroUsize::new(usize::try_from(count).ok()?)
+    }
+
+    fn spiffe_id(&mut self, text: &Text) -> Option<SpiffeId> {
+        match SpiffeId::new(text.get_ref()) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                let hint = "for example spiffe://mesh.test/ns/default/sa/backend";
+                self.report(text, format!("not a SPIFFE ID: {error}"), Some(hint.into()));
+                None
+            }
+        }
+    }
+
+    /// The path of a file that must be there; its contents are read later.
+    fn existing(&mut self, text: &Text) -> PathBuf {
+        let path = self.path(text);
+        if !path.is_file() {
+            let message = format!("there is no file `{}`", text.get_ref());
+            self.report(text, message, Some(format!("it would be {}", path.display())));
+        }
+        path
+    }
+}

@@ -1,0 +1,144 @@
+//! `sidecar.toml` as it is written: one struct a section. The doc comments here are its reference.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::mesh::file::{AppProtocol, Text};
+use crate::mesh::schema::Reference;
+
+/// One sidecar by itself: certificates from files, policies from a directory, no control, no agent.
+/// Run it with `palisade sidecar --config FILE`. Paths are relative to this file. Durations are written
+/// like 90s, 2m or 1h30m. Certificates are read again when they change; SIGHUP has them and the policies
+/// read again at once.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "sidecar.toml")]
+pub(crate) struct SidecarFile {
+    pub(crate) identity: IdentitySection,
+    /// Other trust domains, and the roots that vouch for them, PEM. Leave the section out to know only
+    /// your own.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"partner.example": "certs/partner.crt"}))]
+    pub(crate) trust: BTreeMap<Text, Text>,
+    pub(crate) inbound: Option<InboundSection>,
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, OutboundSection>")]
+    pub(crate) outbound: BTreeMap<Spanned<String>, OutboundSection>,
+    pub(crate) admin: Option<AdminSection>,
+    #[serde(default)]
+    pub(crate) telemetry: TelemetrySection,
+    #[serde(default)]
+    pub(crate) limits: LimitsSection,
+}
+
+impl Reference for SidecarFile {
+    const NAME: &'static str = "sidecar.toml";
+    const SAMPLE: &'static str = "palisade config example --sidecar";
+    const SECTIONS: &'static [(&'static str, &'static str)] = &[
+        ("identity", ""),
+        ("trust", ""),
+        ("inbound", ""),
+        ("outbound", "backend"),
+        ("admin", ""),
+        ("telemetry", ""),
+        ("limits", ""),
+    ];
+}
+
+/// Whose sidecar this is.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct IdentitySection {
+    /// The certificate chain, PEM, leaf first. The SPIFFE ID is the leaf's URI SAN.
+    #[schemars(with = "String", example = &"certs/server.crt")]
+    pub(crate) certificate: Text,
+    /// The leaf's private key, PEM: PKCS#8, or SEC1 on P-256 or P-384. Mode 0600.
+    #[schemars(with = "String", example = &"certs/server.key")]
+    pub(crate) key: Text,
+    /// The roots of the own trust domain, PEM.
+    #[schemars(with = "String", example = &"certs/ca.crt")]
+    pub(crate) bundle: Text,
+}
+
+/// The mTLS door of the app. Leave the section out where nobody calls it.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct InboundSection {
+    /// Where other sidecars connect, mTLS.
+    #[schemars(with = "String", example = "127.0.0.1:15606")]
+    pub(crate) listen: Text,
+    /// Where the app listens, loopback only, without TLS.
+    #[schemars(with = "String", example = "127.0.0.1:18080")]
+    pub(crate) app: Text,
+    /// The directory of policies.
+    #[schemars(with = "String", example = &"policies")]
+    pub(crate) policies: Text,
+    /// The service's name: its policies are services/NAME in that directory.
+    #[schemars(with = "String", example = &"backend")]
+    pub(crate) service: Text,
+    /// What the app speaks: http1, or h2c (HTTP/2 without TLS). Default: http1.
+    #[schemars(example = &"http1")]
+    pub(crate) app_protocol: Option<AppProtocol>,
+    /// The SPIFFE IDs at which transaction tokens may begin. Default: none, no request carries a user.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["spiffe://mesh.test/ns/default/sa/gateway"])]
+    pub(crate) gateways: Vec<Text>,
+    /// The longest that the app may take to answer. Default: 30s.
+    #[schemars(with = "Option<String>", example = &"30s")]
+    pub(crate) request_timeout: Option<Text>,
+}
+
+/// A service that the app calls.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OutboundSection {
+    /// Where the app calls it, loopback only.
+    #[schemars(with = "String", example = "127.0.0.1:15601")]
+    pub(crate) listen: Text,
+    /// The SPIFFE ID that must answer.
+    #[schemars(with = "String", example = "spiffe://mesh.test/ns/default/sa/backend")]
+    pub(crate) id: Text,
+    /// Where its sidecars are.
+    #[schemars(with = "Vec<String>", example = ["127.0.0.1:15606"])]
+    pub(crate) endpoints: Vec<Text>,
+    /// The longest that it may take to answer. Default: 30s.
+    #[schemars(with = "Option<String>", example = &"30s")]
+    pub(crate) request_timeout: Option<Text>,
+}
+
+/// /ready, /live and /metrics. Leave the section out to have none.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AdminSection {
+    /// Where it listens, loopback only.
+    #[schemars(with = "String", example = "127.0.0.1:15690")]
+    pub(crate) listen: Text,
+}
+
+/// Logs.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TelemetrySection {
+    /// Where one JSON line a request goes, without bodies or secrets: stdout, a file to append to, or off.
+    /// SIGHUP opens the file anew. Default: stdout.
+    #[schemars(with = "Option<String>", example = &"stdout")]
+    pub(crate) access_log: Option<Text>,
+    /// Which other log lines are written to standard error, in the manner of RUST_LOG. Default: info.
+    #[schemars(with = "Option<String>", example = &"info")]
+    pub(crate) log: Option<Text>,
+}
+
+/// Bounds of the process.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LimitsSection {
+    /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
+    #[schemars(with = "Option<String>", example = &"10s")]
+    pub(crate) drain_timeout: Option<Text>,
+    /// Threads that carry requests. Default: one a processor.
+    #[schemars(with = "Option<u32>", example = 2)]
+    pub(crate) workers: Option<Spanned<u32>>,
+}

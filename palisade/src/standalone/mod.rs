@@ -1,0 +1,214 @@
+//! `sidecar.toml`: one sidecar by itself, parsed once into types that cannot be wrong.
+//!
+//! The form is checked as that of `mesh.toml` is ([`crate::mesh::load`]); [`check`] is what turns the
+//! sections of [`file`] into [`Standalone`].
+
+mod check;
+pub(crate) mod file;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use identity::SpiffeId;
+use identity::pem::IdentityFiles;
+use policy::Problem;
+
+use crate::mesh::load;
+use crate::mesh::{AppProtocol, ServiceName};
+use file::SidecarFile;
+
+/// One sidecar, as `sidecar.toml` describes it: defaults filled in, paths absolute.
+#[derive(Debug, Clone)]
+pub(crate) struct Standalone {
+    /// The file it was read from.
+    pub(crate) file: PathBuf,
+    pub(crate) identity: IdentityFiles,
+    pub(crate) inbound: Option<Inbound>,
+    pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
+    pub(crate) admin: Option<SocketAddr>,
+    pub(crate) access_log: AccessLog,
+    pub(crate) log: String,
+    pub(crate) drain_timeout: Duration,
+    /// None for one a processor.
+    pub(crate) workers: Option<NonZeroUsize>,
+}
+
+/// `[inbound]`
+#[derive(Debug, Clone)]
+pub(crate) struct Inbound {
+    pub(crate) listen: SocketAddr,
+    pub(crate) app: SocketAddr,
+    pub(crate) app_protocol: AppProtocol,
+    pub(crate) service: ServiceName,
+    pub(crate) policies: PathBuf,
+    pub(crate) gateways: Vec<SpiffeId>,
+    pub(crate) request_timeout: Duration,
+}
+
+/// `[outbound.NAME]`
+#[derive(Debug, Clone)]
+pub(crate) struct Outbound {
+    pub(crate) listen: SocketAddr,
+    pub(crate) id: SpiffeId,
+    /// INVARIANT: at least one.
+    pub(crate) endpoints: Vec<SocketAddr>,
+    pub(crate) request_timeout: Duration,
+}
+
+/// Where the line of a request goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum AccessLog {
+    Off,
+    Stdout,
+    File(PathBuf),
+}
+
+impl Standalone {
+    /// Reads and checks `file`.
+    pub(crate) fn load(file: &Path) -> Result<Self, Vec<Problem>> {
+        let text = load::read::<SidecarFile>(file).map_err(|problem| vec![problem])?;
+        Self::parse(&text, file)
+    }
+
+    /// Checks `text`, which came from `file`; paths in it are relative to that.
+    pub(crate) fn parse(text: &str, file: &Path) -> Result<Self, Vec<Problem>> {
+        check::standalone(load::sections(text, file), text, file)
+    }
+}
+
+/// What it does, in one line.
+impl fmt::Display for Standalone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inbound = self.inbound.iter().map(|inbound| format!("{} at {}", inbound.service, inbound.listen));
+        let calls = self.outbound.iter().map(|(name, call)| format!("calls to {name} at {}", call.listen));
+        f.write_str(&inbound.chain(calls).collect::<Vec<_>>().join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use identity::TrustDomain;
+
+    use super::*;
+    use crate::mesh::schema;
+
+    /// Lays out `directory` so that what the sample and the shipped files name is there.
+    fn lay_out(directory: &Path) {
+        for path in ["certs", ".peers/certs", "bench/ours", "policies", "bench/ours/policies"] {
+            fs::create_dir_all(directory.join(path)).unwrap();
+        }
+        for name in ["server.crt", "server.key", "client.crt", "client.key", "ca.crt", "partner.crt"] {
+            fs::write(directory.join("certs").join(name), "").unwrap();
+            fs::write(directory.join(".peers/certs").join(name), "").unwrap();
+        }
+    }
+
+    #[track_caller]
+    fn good(text: &str, file: &Path) -> Standalone {
+        Standalone::parse(text, file).unwrap_or_else(|problems| {
+            panic!("{}", problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+        })
+    }
+
+    /// Run with `UPDATE_EXPECTED=1` to write the file anew.
+    #[test]
+    fn the_sample_file_is_the_reference() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("sidecar.example.toml");
+        let sample = schema::sample::<SidecarFile>();
+        if std::env::var_os("UPDATE_EXPECTED").is_some() {
+            fs::write(&path, &sample).unwrap();
+        }
+        assert!(
+            fs::read_to_string(&path).unwrap_or_default() == sample,
+            "sidecar.example.toml and the doc comments of standalone/file.rs differ; run \
+             `UPDATE_EXPECTED=1 cargo test -p palisade the_sample_file` and look at the diff"
+        );
+    }
+
+    #[test]
+    fn the_sample_loads_as_written_and_with_every_key_in_use() {
+        let directory = tempfile::tempdir().unwrap();
+        lay_out(directory.path());
+        let sample = schema::sample::<SidecarFile>();
+        let all: String = sample
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(key) if !key.starts_with(' ') => format!("{key}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        assert!(all.contains("\nworkers = ") && all.contains("\n\"partner.example\" = "), "{all}");
+        let file = directory.path().join("sidecar.toml");
+        good(&sample, &file);
+        let all = good(&all, &file);
+        assert_eq!(all.identity.trust.len(), 1);
+        assert_eq!(all.to_string(), "backend at 127.0.0.1:15606, calls to backend at 127.0.0.1:15601");
+        assert_eq!(all.workers, NonZeroUsize::new(2));
+    }
+
+    #[test]
+    fn every_key_has_a_description_and_an_example() {
+        let schema = schema::json_schema::<SidecarFile>();
+        for (name, section) in schema["properties"].as_object().unwrap() {
+            let section =
+                schema::free_values(section).filter(|v| schema::known_keys(v).is_some()).unwrap_or(section);
+            for (key, schema) in schema::known_keys(section).into_iter().flatten() {
+                assert!(schema.get("description").is_some(), "{name}.{key}");
+                assert!(schema::example(schema).is_some(), "{name}.{key} has no example");
+            }
+        }
+        assert!(!schema.to_string().contains("null"), "{schema:#}");
+    }
+
+    #[test]
+    fn the_shipped_files_stay_valid() {
+        let directory = tempfile::tempdir().unwrap();
+        lay_out(directory.path());
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/ours");
+        let load = |name: &str| {
+            let text = fs::read_to_string(shipped.join(name)).unwrap();
+            good(&text, &directory.path().join("bench/ours").join(name))
+        };
+        let (client, server) = (load("client.toml"), load("server.toml"));
+        let door = server.inbound.unwrap();
+        assert!(client.outbound.values().any(|call| call.endpoints.contains(&door.listen)));
+        let policies =
+            policy::Policies::load(&shipped.join("policies"), &TrustDomain::new("mesh.test").unwrap());
+        let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
+        assert!(policies.service(door.service.as_str()).is_some());
+    }
+
+    #[test]
+    fn a_file_that_serves_nothing_or_the_same_twice_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        lay_out(directory.path());
+        let file = directory.path().join("sidecar.toml");
+        let identity = "[identity]\ncertificate = \"certs/server.crt\"\nkey = \"certs/server.key\"\nbundle = \"certs/ca.crt\"\n";
+        let refused = |rest: &str| -> String {
+            let problems = Standalone::parse(&format!("{identity}{rest}"), &file).unwrap_err();
+            problems.iter().map(|problem| format!("{}: {problem}\n", problem.line)).collect()
+        };
+        assert!(refused("").contains("neither [inbound] nor [outbound.NAME]"));
+        let call =
+            "[outbound.backend]\nlisten = \"127.0.0.1:1\"\nid = \"spiffe://mesh.test/a\"\nendpoints = [";
+        assert!(refused(&format!("{call}]\n")).contains("nowhere"));
+        assert!(refused(&format!("{call}\"localhost:5\"]\n")).contains("`localhost:5` is not an address"));
+        let both = format!("{call}\"127.0.0.1:2\"]\n[admin]\nlisten = \"127.0.0.1:1\"\n");
+        assert!(refused(&both).contains("127.0.0.1:1 is used twice"));
+        let misspelt = refused(&format!("{call}\"127.0.0.1:2\"]\n[telemetry]\nacces_log = \"off\"\n"));
+        assert!(
+            misspelt.contains("unknown key `acces_log`") && misspelt.contains("did you mean"),
+            "{misspelt}"
+        );
+        assert!(refused(&format!("{call}\"127.0.0.1:2\"]\n[limits]\nworkers = 0\n")).starts_with("10: "));
+        fs::remove_file(directory.path().join("certs/server.key")).unwrap();
+        let missing = refused(&format!("{call}\"127.0.0.1:2\"]\n"));
+        assert!(missing.starts_with("3: ") && missing.contains("there is no file"), "{missing}");
+    }
+}
