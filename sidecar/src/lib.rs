@@ -12,6 +12,7 @@
 //! | [`detect`], [`proxy_protocol`] | what a connection speaks by its first bytes; where it came from before a proxy |
 //! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
+//! | [`http1`] | plain HTTP/1.1 at both ends: the server that local apps talk to, the client to the app |
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
 //! | [`access`] | a line of JSON a request |
@@ -27,6 +28,7 @@ pub mod correlate;
 pub mod detect;
 mod entities;
 pub mod headers;
+pub mod http1;
 pub mod inbound;
 pub mod live;
 pub mod metrics;
