@@ -10,6 +10,7 @@
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
 //! | [`detect`], [`proxy_protocol`] | what a connection speaks by its first bytes; where it came from before a proxy |
+//! | [`hbone`] | a second way in for meshes that tunnel |
 //! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`http1`] | plain HTTP/1.1 at both ends: the server that local apps talk to, the client to the app |
@@ -27,6 +28,7 @@ mod buffered;
 pub mod correlate;
 pub mod detect;
 mod entities;
+pub mod hbone;
 pub mod headers;
 pub mod http1;
 pub mod inbound;

@@ -12,8 +12,8 @@ use arc_swap::ArcSwap;
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    Caller, Denial, Layer, Occasion, Outcome, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy,
-    Verdict,
+    Caller, Denial, Layer, Mapping, Occasion, Outcome, Permit, Principal, Receipt, Recorder, Refusal,
+    ServicePolicy, Verdict,
 };
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -26,6 +26,7 @@ use super::stream::Stream;
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::metrics::Direction;
 use crate::sample::Sampler;
+use crate::server::RefusedConnection;
 use crate::trace::SharedRandom;
 
 /// How long a connection may wait for its next session: longer than the client's side keeps one
@@ -225,6 +226,39 @@ impl TcpInbound {
         }
     }
 
+    /// What the service's map says in the policy in force.
+    pub(crate) fn mapping(&self) -> Mapping {
+        self.config.policy.load().mapping()
+    }
+
+    /// The refusal of a tunnel to somewhere else than the app.
+    pub(crate) fn not_ours(&self, authority: &str, origin: Origin<'_>) -> Stop {
+        let asking = self.asking(authority, origin);
+        let Some(occasion) = asking.occasion() else { return Stop::NotReady };
+        let refusal =
+            Refusal::denied("hbone.not_our_app", "the tunnel leads to no address of this service's app");
+        Stop::Denied(Box::new(self.config.policy.load().refuse(Some(&asking.caller), refusal, &occasion)))
+    }
+
+    /// Records a connection that was refused before it could ask for anything.
+    pub(crate) fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
+        let config = &self.config;
+        let Ok(receipt) = Receipt::generate(&*config.random) else { return };
+        let occasion = Occasion {
+            receipt,
+            now: config.clock.now(),
+            layer: Layer::Sidecar,
+            method: String::new(),
+            target: String::new(),
+            transaction: None,
+            trace_id: None,
+        };
+        let (rule, reason) = (refused.rule(), refused.reason());
+        tracing::info!(%remote, rule, reason, receipt = %occasion.receipt, "connection refused");
+        let denial = policy::refuse_connection(&config.service, rule, reason, Some(remote), &occasion);
+        config.recorder.record(denial.record().clone());
+    }
+
     /// Who wants to go where, may they, is the app there?
     pub(crate) async fn connect(&self, port: &str, origin: Origin<'_>) -> Result<Connected, Stop> {
         let config = &self.config;
@@ -232,19 +266,8 @@ impl TcpInbound {
         let identity = config.source.valid_at(config.clock.now());
         identity.filter(|identity| *identity.svid.id() == config.id).ok_or(Stop::NotReady)?;
 
-        let caller = Caller {
-            principal: Principal::Workload(origin.peer.id().clone()),
-            user: None,
-            chain: Arc::new([]),
-            address: Some(origin.remote),
-        };
         let known = config.ports.find(port);
-        let asking = Arc::new(Asking {
-            caller,
-            port: known.map_or(port, |(name, _)| name).to_owned(),
-            clock: config.clock.clone(),
-            random: Arc::clone(&config.random),
-        });
+        let asking = Arc::new(self.asking(known.map_or(port, |(name, _)| name), origin));
         let Some((name, address)) = known else {
             let occasion = asking.occasion().ok_or(Stop::NotReady)?;
             let refusal = Refusal::denied("tcp.unknown_port", "the service has no port of that name");
@@ -349,6 +372,17 @@ impl TcpInbound {
                 took_us = (config.clock.now().saturating_sub(started)).as_micros() as u64, note,
             );
         }
+    }
+
+    fn asking(&self, port: &str, origin: Origin<'_>) -> Asking {
+        let caller = Caller {
+            principal: Principal::Workload(origin.peer.id().clone()),
+            user: None,
+            chain: Arc::new([]),
+            address: Some(origin.remote),
+        };
+        let (clock, random) = (self.config.clock.clone(), Arc::clone(&self.config.random));
+        Asking { caller, port: port.to_owned(), clock, random }
     }
 
     fn facts(&self, origin: Origin<'_>) -> Facts {

@@ -4,14 +4,13 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 
+use super::accept::accept_all;
 use super::copy::{CopyError, End, Side as _, both_ways};
 use super::frame::{OpenFrame, Session, SessionError, Status};
 use super::pool::{Pool, PoolError, Ready};
@@ -20,10 +19,6 @@ use super::stream::Stream;
 use crate::live::Traffic;
 use crate::metrics::Direction;
 
-/// Connections of one listener; more wait in the kernel's backlog.
-const MAX_CONNECTIONS: usize = 10_000;
-/// How long to wait before accepting again when the process is out of file descriptors.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// How often a session that a connection did not begin is sent over another: the second one is new.
 const MAX_ATTEMPTS: usize = 3;
 
@@ -78,7 +73,13 @@ impl TcpOutbound {
 
     /// Accepts until `scope` drains; sessions that are open go on. Returns at once.
     pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
-        scope.spawn_critical("outbound tcp", Arc::clone(self).accept(listener, scope.clone()));
+        let (this, clock) = (Arc::clone(self), self.clock.clone());
+        let serve = move |stream, remote| {
+            let this = Arc::clone(&this);
+            async move { this.carry(stream, remote).await }
+        };
+        let accepting = accept_all("outbound tcp connection", listener, clock, scope.clone(), serve);
+        scope.spawn_critical("outbound tcp", accepting);
         scope.spawn_critical("tcp pool", Arc::clone(&self.pool).keep(scope.clone()));
     }
 
@@ -90,36 +91,6 @@ impl TcpOutbound {
     /// TLS connections that are ready for a session.
     pub fn ready_connections(&self) -> usize {
         self.pool.ready()
-    }
-
-    async fn accept(self: Arc<Self>, listener: TcpListener, scope: Scope) {
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let slot = tokio::select! {
-                slot = Arc::clone(&slots).acquire_owned() => slot,
-                () = scope.draining() => return,
-            };
-            // The semaphore is never closed; if it were, nothing could be accepted any more.
-            let Ok(slot) = slot else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = scope.draining() => return,
-            };
-            match accepted {
-                Ok((stream, remote)) => {
-                    let this = Arc::clone(&self);
-                    scope.spawn("outbound tcp connection", async move {
-                        let _slot = slot;
-                        this.carry(stream, remote).await;
-                    });
-                }
-                Err(error) => {
-                    // Out of descriptors, or a connection that was gone before we took it: go on.
-                    tracing::warn!(%error, "accept failed");
-                    self.clock.sleep(ACCEPT_BACKOFF).await;
-                }
-            }
-        }
     }
 
     /// One connection of the app, from its first byte to its last.
