@@ -18,11 +18,13 @@ use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::txn::{Chain, Verifier};
-use identity::{Identity, IdentitySource, Peer, SpiffeId};
+use identity::{Identity, IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
     AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, Occasion, Outcome, Permit,
     Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
 };
+
+use tokio_rustls::server::TlsStream;
 
 use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
@@ -31,8 +33,9 @@ use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
+use crate::tcp::TcpInbound;
 use crate::trace::{SharedRandom, Spans};
-use crate::{Body, answer, body, empty, entities, full, transaction};
+use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
@@ -53,6 +56,7 @@ pub struct Inbound {
     pub(crate) random: SharedRandom,
     pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: bool,
+    pub(crate) tcp: Arc<TcpInbound>,
 }
 
 /// How a request ended, for the log and the metrics.
@@ -105,6 +109,10 @@ struct Understood {
 }
 
 impl Handler for Inbound {
+    async fn plain(&self, stream: TlsStream<Buffered>, peer: Peer, remote: SocketAddr, scope: &Scope) {
+        self.tcp.serve(stream, peer, remote, scope).await;
+    }
+
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());

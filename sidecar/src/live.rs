@@ -119,6 +119,12 @@ struct Entry {
     closed: SetOnce<Closed>,
 }
 
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").field("open", &self.len()).finish_non_exhaustive()
+    }
+}
+
 /// One open connection; forgotten when dropped.
 pub struct Live {
     registry: Arc<Registry>,

@@ -15,6 +15,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::tcp::TcpStats;
+
 /// Peers told apart in metrics; the rest are counted together as `other`.
 const MAX_PEERS: usize = 256;
 /// Series found without building their labels: more than a service's routes times its callers usually are.
@@ -120,6 +122,7 @@ pub struct Metrics {
     refused_connections: Family<RuleLabels, Counter>,
     expires: Gauge<f64, AtomicU64>,
     rotations: Counter,
+    tcp: TcpStats,
     peers: Mutex<HashSet<String>>,
     /// The series of requests seen lately; the families hold them all.
     series: Mutex<IndexMap<SeriesKey, Series>>,
@@ -141,6 +144,8 @@ impl Default for Metrics {
         registry.register("denials", "Requests refused, by rule", denials.clone());
         registry.register("refused_connections", "Connections refused, by rule", refused_connections.clone());
         registry.register("svid_expiry_timestamp_seconds", "When the current SVID expires", expires.clone());
+        let tcp = TcpStats::default();
+        tcp.register(&mut registry);
         registry.register("svid_rotations", "SVIDs received since the start", rotations.clone());
         Self {
             registry,
@@ -150,6 +155,7 @@ impl Default for Metrics {
             refused_connections,
             expires,
             rotations,
+            tcp,
             peers: Mutex::default(),
             series: Mutex::default(),
         }
@@ -161,6 +167,11 @@ fn histogram() -> Histogram {
 }
 
 impl Metrics {
+    /// The counters of plain connections.
+    pub fn tcp(&self) -> &TcpStats {
+        &self.tcp
+    }
+
     /// Counts a finished request.
     pub fn observe(&self, seen: &Observation<'_>) {
         let Observation { direction, peer, route, status, took } = *seen;

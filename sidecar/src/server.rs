@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
@@ -23,6 +24,8 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::hbone::{HttpTunnels, Tunnel};
+use crate::tcp::ALPN_TCP;
 use crate::{Body, Buffered, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
@@ -136,6 +139,18 @@ pub trait Handler: Send + Sync + 'static {
         request: Request<Body>,
     ) -> impl Future<Output = Response<Body>> + Send;
 
+    /// Serves a plain connection of another sidecar, which comes only where [`ALPN_TCP`] is offered.
+    fn plain(
+        &self,
+        stream: TlsStream<Buffered>,
+        peer: Peer,
+        remote: SocketAddr,
+        scope: &Scope,
+    ) -> impl Future<Output = ()> + Send {
+        let _nothing_to_serve_it = (stream, peer, remote, scope);
+        std::future::ready(())
+    }
+
     /// Hears of a connection that was refused before any request.
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
         tracing::info!(%remote, rule = refused.rule(), reason = refused.reason(), "connection refused");
@@ -241,6 +256,13 @@ async fn connection(
     };
     let protocol = session.alpn_protocol();
     let (http2, multiplexed) = (protocol == Some(ALPN_H2), protocol == Some(mux::ALPN));
+    if protocol == Some(ALPN_TCP) {
+        if let Some(peer) = peer {
+            // Boxed: connections that carry requests need not hold room for it.
+            Box::pin(handler.plain(stream, peer, remote, &listen.scope)).await;
+        }
+        return Ok(());
+    }
     let connection = Connection { peer, remote };
     if multiplexed {
         exchanges(stream, connection, listen, handler).await;
@@ -248,6 +270,29 @@ async fn connection(
         requests(TokioIo::new(stream), connection, Some(http2), listen, handler).await;
     }
     Ok(())
+}
+
+/// Requests that come through another mesh's tunnels, for the handler of the mTLS listener.
+pub struct TunnelledRequests<H> {
+    listen: Listen,
+    handler: Arc<H>,
+}
+
+impl<H: Handler> TunnelledRequests<H> {
+    /// Hands them to `handler`, within `limits`, until `scope` drains.
+    pub fn new(handler: Arc<H>, limits: Limits, scope: &Scope, clock: SharedClock) -> Arc<Self> {
+        let listen = Listen { tls: None, limits: Arc::new(limits), clock, scope: scope.clone() };
+        Arc::new(Self { listen, handler })
+    }
+}
+
+impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
+    fn serve(self: Arc<Self>, stream: Tunnel, peer: Peer, remote: SocketAddr) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let connection = Connection { peer: Some(peer), remote };
+            requests(TokioIo::new(stream), connection, None, &self.listen, &self.handler).await;
+        })
+    }
 }
 
 /// Serves another sidecar until the connection ends, the scope drains, or the peer's certificate expires.

@@ -17,11 +17,14 @@ use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
 use crate::correlate::Correlator;
 use crate::inbound::Inbound;
+use crate::live::Registry;
 use crate::metrics::Metrics;
 use crate::mux;
 use crate::outbound::Outbound;
 use crate::sample::Sampler;
 use crate::server::{self, Limits};
+use crate::tcp::inbound::TcpInboundConfig;
+use crate::tcp::{ALPN_TCP, Ports, TcpInbound};
 use crate::trace::{SharedRandom, Spans};
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 
@@ -95,6 +98,9 @@ pub enum SidecarError {
 pub struct Sidecar {
     /// What the inbound half decides by, if there is one.
     policy: Option<Arc<ArcSwap<ServicePolicy>>>,
+    /// What is open, to be judged again by another policy.
+    live: Arc<Registry>,
+    scope: Scope,
 }
 
 impl Sidecar {
@@ -110,6 +116,7 @@ impl Sidecar {
         let correlator = Arc::new(Correlator::default());
         let metrics = Arc::new(Metrics::default());
         let spans = Arc::new(Spans::new(Arc::clone(&random)));
+        let live = Registry::new(clock.clone());
         let (front, calls) = (scope.part(), scope.part());
         drain_in_order(front.clone(), calls.clone(), scope);
         let policy =
@@ -117,7 +124,21 @@ impl Sidecar {
         if let (Some(config_in), Some(policy)) = (config.inbound, &policy) {
             let InboundConfig { service, listener, app, app_protocol, gateways, request_timeout, .. } =
                 config_in;
+            let tcp = TcpInbound::new(TcpInboundConfig {
+                service: service.clone(),
+                id: config.id.clone(),
+                ports: Ports::one(app),
+                policy: Arc::clone(policy),
+                registry: Arc::clone(&live),
+                source: source.clone(),
+                recorder: Arc::clone(&recorder),
+                stats: metrics.tcp().clone(),
+                clock: clock.clone(),
+                random: Arc::clone(&random),
+                access_log: config.access_log,
+            });
             let inbound = Inbound {
+                tcp,
                 service,
                 id: config.id.clone(),
                 policy: Arc::clone(policy),
@@ -133,7 +154,7 @@ impl Sidecar {
                 spans: Arc::clone(&spans),
                 access_log: config.access_log,
             };
-            let alpn = [mux::ALPN, ALPN_H2, ALPN_HTTP11];
+            let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
             let (listener, limits) = (tokio_listener(listener)?, Limits::default());
             server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), Arc::new(inbound));
@@ -170,14 +191,17 @@ impl Sidecar {
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }
-        Ok(Self { policy })
+        Ok(Self { policy, live, scope: scope.clone() })
     }
 
-    /// Puts another policy in force. A request that is under way is judged by the one it began with.
+    /// Puts another policy in force. A request that is under way is judged by the one it began with, a plain
+    /// connection again by this one.
     /// A sidecar without an inbound half decides nothing and drops it.
     pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
         if let Some(in_force) = &self.policy {
-            in_force.store(policy);
+            in_force.store(Arc::clone(&policy));
+            let live = Arc::clone(&self.live);
+            self.scope.spawn("policy change", async move { live.reevaluate_all(&policy).await });
         }
     }
 }

@@ -21,10 +21,12 @@ use identity::testing::TestAuthority;
 use identity::tls::{ClientAuth, client_config, server_config, unnamed_server};
 use identity::{BundleSet, IdentitySource, Peer, Scope, SpiffeId, TrustDomain};
 use policy::{MemoryRecorder, Policies, ServicePolicy};
+use sidecar::app::AppProtocol;
 use sidecar::live::Registry;
 use sidecar::tcp::frame::{OpenFrame, Session, SessionError, Status};
 use sidecar::tcp::inbound::TcpInboundConfig;
 use sidecar::tcp::{ALPN_TCP, Ports, Stream, TcpInbound, TcpOutbound, TcpStats, TcpUpstream};
+use sidecar::{InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -607,6 +609,44 @@ async fn draining_lets_sessions_finish_and_takes_no_new_ones() {
     assert_eq!(stream.read(&mut [0; 1]).await.unwrap(), 0);
     assert_eq!(db.scope.finished(Duration::from_secs(10)).await, Ok(()));
     assert!(db.registry.is_empty());
+}
+
+#[tokio::test]
+async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_them_again() {
+    let db = Db::new(echo).await;
+    let (app, _) = app(&db.scope, echo).await;
+    let bind = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = bind();
+    let address = listener.local_addr().unwrap();
+    let config = SidecarConfig {
+        id: id("/service/db"),
+        inbound: Some(InboundConfig {
+            service: "db".into(),
+            listener,
+            app,
+            app_protocol: AppProtocol::Http1,
+            policy: policy("mapping = \"tcp\"", WEB_ONLY),
+            gateways: Vec::new(),
+            request_timeout: Duration::from_secs(10),
+        }),
+        calls: Vec::new(),
+        admin: None,
+        access_log: true,
+    };
+    let source = db.authority.source("/service/db");
+    let (recorder, random) =
+        (Arc::clone(&db.records) as Arc<dyn policy::Recorder>, identity::random::system());
+    let sidecar = Sidecar::start(config, source, recorder, db.clock.clone(), random, &db.scope).unwrap();
+    let web = Db { address, ..db };
+    let (db, web) = (&web, web.web().await);
+    assert_eq!(web.ask(b"hello").await.unwrap(), b"hello");
+
+    let mut stream = web.connect().await;
+    stream.write_all(b"x").await.unwrap();
+    assert_eq!(stream.read_u8().await.unwrap(), b'x');
+    sidecar.replace_policy(policy("mapping = \"tcp\"", NOBODY));
+    assert_eq!(stream.read_u8().await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    until("the end is recorded", || db.denials().iter().any(|(rule, _)| rule == "closed-for-repair")).await;
 }
 
 #[tokio::test]

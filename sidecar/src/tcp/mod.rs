@@ -40,6 +40,8 @@ impl Wire for Stream {
     }
 }
 
+impl Wire for crate::Buffered {}
+
 impl Wire for tokio::net::TcpStream {}
 
 /// TLS needs nothing to be cut short visibly: without a close_notify its peer sees an error.
