@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use super::egress::Rule;
 pub use super::value::Share;
 use super::value::{
     at_most, between, failure, header, maybe_between, maybe_within, methods, read_from_text, within,
@@ -64,6 +65,21 @@ pub struct Traffic {
     /// How endpoints are asked whether they are well, beside watching their answers. Default: not at all.
     pub health: Option<HealthCheck>,
 }
+
+/// Which hosts outside the mesh the app may call through its sidecar.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Egress {
+    /// SCHEME://HOST[:PORT] each, all else is refused. The scheme says what the app speaks: https (HTTP,
+    /// which its sidecar makes HTTPS), tls (TLS of its own, by the name in its ClientHello), http (clear
+    /// text) or tcp. *.NAME is all names below NAME. At most 10000. Default: none.
+    #[serde(deserialize_with = "egress_rules")]
+    #[schemars(with = "Vec<String>", example = ["https://api.example.org", "tls://*.example.org"])]
+    pub allow: Vec<Rule>,
+}
+
+/// Lines of an allow-list: what is longer is no list of what an app needs.
+const MAX_EGRESS_RULES: usize = 10_000;
 
 /// Which endpoint a request goes to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -535,7 +551,15 @@ impl FromStr for Panic {
     }
 }
 
-read_from_text!(Balance, HashBy, RetryOn, Check, Share, Panic);
+read_from_text!(Balance, HashBy, RetryOn, Check, Share, Panic, Rule);
+
+fn egress_rules<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Rule>, D::Error> {
+    let rules = Vec::<Rule>::deserialize(from)?;
+    if rules.len() > MAX_EGRESS_RULES {
+        return Err(D::Error::custom(format!("{} rules, at most {MAX_EGRESS_RULES} may be", rules.len())));
+    }
+    Ok(rules)
+}
 
 fn split<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, u32>, D::Error> {
     let split = BTreeMap::<String, u32>::deserialize(from)?;
@@ -609,6 +633,17 @@ mod tests {
             let error = read(text).unwrap_err();
             assert!(error.starts_with(message), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn egress_is_a_list_of_rules() {
+        let read = |text: &str| toml::from_str::<Egress>(text).map_err(|error| error.message().to_owned());
+        let egress = read("allow = ['https://api.example.org', 'tcp://10.0.0.7:5432']").unwrap();
+        assert_eq!(egress.allow.len(), 2);
+        assert_eq!(egress.allow[0].to_string(), "https://api.example.org");
+        let error = read("allow = ['api.example.org']").unwrap_err();
+        assert!(error.starts_with("`api.example.org` is not SCHEME://HOST"), "{error}");
+        assert!(read("").unwrap().allow.is_empty());
     }
 
     #[test]

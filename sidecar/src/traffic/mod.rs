@@ -3,21 +3,31 @@
 //! | module | what it decides |
 //! |---|---|
 //! | [`endpoint`] | where a service is found, how near, and which endpoints may be chosen now |
+//! | [`resolve`] | where that knowledge comes from: a list, a name, whoever pushes it |
 //! | [`balance`] | which endpoint gets a request |
 //! | [`outlier`] | which endpoint is left out for a while |
+//! | [`health`] | when endpoints are asked whether they are well, and what follows |
 //! | [`breaker`] | what is refused because too much is under way |
 //! | [`retry`], [`hedge`] | what is sent again, and what is sent twice |
 //! | [`split`] | which of several services gets a call, and which calls are copied |
+//! | [`timeouts`] | how long each stage may take, and the deadline that travels along |
+//! | [`fault`] | what goes wrong on purpose |
+//! | [`egress`] | which hosts outside the mesh may be called |
 //! | [`config`] | the keys by which all of it is told |
 
 pub mod balance;
 pub mod breaker;
 pub mod config;
+pub mod egress;
 pub mod endpoint;
+pub mod fault;
+pub mod health;
 pub mod hedge;
 pub mod load;
 pub mod outlier;
 pub mod random;
+pub mod resolve;
 pub mod retry;
 pub mod split;
+pub mod timeouts;
 mod value;
