@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use identity::SpiffeId;
 use secrecy::{ExposeSecret as _, SecretString};
+pub use sidecar::traffic::ratelimit::Rate;
 use thiserror::Error;
 use url::Url;
 
@@ -95,15 +96,6 @@ impl Default for SessionLimits {
     fn default() -> Self {
         Self { idle: Duration::from_secs(30 * 60), absolute: Duration::from_secs(12 * 3600) }
     }
-}
-
-/// A rate: `burst` at once, then `per_second` steadily.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rate {
-    /// Steady rate, events a second.
-    pub per_second: f64,
-    /// Events that may come at once.
-    pub burst: u32,
 }
 
 /// An issuer identifier: an https URL without query, fragment or user info, compared as text

@@ -10,7 +10,7 @@
 //! | [`browser`] | logging in and out |
 //! | [`flow`], [`cookie`] | state that travels through a browser and back |
 //! | [`coarse`], [`refusal`], [`answer`] | the policy's question, and how a no is said and recorded |
-//! | [`limit`], [`target`] | rates; which request targets are looked at |
+//! | [`target`] | which request targets are looked at |
 //! | [`https`] | the client that talks to issuers |
 //! | [`idp`] | an OpenID provider for people who have none |
 //! | [`login`] | a login without a browser, for command lines and tests |
@@ -27,7 +27,6 @@ pub mod idp;
 pub mod issuer;
 pub mod jwk;
 pub mod jwt;
-pub mod limit;
 pub mod login;
 mod refusal;
 pub mod request;

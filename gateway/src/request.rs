@@ -16,10 +16,10 @@ use serde_json::json;
 use sidecar::Body;
 use sidecar::headers::{self as hygiene, TraceParent};
 use sidecar::server::Connection;
+use sidecar::traffic::ratelimit::{Quota, address_key};
 
 use crate::gateway::{Destination, Shared};
 use crate::jwt::JwtError;
-use crate::limit::{Quota, address_key};
 use crate::refusal::{self, Refusal, Situation};
 use crate::session::SessionError;
 use crate::{OWN_PREFIX, answer, browser, cookie, target};
@@ -276,24 +276,12 @@ fn too_many(gateway: &Shared, quota: Quota) -> Refusal {
 }
 
 fn retry_later(refusal: Refusal, quota: Quota) -> Refusal {
-    let seconds = quota.reset.as_secs_f64().ceil().max(1.0);
-    match HeaderValue::try_from(format!("{seconds:.0}")) {
-        Ok(value) => refusal.with(header::RETRY_AFTER, value),
-        Err(_) => refusal,
-    }
+    let (name, value) = quota.retry_after();
+    refusal.with(name, value)
 }
 
-/// draft-ietf-httpapi-ratelimit-headers: what the policy is, and what is left of it.
-fn rate_headers(gateway: &Shared, quota: Quota) -> Vec<(HeaderName, HeaderValue)> {
-    let rate = gateway.requests.rate();
-    let window = (f64::from(rate.burst) / rate.per_second.max(0.001)).ceil().max(1.0);
-    let reset = quota.reset.as_secs_f64().ceil();
-    let policy = format!("\"principal\";q={};w={window:.0}", rate.burst);
-    let left = format!("\"principal\";r={};t={reset:.0}", quota.remaining);
-    [("ratelimit-policy", policy), ("ratelimit", left)]
-        .into_iter()
-        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?)))
-        .collect()
+fn rate_headers(gateway: &Shared, quota: Quota) -> [(HeaderName, HeaderValue); 2] {
+    gateway.requests.rate().headers("principal", quota)
 }
 
 /// The request as it leaves: nothing of what the caller claims about itself, everything that we verified.

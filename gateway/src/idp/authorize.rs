@@ -10,6 +10,7 @@ use maud::{Markup, html};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sidecar::Body;
+use sidecar::traffic::ratelimit::{Limiter, address_key};
 use url::Url;
 
 use super::grants::{Grant, Login};
@@ -17,7 +18,6 @@ use super::users::Checked;
 use super::{Client, ClientAuthentication, Parameters, Provider, STANDARD_SCOPES};
 use crate::browser::is_same_origin;
 use crate::flow::Flows;
-use crate::limit::{Limiter, address_key};
 use crate::{answer, cookie};
 
 /// The provider's own login cookie.

@@ -38,11 +38,11 @@ use serde_json::json;
 use sidecar::Body;
 use sidecar::headers as hygiene;
 use sidecar::server::{Connection, Handler, Limits};
+use sidecar::traffic::ratelimit::Limiter;
 use thiserror::Error;
 use url::{Host, Url};
 
 use crate::config::{Issuer, Rate};
-use crate::limit::Limiter;
 use crate::seal::{SealError, Sealer};
 use crate::store::StoreError;
 use crate::{SharedRandom, answer};

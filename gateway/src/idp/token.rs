@@ -11,6 +11,7 @@ use identity::jws;
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
 use sidecar::Body;
+use sidecar::traffic::ratelimit::address_key;
 use url::form_urlencoded;
 use zeroize::Zeroizing;
 
@@ -19,7 +20,6 @@ use super::{Client, ClientAuthentication, Parameters, Provider, sha256};
 use crate::answer;
 use crate::config::Algorithm;
 use crate::jwt::half_hash;
-use crate::limit::address_key;
 
 /// How long an ID token may be shown to its client as proof of a login.
 const ID_TOKEN_LIFETIME_SECONDS: u64 = 300;

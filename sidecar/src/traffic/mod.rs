@@ -11,6 +11,7 @@
 //! | [`retry`], [`hedge`] | what is sent again, and what is sent twice |
 //! | [`split`] | which of several services gets a call, and which calls are copied |
 //! | [`timeouts`] | how long each stage may take, and the deadline that travels along |
+//! | [`ratelimit`] | who asks too often |
 //! | [`fault`] | what goes wrong on purpose |
 //! | [`egress`] | which hosts outside the mesh may be called |
 //! | [`config`] | the keys by which all of it is told |
@@ -26,6 +27,7 @@ pub mod hedge;
 pub mod load;
 pub mod outlier;
 pub mod random;
+pub mod ratelimit;
 pub mod resolve;
 pub mod retry;
 pub mod split;

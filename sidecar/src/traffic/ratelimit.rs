@@ -9,9 +9,11 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use http::header::RETRY_AFTER;
+use http::{HeaderName, HeaderValue, StatusCode};
 use identity::clock::SharedClock;
 
-use crate::config::Rate;
+use super::config::{CountBy, RateLimit};
 
 /// Keys remembered by one limiter: 24 bytes each, so about 25 MiB at the very most.
 const MAX_KEYS: usize = 1 << 20;
@@ -19,6 +21,15 @@ const MAX_KEYS: usize = 1 << 20;
 const MAX_WAIT: Duration = Duration::from_secs(3600);
 /// A sweep looks at every key, so a flood of new ones may cause no more than one in this time.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A rate: `burst` at once, then `per_second` steadily.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// Steady rate, events a second.
+    pub per_second: f64,
+    /// Events that may come at once.
+    pub burst: u32,
+}
 
 /// A limiter over one kind of key.
 #[derive(Debug)]
@@ -117,6 +128,68 @@ impl Limiter {
     }
 }
 
+impl Rate {
+    /// What the policy named `name` is and what is left of it (draft-ietf-httpapi-ratelimit-headers): the
+    /// headers `RateLimit-Policy` and `RateLimit`. `name` is a plain word of ours.
+    pub fn headers(self, name: &str, quota: Quota) -> [(HeaderName, HeaderValue); 2] {
+        let window = (f64::from(self.burst) / self.per_second.max(0.001)).ceil().max(1.0);
+        let reset = quota.reset.as_secs_f64().ceil();
+        let policy = format!("\"{name}\";q={};w={window:.0}", self.burst);
+        let left = format!("\"{name}\";r={};t={reset:.0}", quota.remaining);
+        [("ratelimit-policy", policy), ("ratelimit", left)].map(|(header, value)| {
+            let value = HeaderValue::try_from(value).unwrap_or(HeaderValue::from_static("\"\""));
+            (HeaderName::from_static(header), value)
+        })
+    }
+}
+
+impl Quota {
+    /// 429 (RFC 6585 §4).
+    pub const STATUS: StatusCode = StatusCode::TOO_MANY_REQUESTS;
+
+    /// `Retry-After` for a refused event: whole seconds, at least one (RFC 9110 §10.2.3).
+    pub fn retry_after(self) -> (HeaderName, HeaderValue) {
+        let seconds = self.reset.as_secs_f64().ceil().max(1.0);
+        (RETRY_AFTER, HeaderValue::from(seconds as u64))
+    }
+}
+
+/// The requests to one service, counted as its configuration says.
+#[derive(Debug)]
+pub struct LocalLimit {
+    by: CountBy,
+    limiter: Limiter,
+}
+
+impl LocalLimit {
+    /// A limit by this configuration.
+    pub fn new(config: &RateLimit, clock: SharedClock) -> Self {
+        let per_second = f64::from(config.requests) / config.per.as_secs_f64();
+        let burst = config.burst.unwrap_or(config.requests);
+        Self { by: config.by, limiter: Limiter::new(Rate { per_second, burst }, clock) }
+    }
+
+    /// Counts one request. All of a route, a peer or a user share a count; requests without a user share
+    /// one too.
+    pub fn take(&self, route: &str, peer: &str, user: Option<&str>) -> Quota {
+        match self.by {
+            CountBy::Route => self.limiter.take(route),
+            CountBy::Peer => self.limiter.take(peer),
+            CountBy::User => self.limiter.take(&user),
+        }
+    }
+
+    /// The headers that tell a caller how it stands; a refused one gets [`Quota::retry_after`] as well.
+    pub fn headers(&self, quota: Quota) -> [(HeaderName, HeaderValue); 2] {
+        let name = match self.by {
+            CountBy::Route => "route",
+            CountBy::Peer => "peer",
+            CountBy::User => "user",
+        };
+        self.limiter.rate().headers(name, quota)
+    }
+}
+
 /// The key of an address: an IPv6 customer has a whole /64 and would otherwise have 2^64 buckets.
 pub fn address_key(address: IpAddr) -> [u8; 8] {
     let mut key = [0; 8];
@@ -171,6 +244,34 @@ mod tests {
         let (_clock, limiter) = limiter(0.0, 0, 10);
         assert!(limiter.take("a").allowed);
         assert!(!limiter.take("a").allowed);
+    }
+
+    #[test]
+    fn a_service_s_requests_are_counted_as_configured_and_told() {
+        let clock = ManualClock::at(Duration::from_secs(1_000_000));
+        let limit = |by| {
+            let config = RateLimit { requests: 60, per: Duration::from_secs(60), by, burst: Some(2) };
+            LocalLimit::new(&config, clock.clone())
+        };
+        let refused = |limit: &LocalLimit, requests: [(&str, &str, Option<&str>); 4]| {
+            requests.map(|(route, peer, user)| !limit.take(route, peer, user).allowed)
+        };
+        let same_route = [
+            ("/a", "web", Some("alice")),
+            ("/a", "jobs", None),
+            ("/a", "web", Some("bob")),
+            ("/b", "web", None),
+        ];
+        assert_eq!(refused(&limit(CountBy::Route), same_route), [false, false, true, false]);
+        assert_eq!(refused(&limit(CountBy::Peer), same_route), [false, false, false, true]);
+        assert_eq!(refused(&limit(CountBy::User), same_route), [false; 4]);
+        let limit = limit(CountBy::User);
+        let quotas: Vec<_> = (0..3).map(|_| limit.take("/a", "web", Some("alice"))).collect();
+        let [policy, left] = limit.headers(quotas[0]);
+        assert_eq!((policy.0.as_str(), policy.1.as_bytes()), ("ratelimit-policy", &b"\"user\";q=2;w=2"[..]));
+        assert_eq!((left.0.as_str(), left.1.as_bytes()), ("ratelimit", &b"\"user\";r=1;t=1"[..]));
+        assert_eq!(quotas[2].retry_after(), (RETRY_AFTER, HeaderValue::from_static("1")));
+        assert_eq!(Quota::STATUS.as_u16(), 429);
     }
 
     #[test]
