@@ -46,6 +46,14 @@ impl Body {
         Self(Kind::Boxed(body.map_err(Into::into).boxed_unsync()))
     }
 
+    /// The same once more, without a copy of its bytes, if it is [`Body::whole`].
+    pub fn repeat(&self) -> Option<Self> {
+        match &self.0 {
+            Kind::Whole(bytes) => Some(Self(Kind::Whole(bytes.clone()))),
+            Kind::Hyper(_) | Kind::Boxed(_) => self.whole().map(|_| Self::empty()),
+        }
+    }
+
     /// Everything that is still to come, if it is here already and no trailers can follow.
     pub fn whole(&self) -> Option<&[u8]> {
         match &self.0 {

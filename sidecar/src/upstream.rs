@@ -1,13 +1,14 @@
 //! The client half: requests to exactly one SPIFFE ID over pooled mTLS connections.
 //!
-//! HTTP/2 between sidecars, many requests a connection. A connection belongs to the identity it was made
+//! Which endpoint a request goes to, and what is tried again, is decided by [`crate::traffic`]; here are the
+//! connections, a pool an endpoint. A connection belongs to the identity it was made
 //! under: after a rotation new requests go over new connections, and old ones end with their last
 //! request, so no request meets a closed door.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,7 +18,6 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Request, Response, Uri, Version};
 use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::clock::SharedClock;
@@ -30,16 +30,19 @@ use tokio_rustls::client::TlsStream;
 
 use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
+use crate::traffic::breaker::{Overload, Permit, Resource};
+use crate::traffic::config::{RetryOn, Traffic};
+use crate::traffic::endpoint::{self, Locality, Member};
+use crate::traffic::random::Dice;
+use crate::traffic::steer::Steering;
 use crate::{Body, BoxError, Buffered};
 
 /// Streams on one connection before another is opened: more only queue behind one socket.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
-/// Connections a peer; beyond it requests share the least loaded one.
+/// Connections an endpoint; beyond it requests share the least loaded one.
 const MAX_CONNECTIONS: usize = 16;
-/// For TCP and TLS together, per endpoint.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often a request that never left may be given to another connection.
-const MAX_ATTEMPTS: usize = 3;
+/// How often a request that never left may be given to another connection of its endpoint.
+const MAX_CLOSING: usize = 3;
 /// A connection whose peer does not answer a ping within this is dead.
 const PING: Duration = Duration::from_secs(10);
 /// See [`crate::server`]: the connection's window is several times a stream's.
@@ -53,7 +56,7 @@ pub struct UpstreamConfig {
     pub service: String,
     /// Who must answer.
     pub id: SpiffeId,
-    /// Where, tried in turn.
+    /// Where.
     pub endpoints: Vec<SocketAddr>,
     /// From sending a request to the head of its answer.
     pub response_timeout: Duration,
@@ -92,6 +95,14 @@ pub enum UpstreamError {
     /// The request's target is not in origin form.
     #[error("the request's target is not in origin form")]
     Target,
+    /// Too much is under way to the service already.
+    #[error("{service}: {overload}")]
+    Overload {
+        /// Whom we called.
+        service: String,
+        /// What there is too much of.
+        overload: Overload,
+    },
 }
 
 impl UpstreamError {
@@ -102,11 +113,12 @@ impl UpstreamError {
             Self::Tls(_) | Self::Broken { .. } => http::StatusCode::BAD_GATEWAY,
             Self::Timeout(_) => http::StatusCode::GATEWAY_TIMEOUT,
             Self::Target => http::StatusCode::BAD_REQUEST,
+            Self::Overload { .. } => Overload::STATUS,
         }
     }
 }
 
-/// A pool of connections to one peer.
+/// A client to one service.
 pub struct Upstream {
     config: UpstreamConfig,
     authority: Authority,
@@ -115,10 +127,7 @@ pub struct Upstream {
     source: IdentitySource,
     clock: SharedClock,
     scope: Scope,
-    pool: Mutex<Vec<Pooled>>,
-    /// Held while dialling, so that a burst on an empty pool opens one connection and not a hundred.
-    dialling: tokio::sync::Mutex<()>,
-    next_endpoint: AtomicUsize,
+    steering: Steering<Pool>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -127,10 +136,18 @@ impl std::fmt::Debug for Upstream {
     }
 }
 
-#[derive(Clone)]
+/// The connections to one endpoint; they end with their last request once the endpoint is gone.
+#[derive(Default)]
+struct Pool {
+    links: Mutex<Vec<Pooled>>,
+    /// Held while dialling, so that a burst on an empty pool opens one connection and not a hundred.
+    dialling: tokio::sync::Mutex<()>,
+}
+
 struct Pooled {
     link: Link,
     generation: u64,
+    _permit: Permit,
 }
 
 /// What the handshake chose.
@@ -152,13 +169,35 @@ impl Link {
             }
         }
     }
+
+    /// Lets what is under way end, and then the connection.
+    fn go_away(&self) {
+        match self {
+            Self::Mux(handle) => handle.go_away(),
+            // Dropping its sender does that.
+            Self::Http2 { .. } => {}
+        }
+    }
 }
 
 impl Upstream {
-    /// A pool; nothing is dialled until the first request. Its connections are tasks of `scope` and end
-    /// when the pool is dropped.
+    /// A client whose traffic goes as it does where nothing is said; see [`Upstream::steered`].
     pub fn new(
         config: UpstreamConfig,
+        source: IdentitySource,
+        clock: SharedClock,
+        scope: &Scope,
+    ) -> Result<Arc<Self>, UpstreamError> {
+        let dice = Dice::from_system(&identity::random::system());
+        Self::steered(config, Traffic::default(), dice, source, clock, scope)
+    }
+
+    /// A client whose traffic goes as `traffic` says; nothing is dialled until the first request. Its
+    /// connections are tasks of `scope` and end when it is dropped.
+    pub fn steered(
+        config: UpstreamConfig,
+        traffic: Traffic,
+        dice: Dice,
         source: IdentitySource,
         clock: SharedClock,
         scope: &Scope,
@@ -173,14 +212,17 @@ impl Upstream {
             source,
             clock,
             scope: scope.clone(),
-            pool: Mutex::default(),
-            dialling: tokio::sync::Mutex::default(),
-            next_endpoint: AtomicUsize::new(0),
+            steering: Steering::new(traffic, Locality::default(), &config.endpoints, dice),
             config,
         }))
     }
 
-    /// Whom this pool calls.
+    /// Puts these endpoints in place of those before; connections to those that stay are kept.
+    pub fn replace_endpoints(&self, endpoints: impl IntoIterator<Item = endpoint::Endpoint>) {
+        self.steering.endpoints.replace(endpoints);
+    }
+
+    /// Whom it calls.
     pub fn id(&self) -> &SpiffeId {
         &self.config.id
     }
@@ -192,38 +234,120 @@ impl Upstream {
 
     /// Sends one request, in origin form, and returns the head of the answer; its body streams.
     ///
-    /// A request that never left (its connection was already closing) goes over another connection; one
-    /// that left is never sent again.
+    /// What is sent again, and how often, is the configuration's to say; a single-use transaction token
+    /// never is once it may have arrived.
     pub async fn send(&self, request: Request<Body>) -> Result<Response<Body>, UpstreamError> {
-        tokio::select! {
-            // Dials go one after the other: without a bound the hundredth request to a silent peer would
-            // wait for the ninety-nine before it.
-            answer = self.send_unbounded(request) => answer,
-            () = self.clock.sleep(self.config.response_timeout) => {
-                Err(UpstreamError::Timeout(self.config.service.clone()))
+        let steering = &self.steering;
+        let permit = steering.breaker.take(Resource::Request).map_err(|overload| self.overload(overload))?;
+        let (mut head, mut body) = request.into_parts();
+        head.headers.insert(HOST, self.host.clone());
+        let started = self.clock.now();
+        let mut tries = steering.retrier.begin(&head.method, started);
+        let mut avoid = None;
+        loop {
+            let began = self.clock.now();
+            let left = self.config.response_timeout.saturating_sub(began.saturating_sub(started));
+            let generation = self.source.valid_at(began).ok_or(UpstreamError::NoIdentity)?.generation;
+            let endpoint = steering
+                .pick(None, avoid.as_ref(), began)
+                .ok_or_else(|| self.unreachable("no endpoint is available"))?;
+            let copy = self.copy(&body);
+            let limit = steering.retrier.config().per_try.map_or(left, |per_try| per_try.min(left));
+            let outcome = tokio::select! {
+                outcome = self.attempt(&endpoint, generation, &head, body) => outcome,
+                () = self.clock.sleep(limit) => Err(Failure::late(self.config.service.clone())),
+            };
+            let now = self.clock.now();
+            let took = now.saturating_sub(began);
+            let (after, unsent, outcome) = match outcome {
+                Ok(response) => {
+                    let status = response.status();
+                    steering.answered(&endpoint, status, took, now);
+                    (RetryOn::Status(status), None, Ok(response))
+                }
+                Err(Failure { after: None, error, .. }) => return Err(error),
+                Err(Failure { after: Some(after), unsent, error }) => {
+                    steering.failed(&endpoint, took, now);
+                    (after, unsent, Err(error))
+                }
+            };
+            let left = self.config.response_timeout.saturating_sub(now.saturating_sub(started));
+            let again =
+                unsent.or_else(|| copy.filter(|_| after == RetryOn::Refused || !is_single_use(&head)));
+            let whole = again.is_some();
+            match tries.again(&steering.retrier, after, whole, Some(left), &steering.dice, now).zip(again) {
+                None => return Ok(hold(outcome?, (endpoint, permit))),
+                Some((wait, again)) => {
+                    let (service, try_again) = (&self.config.service, tries.done());
+                    tracing::debug!(service, endpoint = %endpoint.address, ?after, ?wait, try_again, "trying again");
+                    body = again;
+                    avoid = Some(Arc::clone(endpoint.member()));
+                    drop((outcome, endpoint));
+                    self.clock.sleep(wait).await;
+                }
             }
         }
     }
 
-    async fn send_unbounded(&self, request: Request<Body>) -> Result<Response<Body>, UpstreamError> {
-        let (mut head, mut body) = request.into_parts();
-        head.headers.insert(HOST, self.host.clone());
-        for _ in 0..MAX_ATTEMPTS {
-            match self.connection().await?.link {
-                Link::Mux(handle) => match handle.send(&head, body).await {
+    /// The body for another try, if it is here and worth keeping.
+    fn copy(&self, body: &Body) -> Option<Body> {
+        let bytes = body.whole()?.len() as u64;
+        if self.steering.retrier.keeps(bytes) { body.repeat() } else { None }
+    }
+
+    async fn attempt(
+        &self,
+        endpoint: &Member<Pool>,
+        generation: u64,
+        head: &Parts,
+        mut body: Body,
+    ) -> Result<Response<Body>, Failure> {
+        for _ in 0..MAX_CLOSING {
+            let link = match self.link(endpoint, generation).await {
+                Ok(link) => link,
+                Err(Unlinked::Overload(overload)) => return Err(Failure::ours(self.overload(overload))),
+                Err(Unlinked::Dial(cause)) => {
+                    tracing::info!(service = self.config.service, endpoint = %endpoint.address, error = %cause, "cannot connect");
+                    let error = self.unreachable(cause);
+                    return Err(Failure { after: Some(RetryOn::Connect), unsent: Some(body), error });
+                }
+            };
+            match link {
+                Link::Mux(handle) => match handle.send(head, body).await {
                     Ok(response) => return Ok(response),
                     Err(SendError::NotSent(unsent)) => body = unsent,
-                    Err(error) => return Err(self.broken(error.to_string())),
+                    Err(error) => return Err(self.unanswered(&error)),
                 },
                 Link::Http2 { sender, in_flight } => {
-                    match self.send_http2(sender, &in_flight, &head, body).await? {
+                    match self.send_http2(sender, &in_flight, head, body).await? {
                         Sent::Answered(response) => return Ok(response),
                         Sent::NotSent(unsent) => body = unsent,
                     }
                 }
             }
         }
-        Err(self.broken("every connection was closing"))
+        let error = self.broken("every connection was closing");
+        Err(Failure { after: Some(RetryOn::Connect), unsent: Some(body), error })
+    }
+
+    fn unanswered(&self, error: &SendError) -> Failure {
+        let after = match error {
+            // A head over the limits is over them at every endpoint.
+            SendError::TooLarge(_) => None,
+            SendError::Refused => Some(RetryOn::Refused),
+            SendError::NotSent(_) => Some(RetryOn::Connect),
+            SendError::Ended(_) => Some(RetryOn::Broken),
+        };
+        Failure { after, unsent: None, error: self.broken(error.to_string()) }
+    }
+
+    fn overload(&self, overload: Overload) -> UpstreamError {
+        UpstreamError::Overload { service: self.config.service.clone(), overload }
+    }
+
+    fn unreachable(&self, cause: impl Into<BoxError>) -> UpstreamError {
+        let UpstreamConfig { service, id, .. } = &self.config;
+        UpstreamError::Connect { service: service.clone(), id: id.clone(), cause: cause.into() }
     }
 
     fn broken(&self, cause: impl Into<BoxError>) -> UpstreamError {
@@ -236,16 +360,19 @@ impl Upstream {
         in_flight: &Arc<AtomicUsize>,
         head: &Parts,
         body: Body,
-    ) -> Result<Sent, UpstreamError> {
+    ) -> Result<Sent, Failure> {
         let guard = InFlight::new(in_flight);
-        let request = Request::from_parts(self.pseudo_headers(head)?, body);
+        let request = Request::from_parts(self.pseudo_headers(head).map_err(Failure::ours)?, body);
         match sender.try_send_request(request).await {
             Ok(response) => {
                 Ok(Sent::Answered(response.map(|body| Body::new(Guarded { body, _guard: guard }))))
             }
             Err(mut refused) => match refused.take_message() {
                 Some(unsent) => Ok(Sent::NotSent(unsent.into_body())),
-                None => Err(self.broken(refused.into_error())),
+                None => {
+                    let error = self.broken(refused.into_error());
+                    Err(Failure { after: Some(RetryOn::Broken), unsent: None, error })
+                }
             },
         }
     }
@@ -264,67 +391,35 @@ impl Upstream {
         Ok(head)
     }
 
-    async fn connection(&self) -> Result<Pooled, UpstreamError> {
-        let identity = self.source.valid_at(self.clock.now()).ok_or(UpstreamError::NoIdentity)?;
-        if let Some(pooled) = self.pooled(identity.generation) {
-            return Ok(pooled);
+    async fn link(&self, endpoint: &Member<Pool>, generation: u64) -> Result<Link, Unlinked> {
+        let pool = &endpoint.own;
+        if let Some(link) = pool.link(generation) {
+            return Ok(link);
         }
-        let _dialling = self.dialling.lock().await;
+        let breaker = &self.steering.breaker;
+        let _pending = breaker.take(Resource::Pending).map_err(Unlinked::Overload)?;
+        let _dialling = pool.dialling.lock().await;
         // Somebody else may have dialled while we waited.
-        if let Some(pooled) = self.pooled(identity.generation) {
-            return Ok(pooled);
+        if let Some(link) = pool.link(generation) {
+            return Ok(link);
         }
-        let pooled = Pooled { link: self.dial().await?, generation: identity.generation };
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner).push(pooled.clone());
-        Ok(pooled)
+        let permit = breaker.take(Resource::Connection).map_err(Unlinked::Overload)?;
+        let link = self.dial(endpoint.address).await.map_err(Unlinked::Dial)?;
+        pool.lock().push(Pooled { link: link.clone(), generation, _permit: permit });
+        Ok(link)
     }
 
-    /// The least loaded live connection of this identity, unless another should be opened.
-    fn pooled(&self, generation: u64) -> Option<Pooled> {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        pool.retain(|pooled| {
-            let current = pooled.generation >= generation;
-            if let (false, Link::Mux(handle)) = (current, &pooled.link) {
-                handle.go_away();
-            }
-            // Dropping an HTTP/2 sender lets its connection end after the requests in flight.
-            current
-        });
-        let loads = pool.iter().filter_map(|pooled| Some((pooled.link.load()?, pooled)));
-        let (load, least) = loads.min_by_key(|(load, _)| *load)?;
-        let busy = load >= MAX_STREAMS_PER_CONNECTION;
-        if busy && pool.len() < MAX_CONNECTIONS { None } else { Some(least.clone()) }
-    }
-
-    async fn dial(&self) -> Result<Link, UpstreamError> {
-        let count = self.config.endpoints.len();
-        let first = self.next_endpoint.fetch_add(1, Ordering::Relaxed);
-        let mut cause: BoxError = "no endpoint is configured".into();
-        for turn in 0..count {
-            let Some(endpoint) = self.config.endpoints.get((first + turn) % count) else { break };
-            let attempt = tokio::select! {
-                attempt = self.dial_endpoint(*endpoint) => attempt,
-                () = self.clock.sleep(CONNECT_TIMEOUT) => Err("timed out".into()),
-            };
-            match attempt {
-                Ok(link) => return Ok(link),
-                Err(error) => {
-                    tracing::info!(service = self.config.service, %endpoint, %error, "cannot connect");
-                    cause = error;
-                }
-            }
-        }
-        Err(UpstreamError::Connect {
-            service: self.config.service.clone(),
-            id: self.config.id.clone(),
-            cause,
-        })
-    }
-
-    async fn dial_endpoint(&self, endpoint: SocketAddr) -> Result<Link, BoxError> {
-        let stream = TcpStream::connect(endpoint).await?;
+    async fn dial(&self, address: SocketAddr) -> Result<Link, BoxError> {
+        let timeouts = &self.steering.timeouts;
+        let stream = tokio::select! {
+            stream = TcpStream::connect(address) => stream?,
+            () = self.clock.sleep(timeouts.connect) => return Err("connecting took too long".into()),
+        };
         stream.set_nodelay(true)?;
-        let stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)).await?;
+        let stream = tokio::select! {
+            stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)) => stream?,
+            () = self.clock.sleep(timeouts.tls) => return Err("the TLS handshake took too long".into()),
+        };
         match stream.get_ref().1.alpn_protocol() {
             Some(mux::ALPN) => {
                 let service = self.config.service.as_str().into();
@@ -354,14 +449,74 @@ impl Upstream {
     }
 }
 
-impl Drop for Upstream {
-    fn drop(&mut self) {
-        for pooled in self.pool.get_mut().unwrap_or_else(PoisonError::into_inner) {
-            if let Link::Mux(handle) = &pooled.link {
-                handle.go_away();
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, Vec<Pooled>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The least loaded live connection of this identity, unless another should be opened.
+    fn link(&self, generation: u64) -> Option<Link> {
+        let mut links = self.lock();
+        links.retain(|pooled| {
+            let stays = pooled.generation >= generation && pooled.link.load().is_some();
+            if !stays {
+                pooled.link.go_away();
             }
+            stays
+        });
+        let loads = links.iter().filter_map(|pooled| Some((pooled.link.load()?, pooled)));
+        let (load, least) = loads.min_by_key(|(load, _)| *load)?;
+        let busy = load >= MAX_STREAMS_PER_CONNECTION;
+        if busy && links.len() < MAX_CONNECTIONS { None } else { Some(least.link.clone()) }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for pooled in self.links.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            pooled.link.go_away();
         }
     }
+}
+
+/// Why there is no connection.
+enum Unlinked {
+    /// There may be no more.
+    Overload(Overload),
+    /// The endpoint gave none.
+    Dial(BoxError),
+}
+
+/// Why an attempt got no answer.
+struct Failure {
+    /// As the endpoint's failure; `None` if it is not the endpoint's.
+    after: Option<RetryOn>,
+    /// The body, if nothing of it has left.
+    unsent: Option<Body>,
+    error: UpstreamError,
+}
+
+impl Failure {
+    fn ours(error: UpstreamError) -> Self {
+        Self { after: None, unsent: None, error }
+    }
+
+    fn late(service: String) -> Self {
+        Self { after: Some(RetryOn::Timeout), unsent: None, error: UpstreamError::Timeout(service) }
+    }
+}
+
+/// The callee remembers the tokens of unsafe requests, and refuses the second of a kind.
+fn is_single_use(head: &Parts) -> bool {
+    !head.method.is_safe() && head.headers.contains_key(identity::txn::HEADER)
+}
+
+/// Keeps what a request holds until its answer has ended; one that is here as a whole has.
+fn hold<G: Unpin + Send + 'static>(response: Response<Body>, guard: G) -> Response<Body> {
+    response.map(|body| match body.whole() {
+        Some(_) => body,
+        None => Body::new(Guarded { body, _guard: guard }),
+    })
 }
 
 /// What became of a request on an HTTP/2 connection.
@@ -386,12 +541,17 @@ impl Drop for InFlight {
     }
 }
 
-struct Guarded {
-    body: Incoming,
-    _guard: InFlight,
+/// A body, and what is held until it has ended.
+struct Guarded<B, G> {
+    body: B,
+    _guard: G,
 }
 
-impl http_body::Body for Guarded {
+impl<B, G> http_body::Body for Guarded<B, G>
+where
+    B: http_body::Body<Data = Bytes, Error: Into<BoxError>> + Unpin,
+    G: Unpin,
+{
     type Data = Bytes;
     type Error = BoxError;
 
@@ -408,5 +568,23 @@ impl http_body::Body for Guarded {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_of_unsafe_requests_are_used_once() {
+        let head = |method: &str, token: bool| {
+            let mut request = Request::builder().method(method).uri("/");
+            if token {
+                request = request.header(identity::txn::HEADER, "chain");
+            }
+            request.body(()).unwrap().into_parts().0
+        };
+        assert!(is_single_use(&head("PUT", true)) && is_single_use(&head("POST", true)));
+        assert!(!is_single_use(&head("GET", true)) && !is_single_use(&head("PUT", false)));
     }
 }

@@ -871,3 +871,91 @@ async fn until(holds: impl Fn() -> bool) {
     }
     panic!("never held");
 }
+
+fn to_accounts(endpoints: Vec<SocketAddr>) -> UpstreamConfig {
+    let response_timeout = Duration::from_secs(10);
+    UpstreamConfig { service: "accounts".into(), id: id("/service/accounts"), endpoints, response_timeout }
+}
+
+#[tokio::test]
+async fn a_dead_endpoint_costs_no_call_and_calls_follow_when_endpoints_change() {
+    let world = World::new().await;
+    let web = world.authority.issue("/service/web");
+    let (closed, dead) = listener();
+    drop(closed);
+    let source = world.authority.source("/service/web");
+    let config = to_accounts(vec![dead, world.inbound]);
+    let upstream = Upstream::new(config, source, world.clock.clone(), &world.scope).unwrap();
+    let request = |method: &str, target: &str| {
+        let chain = world.chain(&web, "alice", method, target);
+        Request::builder().method(method).uri(target).header(txn::HEADER, chain)
+    };
+    for _ in 0..20 {
+        let request = request("GET", "/accounts/17").body(sidecar::empty()).unwrap();
+        assert_eq!(upstream.send(request).await.unwrap().status(), 200);
+    }
+    // Nothing of these has left when a connection fails, so unsafe ones are tried again as well.
+    let body = r#"{"from":"17","to":"42","amount_cents":1}"#;
+    for _ in 0..20 {
+        let request = request("POST", "/transfers").header("content-type", "application/json");
+        let answer = upstream.send(request.body(sidecar::full(body)).unwrap()).await.unwrap();
+        assert_eq!(answer.status(), 201);
+    }
+    upstream.replace_endpoints([dead.into()]);
+    let error = upstream.send(request("GET", "/accounts/17").body(sidecar::empty()).unwrap()).await;
+    assert_eq!(error.map(|_| ()).unwrap_err().status(), 503);
+    upstream.replace_endpoints([world.inbound.into()]);
+    let answer = upstream.send(request("GET", "/accounts/17").body(sidecar::empty()).unwrap()).await;
+    assert_eq!(answer.unwrap().status(), 200);
+    drop(upstream);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_is_over_the_breaker_s_bound_is_refused_at_once() {
+    let world = World::new().await;
+    let (_silent, address) = listener();
+    let mut traffic = sidecar::traffic::config::Traffic::default();
+    traffic.limits.requests = 2;
+    let upstream = Upstream::steered(
+        UpstreamConfig { response_timeout: Duration::from_millis(200), ..to_accounts(vec![address]) },
+        traffic,
+        sidecar::traffic::random::Dice::seeded(1),
+        world.authority.source("/service/web"),
+        world.clock.clone(),
+        &world.scope,
+    )
+    .unwrap();
+    let call = || upstream.send(Request::get("/accounts/17").body(sidecar::empty()).unwrap());
+    let outcomes = futures::future::join_all([call(), call(), call()]).await;
+    let said: Vec<_> = outcomes.into_iter().map(|outcome| outcome.map(|_| ()).unwrap_err()).collect();
+    assert_eq!(said.iter().map(|error| error.status().as_u16()).collect::<Vec<_>>(), [504, 504, 503]);
+    assert_eq!(said[2].to_string(), "accounts: too many requests are under way: 2");
+    // What was under way has ended: there is room again.
+    assert_eq!(call().await.map(|_| ()).unwrap_err().status(), 504);
+    drop(upstream);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_configured_status_is_tried_again_within_its_bounds() {
+    let world = World::new().await;
+    let mut traffic = sidecar::traffic::config::Traffic::default();
+    traffic.retries.on.insert("500".parse().unwrap());
+    let upstream = Upstream::steered(
+        to_accounts(vec![world.inbound]),
+        traffic,
+        sidecar::traffic::random::Dice::seeded(1),
+        world.authority.source("/service/web"),
+        world.clock.clone(),
+        &world.scope,
+    )
+    .unwrap();
+    let chain = world.chain(&world.authority.issue("/service/web"), "alice", "GET", "/accounts/500");
+    let request = Request::get("/accounts/500").header(txn::HEADER, chain).body(sidecar::empty()).unwrap();
+    assert_eq!(upstream.send(request).await.unwrap().status(), 500);
+    let reached = world.seen().iter().filter(|seen| seen.target == "/accounts/500").count();
+    assert_eq!(reached, 3, "one call and two retries");
+    drop(upstream);
+    world.end().await;
+}

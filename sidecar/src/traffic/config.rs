@@ -347,9 +347,9 @@ impl Default for Hedge {
 #[serde(default, deny_unknown_fields)]
 #[schemars(inline)]
 pub struct Timeouts {
-    /// TCP to one endpoint, 1ms to 1m. Default: 1s.
+    /// TCP to one endpoint, 1ms to 1m. Default: 3s, in which one lost SYN is sent again.
     #[serde(deserialize_with = "within::<1, 60_000, _>")]
-    #[schemars(with = "String", example = &"1s")]
+    #[schemars(with = "String", example = &"3s")]
     pub connect: Duration,
     /// TLS after it, 1ms to 1m. Default: 3s.
     #[serde(deserialize_with = "within::<1, 60_000, _>")]
@@ -372,7 +372,7 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            connect: Duration::from_secs(1),
+            connect: Duration::from_secs(3),
             tls: Duration::from_secs(3),
             head: Duration::from_secs(30),
             idle: Duration::from_secs(300),

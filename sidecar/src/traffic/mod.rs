@@ -2,6 +2,7 @@
 //!
 //! | module | what it decides |
 //! |---|---|
+//! | [`steer`] | all of it for one service together. Start reading here. |
 //! | [`endpoint`] | where a service is found, how near, and which endpoints may be chosen now |
 //! | [`resolve`] | where that knowledge comes from: a list, a name, whoever pushes it |
 //! | [`balance`] | which endpoint gets a request |
@@ -31,5 +32,6 @@ pub mod ratelimit;
 pub mod resolve;
 pub mod retry;
 pub mod split;
+pub mod steer;
 pub mod timeouts;
 mod value;

@@ -125,7 +125,6 @@ impl Budget {
         let per_second = u64::from(min_per_second) * RETRY;
         let max = (per_second * MAX_SAVED_SECONDS).max(MIN_SAVED * RETRY);
         let per_request = u64::from(share.millionths()) * RETRY / 1_000_000;
-        // Nothing is saved before the first second has passed: a fresh budget cannot be spent twice.
         Self { state: AtomicU64::new(0), per_request, per_second, max }
     }
 
@@ -140,9 +139,10 @@ impl Budget {
     fn change(&self, now: Duration, step: impl Fn(u64) -> Option<u64>) -> bool {
         let now = now.as_millis() as u32;
         let change = |state: u64| {
-            let (saved, at) = (state >> 32, state as u32);
-            // The first change of all, and a clock set back, count as no time passed.
-            let passed = if state == 0 { 0 } else { i32::try_from(now.wrapping_sub(at)).unwrap_or(0) };
+            // A fresh budget has a second's minimum: the first request may meet a dead endpoint.
+            let (saved, at) = if state == 0 { (self.per_second, now) } else { (state >> 32, state as u32) };
+            // A clock set back counts as no time passed.
+            let passed = i32::try_from(now.wrapping_sub(at)).unwrap_or(0);
             let grown = u64::try_from(passed).unwrap_or(0).saturating_mul(self.per_second) / 1000;
             let saved = step(saved.saturating_add(grown).min(self.max))?;
             // Growth of less than a thousandth is not lost: its time is left to count again.
@@ -259,7 +259,7 @@ mod tests {
                     attempts += 1;
                 }
             }
-            let (max, retries) = (requests * 12 / 10 + 10 * SECONDS, attempts - requests);
+            let (max, retries) = (requests * 12 / 10 + 10 * (SECONDS + 1), attempts - requests);
             assert!(attempts <= max, "{attempts} attempts for {requests} requests: over {max}");
             let wanted = (requests * 10).min(requests / 5 + 9 * SECONDS);
             assert!(
@@ -289,7 +289,8 @@ mod tests {
                 } else if budget.withdraw(now) {
                     retries += 1;
                 }
-                let allowed = requests as f64 * f64::from(percent) / 100.0 + passed.as_secs_f64() * f64::from(per_second);
+                let minimum = passed.as_secs_f64() + 1.0;
+                let allowed = requests as f64 * f64::from(percent) / 100.0 + minimum * f64::from(per_second);
                 prop_assert!(retries as f64 <= allowed + 1e-6, "{retries} > {allowed}");
             }
         }
