@@ -50,16 +50,18 @@ impl Coarse {
             receipt,
             now: self.clock.now(),
             layer: Layer::Gateway,
-            method: parts.method.to_string(),
-            target: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
+            method: parts.method.as_str(),
+            target: parts.uri.path_and_query().map_or("", |target| target.as_str()),
             transaction: None,
-            trace_id: Some(trace.trace_id_text()),
+            trace_id: Some(trace.trace_id),
         };
         let object = ObjectRef::new(OBJECT, service);
-        let verdict = self.policy.decide_object(&caller, ACTION, &object, &Attributes::none(), &occasion);
+        let attributes = Attributes::none();
+        let verdict = self.policy.decide_object(&caller, ACTION, &object, &attributes, &occasion);
         match verdict {
             Verdict::Permit(permit) => {
-                self.recorder.record(permit.record().clone());
+                let record = permit.record_object(&caller, ACTION, &object, &attributes, &occasion);
+                self.recorder.record(record);
                 Ok(permit)
             }
             Verdict::Deny(denial) => {
@@ -69,7 +71,7 @@ impl Coarse {
                     let status = StatusCode::from_u16(denial.status()).unwrap_or(StatusCode::FORBIDDEN);
                     let rule = denial.rule().name().to_owned();
                     let mut refusal = Refusal::new(status, "denied", rule, denial.reason());
-                    refusal.recorded = Some(denial.receipt().clone());
+                    refusal.recorded = Some(*denial.receipt());
                     refusal
                 })
             }

@@ -88,7 +88,7 @@ pub(crate) fn answer(
         // Without randomness there is no receipt; the refusal stands all the same.
         None => Receipt::generate(random).ok().inspect(|receipt| {
             recorder.record(DecisionRecord {
-                receipt: receipt.clone(),
+                receipt: *receipt,
                 time: u64::try_from(clock.now().as_millis()).unwrap_or(u64::MAX),
                 service: "gateway".to_owned(),
                 layer: Layer::Gateway,

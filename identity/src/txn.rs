@@ -154,12 +154,12 @@ impl Chain {
     }
 
     /// The transaction's id, the same at every hop.
-    pub fn transaction(&self) -> &str {
+    pub fn transaction(&self) -> &Arc<str> {
         &self.transaction
     }
 
     /// Everybody who held it: the gateway first, the presenter last.
-    pub fn hops(&self) -> &[SpiffeId] {
+    pub fn hops(&self) -> &Arc<[SpiffeId]> {
         &self.hops
     }
 
@@ -619,7 +619,7 @@ mod tests {
             .verify(&mesh.at_accounts(), mesh.arrival(&mesh.accounts, &mesh.web, "GET", GET))
             .unwrap();
         assert_eq!(**chain.user(), alice());
-        assert_eq!(chain.hops(), [mesh.gateway.id().clone(), mesh.web.id().clone()]);
+        assert_eq!(**chain.hops(), [mesh.gateway.id().clone(), mesh.web.id().clone()]);
         let further = extend(&chain, &mesh.accounts, mesh.payments.id(), mesh.get(), now()).unwrap();
         let chain = mesh
             .verifier()

@@ -68,8 +68,8 @@ mod tests {
                 receipt: "r-7k2m0q9xw4e8t5hz".parse().unwrap(),
                 now: Duration::from_secs(1),
                 layer: Layer::Sidecar,
-                method: "GET".to_owned(),
-                target: "/accounts/17".to_owned(),
+                method: "GET",
+                target: "/accounts/17",
                 transaction: None,
                 trace_id: None,
             };

@@ -144,7 +144,7 @@ fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
         MemberType::Id => is_plain_id(text),
         _ => text.len() <= MAX_TEXT_BYTES && !text.contains('\0'),
     };
-    good.then(|| AttributeValue::Text(text.to_owned()))
+    good.then(|| AttributeValue::Text(text.into()))
 }
 
 fn complete(members: &Members, values: Values) -> Result<Values, String> {
@@ -279,7 +279,7 @@ mod tests {
         fn what_is_encoded_is_read_back(memo in "\\PC{0,20}") {
             let encoded: String = memo.bytes().map(|b| format!("%{b:02X}")).collect();
             let values = read_form(&members(), format!("from=1&to=2&amount_cents=3&memo={encoded}").as_bytes()).unwrap();
-            prop_assert_eq!(values.get("memo"), Some(&AttributeValue::Text(memo)));
+            prop_assert_eq!(values.get("memo"), Some(&AttributeValue::Text(memo.into())));
         }
     }
 }

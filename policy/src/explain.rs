@@ -8,7 +8,8 @@ use cedar_policy::{
     PrincipalConstraint, ResourceConstraint, eval_expression,
 };
 
-use crate::decide::{PolicyEntry, Question, Shared};
+use crate::decide::{PolicyEntry, Shared};
+use crate::oracle::Question;
 use crate::record::{
     Considered, Explanation, FailedClause, Mismatch, Nearest, PolicyEffect, PolicyOutcome, ScopePart, cut,
 };
@@ -86,7 +87,7 @@ fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) 
             PolicyOutcome::Undecided
         };
         considered.push(Considered {
-            policy: entry.id.clone(),
+            policy: entry.id.to_string(),
             file: entry.file.to_string(),
             line: entry.line,
             effect: entry.effect,
@@ -310,7 +311,7 @@ fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Questio
     };
     if let (PolicyOutcome::Scope(_), Some(question)) = (&best.outcome, question) {
         // The conditions too, as far as they can be told for a request that the scope excludes.
-        let entry = shared.entries.iter().find(|entry| entry.id == best.policy);
+        let entry = shared.entries.iter().find(|entry| *entry.id == *best.policy);
         if let Some(PolicyOutcome::Condition(failed)) = entry.map(|entry| conditions(entry, question)) {
             missing.push(condition_missing(&failed));
         }
@@ -355,10 +356,11 @@ mod tests {
     use identity::{SpiffeId, TrustDomain};
 
     use super::*;
-    use crate::decide::{Caller, Occasion, Principal, ServicePolicy, Verdict};
+    use crate::decide::ServicePolicy;
     use crate::load::tests::load;
     use crate::object::{AttributeValue, Attributes, ObjectRef};
     use crate::record::{DecisionRecord, Layer, Rule};
+    use crate::verdict::{Caller, Occasion, Principal, Verdict};
 
     const SCHEMA: &str = "namespace Shop {
         entity Order = { owner: String, total: Long };
@@ -393,13 +395,13 @@ mod tests {
         (object, attributes)
     }
 
-    fn occasion() -> Occasion {
+    fn occasion() -> Occasion<'static> {
         Occasion {
             receipt: "r-7k2m0q9xw4e8t5hz".parse().unwrap(),
             now: Duration::from_secs(1),
             layer: Layer::Sidecar,
-            method: "GET".into(),
-            target: "/".into(),
+            method: "GET",
+            target: "/",
             transaction: None,
             trace_id: None,
         }
@@ -408,7 +410,9 @@ mod tests {
     fn read(policy: &ServicePolicy, owner: &str, total: i64) -> DecisionRecord {
         let (object, attributes) = order("1", owner, total);
         match policy.decide_object(&caller(), "Read", &object, &attributes, &occasion()) {
-            Verdict::Permit(permit) => permit.record().clone(),
+            Verdict::Permit(permit) => {
+                permit.record_object(&caller(), "Read", &object, &attributes, &occasion())
+            }
             Verdict::Deny(denial) => denial.record().clone(),
         }
     }

@@ -13,22 +13,26 @@ mod explain;
 mod load;
 mod map;
 mod object;
+mod oracle;
+mod plan;
 mod problem;
 mod receipt;
 mod record;
 mod render;
 mod request;
+mod routes;
 mod schema;
 mod template;
+mod verdict;
 mod version;
 
 pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
-pub use decide::{Caller, Denial, Occasion, Permit, Principal, ServicePolicy, Verdict, refuse_connection};
+pub use decide::ServicePolicy;
 pub use load::Policies;
 pub use map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 pub use object::{AttributeValue, Attributes, ObjectRef};
 pub use problem::{Problem, Problems, suggest};
-pub use receipt::{Receipt, ReceiptError};
+pub use receipt::{Receipt, ReceiptError, Receipts};
 pub use record::{
     Considered, DecisionRecord, Explanation, FailedClause, Layer, MemoryRecorder, Mismatch, Mode, Nearest,
     NoRecorder, Outcome, PolicyEffect, PolicyOutcome, RecordedObject, RecordedUser, Recorder, Rule,
@@ -36,4 +40,5 @@ pub use record::{
 };
 pub use render::{Style, render, render_with};
 pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};
+pub use verdict::{Caller, Denial, Occasion, Permit, Principal, Verdict, refuse_connection};
 pub use version::PolicyVersion;

@@ -13,7 +13,8 @@ use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::explain::Scope;
 use crate::map;
 use crate::problem::{Problem, Problems, line_and_column};
-use crate::request::RouteTable;
+use crate::record::Rule;
+use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
 use crate::version::PolicyVersion;
 
@@ -328,6 +329,7 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
             .hint("write out the policy for each caller"),
         );
     }
+    let name: Arc<str> = file.name.as_str().into();
     let mut policies: Vec<_> = set.policies().collect();
     policies.sort_by_key(|policy| policy.as_ref().loc().map_or(0, |loc| loc.start()));
     let mut entries = Vec::new();
@@ -345,10 +347,12 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
         };
         check_principals(file, policy, trust_domain, problems);
         let (line, _) = line_and_column(&file.text, policy.as_ref().loc().map_or(0, |loc| loc.start()));
+        let (id, file): (Arc<str>, Arc<str>) = (id.into(), Arc::clone(&name));
         entries.push(PolicyEntry {
-            policy: policy.new_id(PolicyId::new(id)),
-            id: id.to_owned(),
-            file: file.name.as_str().into(),
+            policy: policy.new_id(PolicyId::new(&id)),
+            rule: Rule::Policy { id: Arc::clone(&id), file: Arc::clone(&file), line },
+            id,
+            file,
             line,
             effect: policy.effect().into(),
             scope: Scope::of(policy),

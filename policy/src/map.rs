@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
@@ -11,6 +12,7 @@ use crate::body::{
     BodyRule, DEFAULT_BODY_BYTES, MAX_JUDGED_BODY_BYTES, MAX_OPAQUE_BODY_BYTES, Member, MemberType, Members,
 };
 use crate::object::AttributeType;
+use crate::plan::Plan;
 use crate::problem::{Problem, Problems, suggest};
 use crate::record::Mode;
 use crate::schema::{ObjectType, ServiceSchema};
@@ -51,13 +53,13 @@ pub(crate) struct Route {
     pub(crate) method: String,
     pub(crate) path: PathTemplate,
     pub(crate) action: String,
-    pub(crate) objects: Vec<ObjectTemplate>,
     /// Full name of the objects' type.
-    pub(crate) kind: String,
+    pub(crate) kind: Arc<str>,
     pub(crate) attributes: BTreeMap<String, (Source, AttributeType)>,
     pub(crate) query: Vec<String>,
     pub(crate) body: BodyRule,
     pub(crate) members: Members,
+    pub(crate) plan: Plan,
 }
 
 impl Route {
@@ -324,7 +326,9 @@ impl Reader<'_> {
         let attributes = self.attributes(&draft, &method, object_type, &places, objects.len());
         let action = action?;
         (self.problems.0.len() == before).then_some(())?;
-        Some(Route { template, method, path, action, objects, kind, attributes, query, body, members })
+        let plan = Plan::new(&path, &query, &objects, object_type, &attributes);
+        let kind = kind.into();
+        Some(Route { template, method, path, action, kind, attributes, query, body, members, plan })
     }
 
     fn matching(&mut self, draft: &Draft) -> Option<(String, PathTemplate, String)> {

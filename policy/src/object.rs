@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cedar_policy::RestrictedExpression;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
+use smol_str::SmolStr;
 
 /// Largest integer that every JSON reader keeps exact: 2^53 - 1 (RFC 8259 §6).
 ///
@@ -21,7 +22,7 @@ const MAX_TEXT_BYTES: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ObjectRef {
     kind: Arc<str>,
-    id: Arc<str>,
+    id: SmolStr,
 }
 
 impl ObjectRef {
@@ -29,7 +30,12 @@ impl ObjectRef {
     ///
     /// Whether the type exists is checked where the object is judged: an unknown one is denied.
     pub fn new(kind: &str, id: &str) -> Self {
-        Self { kind: kind.into(), id: id.into() }
+        Self::shared(kind.into(), id.into())
+    }
+
+    /// The same of a type's name that is shared: no allocation for an id of up to 23 bytes.
+    pub(crate) fn shared(kind: Arc<str>, id: SmolStr) -> Self {
+        Self { kind, id }
     }
 
     /// The entity type with its namespace.
@@ -63,7 +69,7 @@ pub enum AttributeValue {
     /// Cedar `Long`.
     Long(i64),
     /// Cedar `String`.
-    Text(String),
+    Text(SmolStr),
     /// Cedar `Set` of the above.
     Set(Vec<AttributeValue>),
 }
@@ -90,7 +96,7 @@ impl AttributeValue {
         match self {
             Self::Bool(value) => RestrictedExpression::new_bool(*value),
             Self::Long(value) => RestrictedExpression::new_long(*value),
-            Self::Text(value) => RestrictedExpression::new_string(value.clone()),
+            Self::Text(value) => RestrictedExpression::new_string(value.to_string()),
             Self::Set(values) => RestrictedExpression::new_set(values.iter().map(Self::expression)),
         }
     }
@@ -140,7 +146,7 @@ impl AttributeType {
             (Self::Bool, Json::Bool(value)) => Some(AttributeValue::Bool(*value)),
             (Self::Long, json) => exact_integer(json).map(AttributeValue::Long),
             (Self::Text, Json::String(text)) if text.len() <= MAX_TEXT_BYTES => {
-                Some(AttributeValue::Text(text.clone()))
+                Some(AttributeValue::Text(text.into()))
             }
             (Self::SetOfText | Self::SetOfLong, Json::Array(items)) if items.len() <= MAX_SET_ELEMENTS => {
                 let element = if self == Self::SetOfText { Self::Text } else { Self::Long };
@@ -188,9 +194,15 @@ impl Attributes {
         self.0.contains_key(object)
     }
 
+    /// Everything known of one object.
+    pub(crate) fn of(&self, object: &ObjectRef) -> Option<&BTreeMap<String, AttributeValue>> {
+        // Most requests tell all there is: no hash is computed then.
+        if self.0.is_empty() { None } else { self.0.get(object) }
+    }
+
     /// One attribute of one object.
     pub fn get(&self, object: &ObjectRef, name: &str) -> Option<&AttributeValue> {
-        self.0.get(object)?.get(name)
+        self.of(object)?.get(name)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -66,9 +66,9 @@ pub enum Rule {
     /// A policy in a file.
     Policy {
         /// Its `@id`.
-        id: String,
+        id: Arc<str>,
         /// Its file, below the policies directory.
-        file: String,
+        file: Arc<str>,
         /// Its first line, from 1.
         line: usize,
     },

@@ -2,40 +2,22 @@
 //!
 //! Nothing is normalised, repaired or guessed: what was judged is byte for byte what is passed on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
-use http::{HeaderMap, Method, Version};
 use identity::json;
 use serde_json::{Value as Json, json};
+use smallvec::SmallVec;
+use smol_str::{SmolStr, ToSmolStr as _};
 
 use crate::body::{self, BodyRule, MAX_JUDGED_BODY_BYTES};
 use crate::map::{Claim, Route, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
-use crate::problem::suggest;
 use crate::record::cut;
-use crate::template::{self, Place, is_plain_id};
-use crate::version::PolicyVersion;
 
 /// Where a sidecar asks its own app for the attributes of objects (`POST`, JSON both ways).
 pub const ENTITIES_PATH: &str = "/.well-known/palisade/entities";
-/// Longest query looked at.
-const MAX_QUERY_BYTES: usize = 2048;
-/// Headers by which frameworks and proxies let a request mean another method or target.
-const REWRITING_HEADERS: [&str; 9] = [
-    "x-http-method-override",
-    "x-http-method",
-    "x-method-override",
-    "x-original-url",
-    "x-original-uri",
-    "x-original-path",
-    "x-rewrite-url",
-    "x-forwarded-uri",
-    "x-envoy-original-path",
-];
-
 /// Why a request gets no further before any policy is asked.
 ///
 /// `Display` is for the operator; the peer gets [`crate::Denial::response_body`].
@@ -68,7 +50,7 @@ impl Refusal {
         if self.malformed { 400 } else { 403 }
     }
 
-    fn on(mut self, route: &Route) -> Self {
+    pub(crate) fn on(mut self, route: &Route) -> Self {
         self.route = Some(route.template.clone());
         self
     }
@@ -98,13 +80,27 @@ pub enum AttributeSource {
 #[derive(Debug, Clone)]
 pub struct Mapped {
     pub(crate) route: Arc<Route>,
-    values: BTreeMap<Place, AttributeValue>,
-    objects: Vec<ObjectRef>,
+    /// Of the places that the route's [`Plan`](crate::plan::Plan) looks at, in its order.
+    values: Values,
+    objects: SmallVec<[ObjectRef; 1]>,
     /// Service and version of the map, shared with its table.
-    origin: Arc<str>,
+    pub(crate) origin: Arc<str>,
 }
 
+/// What a request says at each place that its route looks at. Most routes look at one or two.
+pub(crate) type Values = SmallVec<[Option<AttributeValue>; 2]>;
+
 impl Mapped {
+    /// # Errors
+    /// The request does not name its object.
+    pub(crate) fn new(route: Arc<Route>, values: Values, origin: Arc<str>) -> Result<Self, Refusal> {
+        let mut mapped = Self { route, values, objects: SmallVec::new(), origin };
+        if !mapped.route.needs_body() {
+            mapped.objects = mapped.name_objects()?;
+        }
+        Ok(mapped)
+    }
+
     /// The action's name in the service's namespace.
     pub fn action(&self) -> &str {
         &self.route.action
@@ -154,7 +150,11 @@ impl Mapped {
             return Err(Refusal::malformed("request.body_length", reason).on(&route));
         }
         let values = values.map_err(|reason| Refusal::malformed("request.body", reason).on(&route))?;
-        self.values.extend(values.into_iter().map(|(name, value)| (Place::Body(name), value)));
+        for (value, told) in self.values.iter_mut().zip(route.plan.body_members()) {
+            if let Some(told) = told.and_then(|name| values.get(name)) {
+                *value = Some(told.clone());
+            }
+        }
         self.objects = self.name_objects()?;
         Ok(self)
     }
@@ -240,18 +240,23 @@ impl Mapped {
     }
 
     /// INVARIANT: empty exactly as long as a body that names objects has not been read.
-    fn name_objects(&self) -> Result<Vec<ObjectRef>, Refusal> {
-        let mut objects: Vec<ObjectRef> = Vec::with_capacity(self.route.objects.len());
-        for template in &self.route.objects {
-            let id = template.fill(|place| self.values.get(place).map(plain_text)).ok_or_else(|| {
+    fn name_objects(&self) -> Result<SmallVec<[ObjectRef; 1]>, Refusal> {
+        let mut objects = SmallVec::new();
+        for id in &self.route.plan.ids {
+            let id = id.fill(|place| self.value(place).map(plain_text)).ok_or_else(|| {
                 Refusal::malformed("request.object", "the request does not name its object").on(&self.route)
             })?;
-            let object = ObjectRef::new(&self.route.kind, &id);
+            let object = ObjectRef::shared(Arc::clone(&self.route.kind), id);
             if !objects.contains(&object) {
                 objects.push(object);
             }
         }
         Ok(objects)
+    }
+
+    /// What the request says at one of the places that its route looks at.
+    pub(crate) fn value(&self, place: usize) -> Option<&AttributeValue> {
+        self.values.get(place)?.as_ref()
     }
 
     /// An attribute that the request or the user tells.
@@ -263,7 +268,7 @@ impl Mapped {
     ) -> Option<AttributeValue> {
         match source {
             Source::Request(place) => {
-                let value = self.values.get(place)?;
+                let value = self.value(self.route.plan.position(place)?)?;
                 match (kind, value) {
                     (AttributeType::Long, AttributeValue::Text(text)) => {
                         text.parse().ok().map(AttributeValue::Long)
@@ -273,9 +278,9 @@ impl Mapped {
             }
             Source::Claim(claim) => user.map(|user| {
                 AttributeValue::Text(match claim {
-                    Claim::Subject => user.id.clone(),
-                    Claim::Issuer => user.issuer.clone(),
-                    Claim::Client => user.client.clone(),
+                    Claim::Subject => user.id.as_str().into(),
+                    Claim::Issuer => user.issuer.as_str().into(),
+                    Claim::Client => user.client.as_str().into(),
                 })
             }),
             Source::Entities | Source::Response(_) => None,
@@ -283,10 +288,10 @@ impl Mapped {
     }
 }
 
-fn plain_text(value: &AttributeValue) -> String {
+fn plain_text(value: &AttributeValue) -> SmolStr {
     match value {
         AttributeValue::Text(text) => text.clone(),
-        other => other.to_string(),
+        other => other.to_smolstr(),
     }
 }
 
@@ -301,168 +306,4 @@ fn read_answer(body: &[u8]) -> Result<Json, Refusal> {
             format!("the app's answer is not JSON with one meaning: {error}"),
         )
     })
-}
-
-/// The routes of a service, found by method and number of segments.
-#[derive(Debug)]
-pub(crate) struct RouteTable {
-    by_shape: HashMap<(String, usize), Vec<Arc<Route>>>,
-    templates: Vec<String>,
-    origin: Arc<str>,
-}
-
-impl RouteTable {
-    /// INVARIANT: the routes do not overlap (checked when the map is parsed), so their order is free.
-    pub(crate) fn new(service: &str, version: &PolicyVersion, routes: Vec<Route>) -> Self {
-        let origin = format!("{service} {version}").into();
-        let mut table = Self { by_shape: HashMap::new(), templates: Vec::new(), origin };
-        for route in routes {
-            table.templates.push(route.template.clone());
-            let shape = (route.method.clone(), route.path.len());
-            table.by_shape.entry(shape).or_default().push(Arc::new(route));
-        }
-        table
-    }
-
-    pub(crate) fn map(&self, parts: &http::request::Parts) -> Result<Mapped, Refusal> {
-        check_headers(&parts.headers)?;
-        let path = target_path(parts)?;
-        let segments = template::segments_of(path)
-            .map_err(|flaw| Refusal::malformed("request.path", flaw.to_string()))?;
-        let (route, mut values) =
-            self.find(parts.method.as_str(), &segments).ok_or_else(|| self.unmapped(&parts.method, path))?;
-        check_body_headers(route.body, &parts.headers).map_err(|refusal| refusal.on(&route))?;
-        read_query(&route, parts.uri.query(), &mut values).map_err(|refusal| refusal.on(&route))?;
-        let mut mapped = Mapped { route, values, objects: Vec::new(), origin: Arc::clone(&self.origin) };
-        if !mapped.route.needs_body() {
-            mapped.objects = mapped.name_objects()?;
-        }
-        Ok(mapped)
-    }
-
-    /// Whether this table, or one of the same service and version, mapped the request.
-    pub(crate) fn mapped(&self, mapped: &Mapped) -> bool {
-        mapped.origin == self.origin
-    }
-
-    fn find(&self, method: &str, segments: &[&str]) -> Option<(Arc<Route>, BTreeMap<Place, AttributeValue>)> {
-        let shape = (method.to_owned(), segments.len());
-        self.by_shape.get(&shape)?.iter().find_map(|route| {
-            let captured = route.path.matches(segments)?;
-            let values = captured
-                .into_iter()
-                .map(|(name, value)| (Place::Path(name.to_owned()), AttributeValue::Text(value.to_owned())))
-                .collect();
-            Some((Arc::clone(route), values))
-        })
-    }
-
-    fn unmapped(&self, method: &Method, path: &str) -> Refusal {
-        let asked = format!("{method} {path}");
-        // Attackers can ask for long paths that nothing resembles: no comparison then.
-        const MAX_COMPARED_BYTES: usize = 64;
-        const MAX_COMPARED_ROUTES: usize = 64;
-        let near = (asked.len() <= MAX_COMPARED_BYTES)
-            .then(|| suggest(&asked, self.templates.iter().take(MAX_COMPARED_ROUTES).map(String::as_str)))
-            .flatten()
-            .map(|hint| format!("; {hint}"))
-            .unwrap_or_default();
-        Refusal::denied("route.unmapped", format!("no route of the map matches `{}`{near}", cut(&asked)))
-    }
-}
-
-fn check_headers(headers: &HeaderMap) -> Result<(), Refusal> {
-    if let Some(name) = REWRITING_HEADERS.iter().find(|name| headers.contains_key(**name)) {
-        return Err(Refusal::malformed(
-            "request.rewriting_header",
-            format!("the header {name} is not accepted"),
-        ));
-    }
-    // `to_str` admits visible ASCII and tabs: what every reader behind us reads alike.
-    match headers.iter().find(|(_, value)| value.to_str().is_err()) {
-        Some((name, _)) => {
-            Err(Refusal::malformed("request.header_value", format!("the header {name} is not visible ASCII")))
-        }
-        None => Ok(()),
-    }
-}
-
-/// The path of an origin-form target (RFC 9112 §3.2.1).
-fn target_path(parts: &http::request::Parts) -> Result<&str, Refusal> {
-    let refuse = |reason: &str| Err(Refusal::malformed("request.target", reason));
-    if parts.method == Method::CONNECT {
-        return refuse("CONNECT is not accepted");
-    }
-    // HTTP/2 and later always carry scheme and authority beside the path.
-    let absolute = parts.uri.scheme().is_some() || parts.uri.authority().is_some();
-    if absolute && parts.version <= Version::HTTP_11 {
-        return refuse("the target is in absolute form");
-    }
-    match parts.uri.path_and_query() {
-        Some(target) if target.as_str().starts_with('/') => Ok(target.path()),
-        _ => refuse("the target is not a path"),
-    }
-}
-
-fn check_body_headers(rule: BodyRule, headers: &HeaderMap) -> Result<(), Refusal> {
-    let refuse = |reason: &str| Err(Refusal::malformed("request.body", reason));
-    let wanted = match rule {
-        BodyRule::Opaque { .. } => return Ok(()),
-        BodyRule::None => {
-            let empty = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
-            if !empty || headers.contains_key(TRANSFER_ENCODING) {
-                return refuse("this route takes no body");
-            }
-            return Ok(());
-        }
-        BodyRule::Json { .. } => "application/json",
-        BodyRule::Form { .. } => "application/x-www-form-urlencoded",
-    };
-    if headers.contains_key(CONTENT_ENCODING) {
-        return refuse("an encoded body is not judged");
-    }
-    let mut types = headers.get_all(CONTENT_TYPE).iter();
-    let given = types.next().and_then(|value| value.to_str().ok()).unwrap_or_default().to_ascii_lowercase();
-    let (media, parameter) = match given.split_once(';') {
-        Some((media, parameter)) => (media.trim_end(), Some(parameter.trim())),
-        None => (given.as_str(), None),
-    };
-    let utf8 = matches!(parameter, None | Some("charset=utf-8" | "charset=\"utf-8\""));
-    if media != wanted || !utf8 || types.next().is_some() {
-        return refuse(&format!("the body is not declared as {wanted}"));
-    }
-    Ok(())
-}
-
-fn read_query(
-    route: &Route,
-    query: Option<&str>,
-    values: &mut BTreeMap<Place, AttributeValue>,
-) -> Result<(), Refusal> {
-    let refuse = |reason: String| Err(Refusal::malformed("request.query", reason));
-    let query = query.unwrap_or_default();
-    if query.is_empty() {
-        return Ok(());
-    }
-    if query.len() > MAX_QUERY_BYTES {
-        return refuse(format!("the query is longer than {MAX_QUERY_BYTES} bytes"));
-    }
-    for pair in query.split('&') {
-        let Some((name, value)) = pair.split_once('=') else {
-            return refuse("a query parameter has no `=`".into());
-        };
-        if !route.query.iter().any(|listed| listed == name) {
-            return refuse(format!("the query parameter {:?} is not one of this route's", cut(name)));
-        }
-        if !is_plain_id(value) {
-            return refuse(format!(
-                "the query parameter {name:?} has other characters than A-Z a-z 0-9 . _ -"
-            ));
-        }
-        let value = AttributeValue::Text(value.to_owned());
-        if values.insert(Place::Query(name.to_owned()), value).is_some() {
-            return refuse(format!("the query parameter {name:?} appears twice"));
-        }
-    }
-    Ok(())
 }

@@ -27,6 +27,8 @@ pub(crate) struct AttributeSpec {
 #[derive(Debug, Clone)]
 pub(crate) struct ObjectType {
     pub(crate) name: EntityTypeName,
+    /// Its place among the service's types, by name: the same whenever the schema is.
+    pub(crate) number: usize,
     pub(crate) attributes: BTreeMap<String, AttributeSpec>,
 }
 
@@ -34,6 +36,8 @@ pub(crate) struct ObjectType {
 #[derive(Debug, Clone)]
 pub(crate) struct Action {
     pub(crate) uid: EntityUid,
+    /// Its place among the service's actions, by name.
+    pub(crate) number: usize,
     /// Full names of the object types it applies to.
     pub(crate) objects: HashSet<String>,
 }
@@ -120,7 +124,8 @@ pub(crate) fn link(
     check_principals(mesh, &schema, &principals, trust_domain)?;
 
     let mut problems = Problems::default();
-    let (mut actions, mut types) = (BTreeMap::new(), HashMap::new());
+    let mut actions: BTreeMap<String, Action> = BTreeMap::new();
+    let mut types: HashMap<String, ObjectType> = HashMap::new();
     for uid in schema.actions().filter(|uid| uid.type_name().namespace() == namespace) {
         check_action(mesh, own, &schema, uid, &mut problems);
         let objects: HashSet<String> =
@@ -131,12 +136,20 @@ pub(crate) fn link(
                 Err(problem) => problems.push(problem),
             }
         }
-        actions.insert(uid.id().unescaped().to_owned(), Action { uid: uid.clone(), objects });
+        actions.insert(uid.id().unescaped().to_owned(), Action { uid: uid.clone(), number: 0, objects });
     }
     if actions.is_empty() {
         problems.push(Problem::file(own.path, format!("the namespace {namespace} declares no action")));
     }
     problems.0.dedup_by(|a, b| a.message == b.message);
+    for (number, action) in actions.values_mut().enumerate() {
+        action.number = number;
+    }
+    let mut sorted: Vec<(&String, &mut ObjectType)> = types.iter_mut().collect();
+    sorted.sort_by(|a, b| a.0.cmp(b.0));
+    for (number, (_, kind)) in sorted.into_iter().enumerate() {
+        kind.number = number;
+    }
     if problems.0.is_empty() {
         Ok(ServiceSchema { schema, namespace, actions, types, action_entities, principals })
     } else {
@@ -229,7 +242,7 @@ fn object_type(own: &SchemaFile<'_>, schema: &Schema, name: &EntityTypeName) -> 
         })?;
         attributes.insert(attribute.to_string(), AttributeSpec { kind, required: declared.is_required });
     }
-    Ok(ObjectType { name: name.clone(), attributes })
+    Ok(ObjectType { name: name.clone(), number: 0, attributes })
 }
 
 /// `service` of a workload: `web` for `/service/web`, otherwise its path without the first slash.

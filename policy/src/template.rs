@@ -5,6 +5,8 @@
 use std::fmt;
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 /// Longest path looked at; a template has few segments and ids are short.
 const MAX_PATH_BYTES: usize = 2048;
 /// Longest single segment: an id, not a document.
@@ -93,8 +95,9 @@ pub(crate) fn is_name(text: &str) -> bool {
         && text.bytes().all(rest)
 }
 
+/// One segment of a path template.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Segment {
+pub(crate) enum Segment {
     Literal(String),
     Capture { name: String, kind: CaptureType },
 }
@@ -141,8 +144,8 @@ impl PathTemplate {
         Ok(Self { segments })
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.segments.len()
+    pub(crate) fn segments(&self) -> &[Segment] {
+        &self.segments
     }
 
     /// Name and type of every capture.
@@ -153,7 +156,9 @@ impl PathTemplate {
         })
     }
 
-    /// The captured values if the path, split by [`segments_of`], matches.
+    /// The captured values if the path, split by [`segments_of`], matches: what the tree of routes is held
+    /// against.
+    #[cfg(test)]
     pub(crate) fn matches<'t, 'p>(&'t self, path: &[&'p str]) -> Option<Vec<(&'t str, &'p str)>> {
         if path.len() != self.segments.len() {
             return None;
@@ -229,16 +234,19 @@ impl fmt::Display for PathFlaw {
     }
 }
 
+/// Segments of a path, in place: there are few.
+pub(crate) type Segments<'p> = SmallVec<[&'p str; MAX_SEGMENTS]>;
+
 /// The segments of a canonical path; `/` has none.
-pub(crate) fn segments_of(path: &str) -> Result<Vec<&str>, PathFlaw> {
+pub(crate) fn segments_of(path: &str) -> Result<Segments<'_>, PathFlaw> {
     if path.len() > MAX_PATH_BYTES {
         return Err(PathFlaw::TooLong);
     }
     let rest = path.strip_prefix('/').ok_or(PathFlaw::NoSlash)?;
     if rest.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Segments::new());
     }
-    let mut segments = Vec::new();
+    let mut segments = Segments::new();
     for segment in rest.split('/') {
         check_segment(segment)?;
         if segments.len() == MAX_SEGMENTS {
@@ -288,8 +296,9 @@ impl fmt::Display for Place {
     }
 }
 
+/// One piece of an object's id.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Piece {
+pub(crate) enum Piece {
     Text(String),
     Value(Place),
 }
@@ -337,15 +346,8 @@ impl ObjectTemplate {
         })
     }
 
-    /// The id, once every place has a value.
-    pub(crate) fn fill(&self, value: impl Fn(&Place) -> Option<String>) -> Option<String> {
-        self.pieces
-            .iter()
-            .map(|piece| match piece {
-                Piece::Text(text) => Some(text.clone()),
-                Piece::Value(place) => value(place),
-            })
-            .collect()
+    pub(crate) fn pieces(&self) -> &[Piece] {
+        &self.pieces
     }
 }
 
@@ -492,15 +494,18 @@ mod tests {
     #[test]
     fn object_templates_keep_their_values_apart() {
         let fill = |text: &str| {
-            ObjectTemplate::parse(text).unwrap().fill(|place| match place {
-                Place::Path(name) => Some(format!("<{name}>")),
-                Place::Query(name) => Some(format!("<?{name}>")),
-                Place::Body(name) => Some(format!("<body {name}>")),
-            })
+            let template = ObjectTemplate::parse(text).unwrap();
+            let piece = |piece: &Piece| match piece {
+                Piece::Text(text) => text.clone(),
+                Piece::Value(Place::Path(name)) => format!("<{name}>"),
+                Piece::Value(Place::Query(name)) => format!("<?{name}>"),
+                Piece::Value(Place::Body(name)) => format!("<body {name}>"),
+            };
+            template.pieces().iter().map(piece).collect::<String>()
         };
-        assert_eq!(fill(r#"Account::"{id}""#).as_deref(), Some("<id>"));
-        assert_eq!(fill(r#"Row::"{table}/{key}""#).as_deref(), Some("<table>/<key>"));
-        assert_eq!(fill(r#"A::B::"x-{body:/from}""#).as_deref(), Some("x-<body from>"));
+        assert_eq!(fill(r#"Account::"{id}""#), "<id>");
+        assert_eq!(fill(r#"Row::"{table}/{key}""#), "<table>/<key>");
+        assert_eq!(fill(r#"A::B::"x-{body:/from}""#), "x-<body from>");
         for bad in [
             "Account",
             "Account::id",
@@ -553,7 +558,7 @@ mod tests {
 
         #[test]
         fn parsing_a_template_never_panics(text in "\\PC{0,32}|[/{}:a-z0-9.]{0,32}") {
-            let _unused = PathTemplate::parse(&text).map(|t| t.len());
+            let _unused = PathTemplate::parse(&text).map(|t| t.segments().len());
             let _unused = ObjectTemplate::parse(&text).map(|t| t.kind);
         }
 

@@ -75,15 +75,15 @@ fn caller(name: &str, person: Option<&str>) -> Caller {
     }
 }
 
-fn occasion(method: &str, target: &str) -> Occasion {
+fn occasion<'a>(method: &'a str, target: &'a str) -> Occasion<'a> {
     Occasion {
         receipt: "r-7k2m0q9xw4e8t5hz".parse().unwrap(),
         now: Duration::from_millis(1_795_305_600_250),
         layer: Layer::Sidecar,
-        method: method.into(),
-        target: target.into(),
+        method,
+        target,
         transaction: Some("t-1".into()),
-        trace_id: Some("4bf92f3577b34da6a3ce929d0e0e4736".into()),
+        trace_id: Some(0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736),
     }
 }
 
@@ -110,7 +110,8 @@ fn owner_of(account: &str) -> Option<&'static str> {
 
 /// What a sidecar does with a request, with an app that answers as the bank does.
 fn serve(policy: &ServicePolicy, caller: &Caller, request: &http::request::Parts, body: &[u8]) -> Verdict {
-    let occasion = occasion(request.method.as_str(), &request.uri.to_string());
+    let target = request.uri.to_string();
+    let occasion = occasion(request.method.as_str(), &target);
     let refuse = |refusal: Refusal| Verdict::Deny(policy.refuse(Some(caller), refusal, &occasion));
     let mapped = match policy.map(request) {
         Ok(mapped) => mapped,
@@ -613,7 +614,10 @@ fn audit_mode_lets_denials_through_and_keeps_the_verdict() {
     assert!(denied(serve(&enforced, &who, &get("/accounts/42"), b"")).audited().is_err());
     let audited = enforced.with_mode(Mode::Audit);
     let permit = denied(serve(&audited, &who, &get("/accounts/42"), b"")).audited().unwrap();
-    assert_eq!((permit.record().verdict, permit.record().mode), (Outcome::Deny, Mode::Audit));
+    assert!(permit.is_audited());
+    let mapped = audited.map(&get("/accounts/42")).unwrap();
+    let record = permit.record(&who, &mapped, &Attributes::none(), &occasion("GET", "/accounts/42"));
+    assert_eq!((record.verdict, record.mode), (Outcome::Deny, Mode::Audit));
     for (caller, target) in
         [(&who, "/accounts//42"), (&who, "/healthz"), (&caller("evil web", None), "/accounts/17")]
     {
@@ -717,7 +721,12 @@ fn an_explanation_reads_well() {
     );
     expect("no_registration.txt", unregistered.record());
     match serve(&accounts, &alice, &get("/accounts/17"), b"") {
-        Verdict::Permit(permit) => expect("permitted.txt", permit.record()),
+        Verdict::Permit(permit) => {
+            let mapped = accounts.map(&get("/accounts/17")).unwrap();
+            let attributes = learn(&mapped).unwrap();
+            let record = permit.record(&alice, &mapped, &attributes, &occasion("GET", "/accounts/17"));
+            expect("permitted.txt", &record);
+        }
         Verdict::Deny(denial) => panic!("{}", denial.reason()),
     }
     let object = ObjectRef::new("Accounts::Account", "17");
@@ -730,8 +739,7 @@ fn an_explanation_reads_well() {
 
 #[test]
 fn an_explanation_cannot_steer_the_terminal() {
-    let hostile =
-        Occasion { target: "/x\u{1b}[2J\u{202e}\n\rverdict permitted".into(), ..occasion("GET", "/") };
+    let hostile = Occasion { target: "/x\u{1b}[2J\u{202e}\n\rverdict permitted", ..occasion("GET", "/") };
     let denial = refuse_connection("accounts", "tls.x", "a\u{1b}]0;b".into(), None, &hostile);
     let text = render(denial.record());
     assert!(text.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}')), "{text:?}");

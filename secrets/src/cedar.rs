@@ -43,16 +43,18 @@ impl Authorizer for CedarAuthorizer {
             receipt,
             now: request.now,
             layer: Layer::Vault,
-            method: request.method.to_owned(),
-            target: request.uri.to_owned(),
+            method: request.method,
+            target: request.uri,
             transaction: None,
-            trace_id: request.trace_id.map(str::to_owned),
+            trace_id: request.trace_id.and_then(|id| u128::from_str_radix(id, 16).ok()),
         };
         let object = ObjectRef::new(OBJECT_TYPE, &request.target.object_id());
         let action = request.action.name();
-        match self.policy.decide_object(&caller, action, &object, &Attributes::none(), &occasion) {
+        let attributes = Attributes::none();
+        match self.policy.decide_object(&caller, action, &object, &attributes, &occasion) {
             Verdict::Permit(permit) => {
-                self.recorder.record(permit.record().clone());
+                let record = permit.record_object(&caller, action, &object, &attributes, &occasion);
+                self.recorder.record(record);
                 Ok(Grant { rule: permit.rule().to_string(), receipt: permit.receipt().to_string() })
             }
             Verdict::Deny(denial) => {

@@ -15,13 +15,13 @@ use http::header::{
     IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use identity::clock::SharedClock;
 use identity::txn::{Chain, Verifier};
 use identity::{Identity, IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, Occasion, Outcome, Permit,
-    Principal, Receipt, Recorder, Refusal, ServicePolicy, Verdict,
+    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, Occasion, Permit, Principal,
+    Receipt, Recorder, Refusal, ServicePolicy, Verdict,
 };
 
 use tokio_rustls::server::TlsStream;
@@ -102,10 +102,11 @@ impl From<Unanswered> for Stop {
 }
 
 /// What is understood of a request so far; filled in as the phases pass.
-struct Understood {
-    occasion: Occasion,
+struct Understood<'a> {
+    occasion: Occasion<'a>,
     caller: Option<Caller>,
-    mapped: Option<(String, String, String)>,
+    mapped: Option<Mapped>,
+    attributes: Attributes,
 }
 
 impl Handler for Inbound {
@@ -115,13 +116,14 @@ impl Handler for Inbound {
 
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
-        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let (method, target) = (request.method().clone(), request.uri().clone());
         let Ok(receipt) = Receipt::generate(&*self.random) else {
             // Without randomness nothing can be recorded so that it is found again: answer nobody.
             return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
         };
-        let occasion = self.occasion(&request, receipt);
-        let mut understood = Understood { occasion, caller: None, mapped: None };
+        let occasion = self.occasion(&method, &target, request.headers(), receipt);
+        let mut understood =
+            Understood { occasion, caller: None, mapped: None, attributes: Attributes::none() };
         let outcome = self.request(&connection, request, &mut understood).await;
         let ended = self.ended(outcome, &understood);
         let took = self.clock.now().saturating_sub(started);
@@ -131,7 +133,7 @@ impl Handler for Inbound {
         self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
         if self.access_log {
             tracing::info!(
-                target: "access", direction = "inbound", peer, user = ended.user, %method, path,
+                target: "access", direction = "inbound", peer, user = ended.user, %method, path = target.path(),
                 action = ended.action, objects = ended.objects, verdict = ended.verdict, rule = ended.rule,
                 receipt = %understood.occasion.receipt, status = status.as_u16(),
                 took_us = took.as_micros() as u64, note = ended.note,
@@ -147,8 +149,8 @@ impl Handler for Inbound {
             receipt,
             now: self.clock.now(),
             layer: Layer::Sidecar,
-            method: String::new(),
-            target: String::new(),
+            method: "",
+            target: "",
             transaction: None,
             trace_id: None,
         };
@@ -170,7 +172,7 @@ impl Inbound {
         &self,
         connection: &Connection,
         request: Request<Body>,
-        understood: &mut Understood,
+        understood: &mut Understood<'_>,
     ) -> Result<(Response<Body>, Permit), Stop> {
         let (mut parts, body) = request.into_parts();
         // One policy version judges the whole request, whatever is loaded meanwhile.
@@ -202,7 +204,7 @@ impl Inbound {
                 return Err(denial.into());
             }
         };
-        understood.occasion.transaction = chain.as_ref().map(|chain| chain.transaction().to_owned());
+        understood.occasion.transaction = chain.as_ref().map(|chain| Arc::clone(chain.transaction()));
         let caller = &*understood.caller.insert(caller(peer, chain.as_ref(), connection.remote));
         let occasion = &understood.occasion;
         let refuse = |refusal: Refusal| Stop::from(policy.refuse(Some(caller), refusal, occasion));
@@ -213,7 +215,7 @@ impl Inbound {
             policy.screen(caller, &mapped, occasion)?;
         }
         let (mapped, body) = self.body(mapped, &parts, body).await.map_err(refuse)?;
-        understood.mapped = Some(described(&mapped));
+        let mapped = &*understood.mapped.insert(mapped);
 
         // From here on the app may be asked something, and its calls travel on the user's behalf.
         let span = self.spans.child(TraceParent::from_headers(&parts.headers));
@@ -223,36 +225,44 @@ impl Inbound {
         // May they? Then forward.
         match mapped.attributes_from() {
             AttributeSource::Known => {
-                let permit = permitted(policy.decide(caller, &mapped, &Attributes::default(), occasion))?;
+                let permit = permitted(policy.decide(caller, mapped, &Attributes::none(), occasion))?;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Entities => {
-                let attributes = entities::ask(&self.app, &self.service, &mapped, span, &self.clock)
+                let attributes = entities::ask(&self.app, &self.service, mapped, span, &self.clock)
                     .await?
                     .map_err(refuse)?;
-                let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
+                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+                understood.attributes = attributes;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Response => {
                 let held = self.ask(Request::from_parts(parts, body), remembered).await?;
-                let attributes = held.attributes(&mapped).map_err(refuse)?;
-                let permit = permitted(policy.decide(caller, &mapped, &attributes, occasion))?;
+                let attributes = held.attributes(mapped).map_err(refuse)?;
+                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+                understood.attributes = attributes;
                 Ok((held.release(&permit), permit))
             }
         }
     }
 
-    fn occasion(&self, request: &Request<Body>, receipt: Receipt) -> Occasion {
+    fn occasion<'a>(
+        &self,
+        method: &'a Method,
+        target: &'a Uri,
+        headers: &HeaderMap,
+        receipt: Receipt,
+    ) -> Occasion<'a> {
         Occasion {
             receipt,
             now: self.clock.now(),
             layer: Layer::Sidecar,
-            method: request.method().to_string(),
-            target: request.uri().path_and_query().map_or("", |target| target.as_str()).to_owned(),
+            method: method.as_str(),
+            target: target.path_and_query().map_or("", |target| target.as_str()),
             transaction: None,
-            trace_id: TraceParent::from_headers(request.headers()).map(|trace| trace.trace_id_text()),
+            trace_id: TraceParent::from_headers(headers).map(|trace| trace.trace_id),
         }
     }
 
@@ -350,8 +360,8 @@ impl Inbound {
     }
 
     /// Answers, counts and records however the request ended.
-    fn ended(&self, outcome: Result<(Response<Body>, Permit), Stop>, understood: &Understood) -> Ended {
-        let (action, objects, route) = understood.mapped.clone().unwrap_or_default();
+    fn ended(&self, outcome: Result<(Response<Body>, Permit), Stop>, understood: &Understood<'_>) -> Ended {
+        let (action, objects, route) = understood.mapped.as_ref().map(described).unwrap_or_default();
         let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
         let user = user.map(|user| user.id.clone()).unwrap_or_default();
         let ended = |response, verdict, rule: String, note| Ended {
@@ -366,10 +376,11 @@ impl Inbound {
         };
         match outcome {
             Ok((response, permit)) => {
-                // In audit mode a permit's record may say "would deny": that is what the mode is for.
-                let would_deny = permit.record().verdict == Outcome::Deny;
-                if would_deny || self.sampler.take(self.clock.now()) {
-                    self.recorder.record(permit.record().clone());
+                let sampled = permit.is_audited() || self.sampler.take(self.clock.now());
+                if let (true, Some(caller), Some(mapped)) = (sampled, &understood.caller, &understood.mapped)
+                {
+                    let (attributes, occasion) = (&understood.attributes, &understood.occasion);
+                    self.recorder.record(permit.record(caller, mapped, attributes, occasion));
                 }
                 ended(response, "allow", permit.rule().to_string(), None)
             }
@@ -439,7 +450,7 @@ fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {
     Caller {
         principal: Principal::Workload(peer.id().clone()),
         user: chain.map(|chain| Arc::clone(chain.user())),
-        chain: chain.map(|chain| chain.hops().into()).unwrap_or_default(),
+        chain: chain.map(|chain| Arc::clone(chain.hops())).unwrap_or_default(),
         address: Some(remote),
     }
 }

@@ -72,12 +72,13 @@ impl RefusalRecorder for Refusals {
             tracing::error!("no random bytes: a caller is refused without a receipt");
             return None;
         };
+        let socket = self.socket.display().to_string();
         let occasion = Occasion {
             receipt,
             now: caller.now,
             layer: Layer::Agent,
-            method: caller.method.to_owned(),
-            target: self.socket.display().to_string(),
+            method: caller.method,
+            target: &socket,
             transaction: None,
             trace_id: None,
         };

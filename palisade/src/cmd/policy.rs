@@ -77,8 +77,8 @@ fn withheld_secrets(mesh: &Mesh, policies: &Policies) -> Result<Vec<String>, Fai
                     .map_err(|_| Failure::new("the system's random generator failed"))?,
                 now: SystemClock.now(),
                 layer: Layer::Vault,
-                method: "GET".to_owned(),
-                target: secret.clone(),
+                method: "GET",
+                target: secret,
                 transaction: None,
                 trace_id: None,
             };

@@ -331,8 +331,8 @@ fn a_connection_is_an_action_on_a_port_and_only_where_the_map_says_so() {
             receipt: crate::Receipt::generate(&ring::rand::SystemRandom::new()).unwrap(),
             now: std::time::Duration::from_secs(1),
             layer: crate::Layer::Sidecar,
-            method: "CONNECT".into(),
-            target: port.into(),
+            method: "CONNECT",
+            target: port,
             transaction: None,
             trace_id: None,
         };

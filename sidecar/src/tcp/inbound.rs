@@ -12,8 +12,8 @@ use arc_swap::ArcSwap;
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    Caller, Denial, Layer, Mapping, Occasion, Outcome, Permit, Principal, Receipt, Recorder, Refusal,
-    ServicePolicy, Verdict,
+    Caller, Denial, Layer, Mapping, Occasion, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy,
+    Verdict,
 };
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -248,8 +248,8 @@ impl TcpInbound {
             receipt,
             now: config.clock.now(),
             layer: Layer::Sidecar,
-            method: String::new(),
-            target: String::new(),
+            method: "",
+            target: "",
             transaction: None,
             trace_id: None,
         };
@@ -268,8 +268,8 @@ impl TcpInbound {
 
         let known = config.ports.find(port);
         let asking = Arc::new(self.asking(known.map_or(port, |(name, _)| name), origin));
+        let occasion = asking.occasion().ok_or(Stop::NotReady)?;
         let Some((name, address)) = known else {
-            let occasion = asking.occasion().ok_or(Stop::NotReady)?;
             let refusal = Refusal::denied("tcp.unknown_port", "the service has no port of that name");
             let denial = config.policy.load().refuse(Some(&asking.caller), refusal, &occasion);
             return Err(Stop::Denied(Box::new(denial)));
@@ -278,13 +278,9 @@ impl TcpInbound {
         // Registered first, then judged: a policy that comes in between finds it.
         let live = config.registry.register(self.facts(origin), Arc::clone(&asking) as Arc<dyn Judge>);
         let policy = config.policy.load_full();
-        let permit = match asking.decide(&policy).ok_or(Stop::NotReady)? {
-            Ok(permit) => permit,
-            Err(denial) => return Err(Stop::Denied(Box::new(denial))),
-        };
-        let would_deny = permit.record().verdict == Outcome::Deny;
-        if would_deny || self.sampler.take(config.clock.now()) {
-            config.recorder.record(permit.record().clone());
+        let permit = asking.decide(&policy, &occasion).map_err(|denial| Stop::Denied(Box::new(denial)))?;
+        if permit.is_audited() || self.sampler.take(config.clock.now()) {
+            config.recorder.record(permit.record_connect(&asking.caller, &asking.port, &occasion));
         }
         let app = self.dial(&permit, *address).await.map_err(Stop::AppDown)?;
         Ok(Connected {
@@ -292,7 +288,7 @@ impl TcpInbound {
             live,
             port: name.clone(),
             rule: permit.rule().to_string(),
-            receipt: permit.receipt().clone(),
+            receipt: *permit.receipt(),
         })
     }
 
@@ -440,22 +436,21 @@ struct Asking {
 }
 
 impl Asking {
-    /// `None` without randomness: nothing could be recorded so that it is found again.
-    fn decide(&self, policy: &ServicePolicy) -> Option<Result<Permit, Denial>> {
-        let verdict = policy.decide_connect(&self.caller, &self.port, &self.occasion()?);
-        Some(match verdict {
+    fn decide(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<Permit, Denial> {
+        match policy.decide_connect(&self.caller, &self.port, occasion) {
             Verdict::Permit(permit) => Ok(permit),
             Verdict::Deny(denial) => denial.audited(),
-        })
+        }
     }
 
-    fn occasion(&self) -> Option<Occasion> {
+    /// `None` without randomness: nothing could be recorded so that it is found again.
+    fn occasion(&self) -> Option<Occasion<'_>> {
         Some(Occasion {
             receipt: Receipt::generate(&*self.random).ok()?,
             now: self.clock.now(),
             layer: Layer::Sidecar,
-            method: "CONNECT".to_owned(),
-            target: self.port.clone(),
+            method: "CONNECT",
+            target: &self.port,
             transaction: None,
             trace_id: None,
         })
@@ -464,10 +459,10 @@ impl Asking {
 
 impl Judge for Asking {
     fn judge(&self, policy: &ServicePolicy) -> Result<(), Closed> {
-        match self.decide(policy) {
-            Some(Ok(_permit)) => Ok(()),
-            Some(Err(denial)) => Err(Closed::Denied(Box::new(denial))),
-            None => Err(Closed::Unjudged),
+        let Some(occasion) = self.occasion() else { return Err(Closed::Unjudged) };
+        match self.decide(policy, &occasion) {
+            Ok(_permit) => Ok(()),
+            Err(denial) => Err(Closed::Denied(Box::new(denial))),
         }
     }
 
