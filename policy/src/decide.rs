@@ -1,20 +1,22 @@
 //! Decisions: a caller, an action, objects with attributes, and the verdict with its receipt.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use cedar_policy::{Effect, EntityUid, Policy, PolicyId, PolicySet};
 use identity::TrustDomain;
 
+use crate::engine::Engine;
 use crate::explain::{self, Scope};
-use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE, Source};
-use crate::object::{AttributeValue, Attributes, ObjectRef};
-use crate::oracle::Answer;
-use crate::record::{DecisionRecord, Mode, Outcome, PolicyEffect, RecordedObject, RecordedUser, Rule, cut};
+use crate::judge::{Asked, DISAGREEMENT, bare_object};
+use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
+use crate::object::{Attributes, ObjectRef};
+use crate::record::{DecisionRecord, Mode, PolicyEffect, RecordedObject, RecordedUser, Rule, cut};
 use crate::request::{Mapped, Refusal};
 use crate::routes::RouteTable;
-use crate::schema::{self, ObjectType, ServiceSchema};
-use crate::verdict::{Caller, Denial, Occasion, Permit, Principal, Understood, Verdict, blank};
+use crate::schema::{self, ServiceSchema};
+use crate::shadow::Shadow;
+use crate::verdict::{Caller, Denial, Occasion, Principal, Understood, Verdict, blank};
 use crate::version::PolicyVersion;
 
 /// One policy and where it stands.
@@ -35,9 +37,9 @@ static NO_RULE: Rule = Rule::Absent;
 /// A request is judged by the policy that mapped it, or not at all.
 const POLICY_CHANGED: &str = "policy.changed";
 /// A caller of another trust domain is denied.
-const TRUST_DOMAIN: &str = "principal.trust_domain";
+pub(crate) const TRUST_DOMAIN: &str = "principal.trust_domain";
 /// Denials of a decision that audit mode does not soften: they are not about what a policy lacks.
-const ENFORCED_ALWAYS: [&str; 2] = [POLICY_CHANGED, TRUST_DOMAIN];
+const ENFORCED_ALWAYS: [&str; 3] = [POLICY_CHANGED, TRUST_DOMAIN, DISAGREEMENT];
 
 /// Everything that decides for one service; shared by all modes of it.
 #[derive(Debug)]
@@ -51,6 +53,8 @@ pub(crate) struct Shared {
     /// In the order of the files.
     pub(crate) entries: Vec<PolicyEntry>,
     pub(crate) by_id: HashMap<PolicyId, usize>,
+    pub(crate) engine: Engine,
+    pub(crate) shadow: Shadow,
     pub(crate) version: PolicyVersion,
 }
 
@@ -61,40 +65,11 @@ pub struct ServicePolicy {
     mode: Mode,
 }
 
-/// A question in full: what [`ServicePolicy::decide`] and [`ServicePolicy::decide_object`] were asked.
-struct Asked<'a> {
-    caller: &'a Caller,
-    action: &'a str,
-    objects: &'a [ObjectRef],
-    attributes: &'a Attributes,
-    mapped: Option<&'a Mapped>,
-}
-
-impl Asked<'_> {
-    fn route(&self) -> Option<&str> {
-        self.mapped.map(Mapped::route)
-    }
-
-    fn understood(&self, objects: Vec<RecordedObject>) -> Understood<'_> {
-        Understood { route: self.route(), action: self.action, objects }
-    }
-
-    /// One attribute of one object, from where the route takes it.
-    fn known(&self, object: &ObjectRef, name: &str) -> Option<AttributeValue> {
-        let Some(mapped) = self.mapped else { return self.attributes.get(object, name).cloned() };
-        match mapped.route.attributes.get(name)? {
-            (Source::Entities | Source::Response(_), _) => self.attributes.get(object, name).cloned(),
-            (source, kind) => mapped.known_attribute(source, *kind, self.caller.user.as_deref()),
-        }
-    }
-}
-
 impl ServicePolicy {
     pub(crate) fn new(shared: Shared, mode: Mode) -> Self {
         Self { shared: Arc::new(shared), mode }
     }
 
-    #[cfg(test)]
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
@@ -164,29 +139,27 @@ impl ServicePolicy {
                 "the schema lacks action or type".into(),
             ));
         };
-        let principal = self.principal_uid(&caller.principal);
-        let fits = |object: Option<&EntityUid>| {
-            self.shared.entries.iter().any(|entry| {
-                entry.effect == PolicyEffect::Permit
-                    && explain::scope_fits(&self.shared, entry, &principal, &action.uid, &kind.name, object)
-            })
-        };
-        let uids: Vec<EntityUid> = mapped.objects().iter().map(|o| schema::uid(&kind.name, o.id())).collect();
-        let refused = if uids.is_empty() {
-            (!fits(None)).then_some(None)
+        let engine = &self.shared.engine;
+        let subject = |object: Option<&ObjectRef>| engine.subject(caller, action, kind, object);
+        let refused = if mapped.objects().is_empty() {
+            (!engine.in_reach(subject(None), false)).then_some(None)
         } else {
-            uids.iter().find(|u| !fits(Some(u))).map(Some)
+            mapped.objects().iter().find(|object| !engine.in_reach(subject(Some(object)), true)).map(Some)
         };
-        match refused {
-            None => Ok(()),
-            Some(object) => {
-                let reason = "no policy is about this caller, action and kind of object".to_owned();
-                let mut denial = deny(Rule::Absent, reason);
-                let explanation = explain::scopes(&self.shared, &principal, &action.uid, &kind.name, object);
-                denial.0.explanation = Some(explanation);
-                Err(denial)
-            }
-        }
+        let Some(object) = refused else { return Ok(()) };
+        let reason = "no policy is about this caller, action and kind of object".to_owned();
+        let mut denial = deny(Rule::Absent, reason);
+        let principal = self.principal_uid(&caller.principal);
+        let uid = object.map(|object| schema::uid(&kind.name, object.id()));
+        let about = explain::Subject {
+            principal: &principal,
+            action: &action.uid,
+            kind: &kind.name,
+            object: uid.as_ref(),
+            numbers: subject(object),
+        };
+        denial.0.explanation = Some(explain::scopes(&self.shared, &about));
+        Err(denial)
     }
 
     /// Decides about a mapped request: every object of it must be permitted.
@@ -258,71 +231,7 @@ impl ServicePolicy {
         Denial(Box::new(record))
     }
 
-    fn judge(&self, asked: &Asked<'_>, occasion: &Occasion<'_>) -> Verdict {
-        let caller = asked.caller;
-        let mut recorded: Vec<RecordedObject> = asked.objects.iter().map(bare_object).collect();
-        let builtin = |rule: &'static str, reason: String, objects| {
-            let rule = Rule::Builtin(rule.into());
-            Verdict::Deny(self.denial(Some(caller), occasion, asked.understood(objects), rule, reason))
-        };
-        if let Err(reason) = self.check_trust_domain(caller) {
-            return builtin(TRUST_DOMAIN, reason, recorded);
-        }
-        let Some(action) = self.shared.schema.actions.get(asked.action).map(|action| &action.uid) else {
-            let reason = format!("the schema has no action `{}`", cut(asked.action));
-            return builtin("request.unknown", reason, recorded);
-        };
-        let mut allowed_by = None;
-        for (object, seen) in asked.objects.iter().zip(0..) {
-            let Some(kind) = self.shared.schema.types.get(object.kind()) else {
-                let reason = format!("the schema has no type `{}`", object.kind());
-                return builtin("request.unknown", reason, recorded);
-            };
-            let (attributes, missing) = gather(object, kind, asked);
-            let mut entry = RecordedObject { attributes, ..bare_object(object) };
-            if let Some(flaw) = missing {
-                replace(&mut recorded, seen, entry);
-                return builtin("attributes.missing", flaw, recorded);
-            }
-            let question =
-                self.shared.question(caller, action, object, kind, &entry.attributes, occasion.now);
-            let question = match question {
-                Ok(question) => question,
-                Err(flaw) => {
-                    replace(&mut recorded, seen, entry);
-                    return builtin("request.invalid", flaw, recorded);
-                }
-            };
-            match self.shared.ask(&question) {
-                Answer::Permitted(rule) => {
-                    entry.outcome = Some(Outcome::Permit);
-                    replace(&mut recorded, seen, entry);
-                    allowed_by = allowed_by.or(Some(rule));
-                }
-                Answer::Denied { rule, reason } => {
-                    entry.outcome = Some(Outcome::Deny);
-                    replace(&mut recorded, seen, entry);
-                    let rule = rule.map_or(Rule::Absent, |rule| self.rule(rule).clone());
-                    let mut denial =
-                        self.denial(Some(caller), occasion, asked.understood(recorded), rule, reason);
-                    let mut explanation = explain::question(&self.shared, &question, kind);
-                    explanation.object = (asked.objects.len() > 1).then(|| object.to_string());
-                    denial.0.explanation = Some(explanation);
-                    return Verdict::Deny(denial);
-                }
-            }
-        }
-        match allowed_by {
-            Some(entry) => Verdict::Permit(Permit::granted(self, entry, occasion.receipt)),
-            None => builtin(
-                "request.no_object",
-                "the request names no object (is its body unread?)".into(),
-                recorded,
-            ),
-        }
-    }
-
-    fn check_trust_domain(&self, caller: &Caller) -> Result<(), String> {
+    pub(crate) fn check_trust_domain(&self, caller: &Caller) -> Result<(), String> {
         match &caller.principal {
             Principal::Workload(id) if *id.trust_domain() != self.shared.trust_domain => {
                 Err(format!("the caller belongs to the trust domain {}", id.trust_domain()))
@@ -373,17 +282,14 @@ impl ServicePolicy {
         let mut record = self.record(Some(asked.caller), occasion);
         let types = &self.shared.schema.types;
         let objects = asked.objects.iter().map(|object| RecordedObject {
-            attributes: types
-                .get(object.kind())
-                .map(|kind| gather(object, kind, asked).0)
-                .unwrap_or_default(),
+            attributes: types.get(object.kind()).map(|kind| asked.gather(object, kind).0).unwrap_or_default(),
             ..bare_object(object)
         });
         asked.understood(objects.collect()).write(&mut record);
         record
     }
 
-    fn denial(
+    pub(crate) fn denial(
         &self,
         caller: Option<&Caller>,
         occasion: &Occasion<'_>,
@@ -414,34 +320,6 @@ impl ServicePolicy {
         }
         record
     }
-}
-
-fn bare_object(object: &ObjectRef) -> RecordedObject {
-    RecordedObject { object: cut(&object.to_string()), attributes: BTreeMap::new(), outcome: None }
-}
-
-fn replace(recorded: &mut [RecordedObject], index: usize, entry: RecordedObject) {
-    if let Some(slot) = recorded.get_mut(index) {
-        *slot = entry;
-    }
-}
-
-/// The attributes that the type declares, and what is wrong with them.
-fn gather(
-    object: &ObjectRef,
-    kind: &ObjectType,
-    asked: &Asked<'_>,
-) -> (BTreeMap<String, AttributeValue>, Option<String>) {
-    let (mut attributes, mut flaw) = (BTreeMap::new(), None);
-    for (name, spec) in &kind.attributes {
-        match asked.known(object, name) {
-            Some(value) if spec.kind.admits(&value) => drop(attributes.insert(name.clone(), value)),
-            Some(_) => flaw = Some(format!("the attribute `{name}` of {object} is not a {}", spec.kind)),
-            None if spec.required => flaw = Some(format!("the attribute `{name}` of {object} is not known")),
-            None => {}
-        }
-    }
-    (attributes, flaw)
 }
 
 impl From<Effect> for PolicyEffect {

@@ -4,11 +4,12 @@ use std::str::FromStr;
 
 use cedar_policy::pst::{BinaryOp, Clause, Expr};
 use cedar_policy::{
-    ActionConstraint, Entities, EntityTypeName, EntityUid, EvalResult, Expression, Policy,
+    ActionConstraint, Entities, EntityTypeName, EntityUid, EvalResult, Expression, Policy, PolicyId,
     PrincipalConstraint, ResourceConstraint, eval_expression,
 };
 
 use crate::decide::{PolicyEntry, Shared};
+use crate::engine;
 use crate::oracle::Question;
 use crate::record::{
     Considered, Explanation, FailedClause, Mismatch, Nearest, PolicyEffect, PolicyOutcome, ScopePart, cut,
@@ -24,61 +25,54 @@ const MAX_CLAUSES: usize = 32;
 const MAX_SHOWN_BYTES: usize = 240;
 
 /// Who asks, what for, and for what kind of object (and which, if known).
-struct Subject<'a> {
-    principal: &'a EntityUid,
-    action: &'a EntityUid,
-    kind: &'a EntityTypeName,
-    object: Option<&'a EntityUid>,
-}
-
-/// Whether a policy's scope admits a request; without an object, whether it admits some object.
-pub(crate) fn scope_fits(
-    shared: &Shared,
-    entry: &PolicyEntry,
-    principal: &EntityUid,
-    action: &EntityUid,
-    kind: &EntityTypeName,
-    object: Option<&EntityUid>,
-) -> bool {
-    entry.scope.admits(shared, &Subject { principal, action, kind, object })
+pub(crate) struct Subject<'a> {
+    pub(crate) principal: &'a EntityUid,
+    pub(crate) action: &'a EntityUid,
+    pub(crate) kind: &'a EntityTypeName,
+    pub(crate) object: Option<&'a EntityUid>,
+    /// The same, as the engine counts.
+    pub(crate) numbers: engine::Subject,
 }
 
 /// The explanation of a denial by scope alone, before any attribute is known.
-pub(crate) fn scopes(
-    shared: &Shared,
-    principal: &EntityUid,
-    action: &EntityUid,
-    kind: &EntityTypeName,
-    object: Option<&EntityUid>,
-) -> Explanation {
-    explain(shared, &Subject { principal, action, kind, object }, None)
+pub(crate) fn scopes(shared: &Shared, subject: &Subject<'_>) -> Explanation {
+    explain(shared, subject, None)
 }
 
 /// The explanation of a denial by what Cedar was asked.
-pub(crate) fn question(shared: &Shared, question: &Question, kind: &ObjectType) -> Explanation {
+pub(crate) fn question(
+    shared: &Shared,
+    question: &Question,
+    kind: &ObjectType,
+    numbers: engine::Subject,
+) -> Explanation {
     let request = &question.request;
     let (Some(principal), Some(action)) = (request.principal(), request.action()) else {
         return Explanation::default();
     };
-    let subject = Subject { principal, action, kind: &kind.name, object: request.resource() };
+    let subject = Subject { principal, action, kind: &kind.name, object: request.resource(), numbers };
     explain(shared, &subject, Some(question))
 }
 
 fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) -> Explanation {
-    let mut looked_at: Vec<(usize, &PolicyEntry, Vec<Mismatch>)> = shared
-        .entries
-        .iter()
-        .enumerate()
-        .map(|(index, entry)| (index, entry, entry.scope.mismatches(shared, subject)))
-        .collect();
-    let total = looked_at.len();
+    let total = shared.entries.len();
+    let distance = |entry: usize| {
+        let (principal, action, object) = shared.engine.admits(entry, subject.numbers);
+        let parts =
+            [(principal, ScopePart::Principal), (action, ScopePart::Action), (object, ScopePart::Resource)];
+        parts.iter().filter(|(fits, _)| !fits).map(|(_, part)| weight(*part)).sum::<usize>()
+    };
     // The nearest ones are kept if there are too many, then shown in the order of the files.
-    looked_at.sort_by_key(|(index, _, mismatches)| (distance(mismatches), *index));
-    looked_at.truncate(MAX_CONSIDERED);
-    looked_at.sort_by_key(|(index, ..)| *index);
+    let mut looked_at: Vec<(usize, usize)> = (0..total).map(|entry| (distance(entry), entry)).collect();
+    if total > MAX_CONSIDERED {
+        looked_at.select_nth_unstable(MAX_CONSIDERED);
+        looked_at.truncate(MAX_CONSIDERED);
+    }
+    looked_at.sort_by_key(|(_, entry)| *entry);
 
     let mut considered = Vec::with_capacity(looked_at.len());
-    for (_, entry, mismatches) in looked_at {
+    for entry in looked_at.iter().filter_map(|(_, entry)| shared.entries.get(*entry)) {
+        let mismatches = entry.scope.mismatches(shared, subject);
         let outcome = if !mismatches.is_empty() {
             PolicyOutcome::Scope(mismatches)
         } else if let Some(question) = question {
@@ -144,12 +138,6 @@ impl Scope {
             ResourceConstraint::Is(wanted) => wanted == kind,
             ResourceConstraint::IsIn(wanted, uid) => wanted == kind && is_object(uid),
         }
-    }
-
-    fn admits(&self, shared: &Shared, subject: &Subject<'_>) -> bool {
-        self.admits_principal(subject.principal)
-            && self.admits_action(subject.action, &shared.schema.action_entities)
-            && self.admits_object(subject.kind, subject.object)
     }
 
     /// The parts that do not fit, as words.
@@ -279,14 +267,15 @@ fn failed(conjunct: &Conjunct, question: &Question) -> FailedClause {
 
 /// How far a scope is from fitting: another action or kind of object is further than another caller.
 fn distance(mismatches: &[Mismatch]) -> usize {
-    mismatches
-        .iter()
-        .map(|mismatch| match mismatch.part {
-            ScopePart::Action => 100,
-            ScopePart::Resource => 20,
-            ScopePart::Principal => 10,
-        })
-        .sum()
+    mismatches.iter().map(|mismatch| weight(mismatch.part)).sum()
+}
+
+fn weight(part: ScopePart) -> usize {
+    match part {
+        ScopePart::Action => 100,
+        ScopePart::Resource => 20,
+        ScopePart::Principal => 10,
+    }
 }
 
 /// The permit that needs the least, and what it needs.
@@ -311,7 +300,8 @@ fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Questio
     };
     if let (PolicyOutcome::Scope(_), Some(question)) = (&best.outcome, question) {
         // The conditions too, as far as they can be told for a request that the scope excludes.
-        let entry = shared.entries.iter().find(|entry| *entry.id == *best.policy);
+        let entry = shared.by_id.get(&PolicyId::new(&best.policy));
+        let entry = entry.and_then(|entry| shared.entries.get(*entry));
         if let Some(PolicyOutcome::Condition(failed)) = entry.map(|entry| conditions(entry, question)) {
             missing.push(condition_missing(&failed));
         }
@@ -451,6 +441,39 @@ mod tests {
         let shared = policy.shared();
         let workload = |id: &str| crate::schema::uid(&shared.schema.principals.workload, id);
         let client = |id: &str| crate::schema::uid(&shared.schema.principals.client, id);
+        // As the explanation tells it and as the index finds it.
+        let fits = |entry: &PolicyEntry,
+                    principal: &EntityUid,
+                    action: &EntityUid,
+                    object: Option<&EntityUid>,
+                    like: &EntityUid| {
+            let id = principal.id().unescaped();
+            let who = if *principal.type_name() == shared.schema.principals.workload {
+                Principal::Workload(SpiffeId::new(id).unwrap())
+            } else {
+                Principal::Client(id.into())
+            };
+            let who = Caller { principal: who, ..caller() };
+            let known = shared.schema.actions.get(action.id().unescaped()).unwrap();
+            let kind = shared.schema.types.get(&like.type_name().to_string()).unwrap();
+            let named =
+                object.map(|object| ObjectRef::new(&object.type_name().to_string(), object.id().unescaped()));
+            let numbers = shared.engine.subject(&who, known, kind, named.as_ref());
+            let subject = Subject { principal, action, kind: &kind.name, object, numbers };
+            let told = entry.scope.mismatches(shared, &subject).is_empty();
+            let place = *shared.by_id.get(entry.policy.id()).unwrap();
+            assert_eq!(
+                shared.engine.admits(place, numbers),
+                (
+                    entry.scope.admits_principal(principal),
+                    entry.scope.admits_action(action, &shared.schema.action_entities),
+                    entry.scope.admits_object(&kind.name, object),
+                )
+            );
+            assert!(object.is_none() || shared.engine.candidates(numbers).contains(&place) == told);
+            assert!(!told || shared.engine.in_reach(numbers, object.is_some()));
+            told
+        };
         let mut compared = 0;
         for principal in
             [workload(web().as_str()), workload("spiffe://bank.example/service/a"), client("app")]
@@ -472,11 +495,10 @@ mod tests {
                         let entities = &shared.schema.action_entities;
                         let response = Authorizer::new().is_authorized(&request, &alone, entities);
                         let cedar = response.decision() == Decision::Allow;
-                        let kind = object.type_name();
-                        let ours = scope_fits(shared, entry, &principal, action, kind, Some(&object));
+                        let ours = fits(entry, &principal, action, Some(&object), &object);
                         assert_eq!(ours, cedar, "{} {principal} {action} {object}", entry.policy);
                         // Without the object the scope can only look wider.
-                        assert!(!ours || scope_fits(shared, entry, &principal, action, kind, None));
+                        assert!(!ours || fits(entry, &principal, action, None, &object));
                         compared += 1;
                     }
                 }

@@ -9,7 +9,9 @@
 
 mod body;
 mod decide;
+mod engine;
 mod explain;
+mod judge;
 mod load;
 mod map;
 mod object;
@@ -22,6 +24,7 @@ mod render;
 mod request;
 mod routes;
 mod schema;
+mod shadow;
 mod template;
 mod verdict;
 mod version;
@@ -40,5 +43,6 @@ pub use record::{
 };
 pub use render::{Style, render, render_with};
 pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};
+pub use shadow::{ShadowCounts, shadow_counts};
 pub use verdict::{Caller, Denial, Occasion, Permit, Principal, Verdict, refuse_connection};
 pub use version::PolicyVersion;

@@ -10,12 +10,14 @@ use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Val
 use identity::{SpiffeId, TrustDomain};
 
 use crate::decide::{PolicyEntry, ServicePolicy, Shared};
+use crate::engine::Engine;
 use crate::explain::Scope;
-use crate::map;
-use crate::problem::{Problem, Problems, line_and_column};
+use crate::map::{self, Map};
+use crate::problem::{Problem, Problems};
 use crate::record::Rule;
 use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
+use crate::shadow::Shadow;
 use crate::version::PolicyVersion;
 
 const MESH_SCHEMA: &str = "mesh.cedarschema";
@@ -256,20 +258,33 @@ fn load_service(
     let map = map::parse(&files.map.path, &files.map.text, &schema, problems);
     let loaded = load_policies(files, &schema, trust_domain, problems);
     let (map, (set, entries)) = (map?, loaded?);
-    let by_id = entries.iter().enumerate().map(|(index, entry)| (entry.policy.id().clone(), index)).collect();
     let namespace = schema.namespace.clone();
-    let shared = Shared {
-        name: files.name.clone(),
+    let mode = map.mode;
+    let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
+    Some((namespace, ServicePolicy::new(shared, mode)))
+}
+
+fn assemble(
+    name: &str,
+    trust_domain: &TrustDomain,
+    version: &PolicyVersion,
+    schema: ServiceSchema,
+    map: Map,
+    (set, entries): (PolicySet, Vec<PolicyEntry>),
+) -> Shared {
+    Shared {
+        name: name.to_owned(),
         trust_domain: trust_domain.clone(),
-        schema,
-        routes: RouteTable::new(&files.name, version, map.routes),
+        routes: RouteTable::new(name, version, map.routes),
         mapping: map.mapping,
+        by_id: entries.iter().enumerate().map(|(index, entry)| (entry.policy.id().clone(), index)).collect(),
+        engine: Engine::new(&schema, &entries),
+        shadow: Shadow::new(entries.len()),
+        schema,
         set,
         entries,
-        by_id,
         version: version.clone(),
-    };
-    Some((namespace, ServicePolicy::new(shared, map.mode)))
+    }
 }
 
 fn load_policies(
@@ -281,14 +296,17 @@ fn load_policies(
     let before = problems.0.len();
     let mut set = PolicySet::new();
     let mut entries: Vec<PolicyEntry> = Vec::new();
+    let mut taken: HashMap<Arc<str>, usize> = HashMap::new();
     for file in &files.policies {
         for entry in parse_policies(file, trust_domain, problems) {
-            if let Some(other) = entries.iter().find(|other| other.id == entry.id) {
+            let other = taken.get(&entry.id).and_then(|other| entries.get(*other));
+            if let Some(other) = other {
                 let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
                 problems.push(at_policy(file, &entry.policy, message));
             } else if let Err(error) = set.add(entry.policy.clone()) {
                 problems.push(at_policy(file, &entry.policy, error.to_string()));
             }
+            taken.entry(Arc::clone(&entry.id)).or_insert(entries.len());
             entries.push(entry);
         }
     }
@@ -333,6 +351,8 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
     let mut policies: Vec<_> = set.policies().collect();
     policies.sort_by_key(|policy| policy.as_ref().loc().map_or(0, |loc| loc.start()));
     let mut entries = Vec::new();
+    // The policies are in the order of the text, so that it is read once for the line of each.
+    let (mut read, mut line) = (0, 1);
     for policy in policies {
         let Some(id) = policy.annotation("id").filter(|id| is_policy_id(id)) else {
             problems.push(
@@ -346,7 +366,9 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
             continue;
         };
         check_principals(file, policy, trust_domain, problems);
-        let (line, _) = line_and_column(&file.text, policy.as_ref().loc().map_or(0, |loc| loc.start()));
+        let start = policy.as_ref().loc().map_or(0, |loc| loc.start());
+        line += file.text.get(read..start).unwrap_or_default().matches('\n').count();
+        read = start.max(read);
         let (id, file): (Arc<str>, Arc<str>) = (id.into(), Arc::clone(&name));
         entries.push(PolicyEntry {
             policy: policy.new_id(PolicyId::new(&id)),

@@ -3,9 +3,12 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use cedar_policy::{AuthorizationError, Authorizer, Decision, Entities, Entity, EntityUid, Request};
+use cedar_policy::{
+    AuthorizationError, Authorizer, Decision, Entities, Entity, EntityUid, PolicySet, Request,
+};
 
 use crate::decide::Shared;
+use crate::engine::Ruling;
 use crate::object::{AttributeValue, ObjectRef};
 use crate::record::cut;
 use crate::schema::{self, ObjectType};
@@ -17,11 +20,31 @@ pub(crate) struct Question {
     pub(crate) entities: Entities,
 }
 
-/// What Cedar answered; policies by their place in the order of the files.
+/// Which policies Cedar is asked about.
+pub(crate) enum Panel {
+    All,
+    /// By their place in the order of the files, in that order. A policy whose scope does not fit neither decides
+    /// nor fails, so those whose scope fits answer for all.
+    Some(Vec<usize>),
+}
+
+/// What Cedar answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Answer {
-    Permitted(usize),
-    Denied { rule: Option<usize>, reason: String },
+pub(crate) struct Answer {
+    pub(crate) ruling: Ruling,
+    /// What it says of a failure.
+    failure: Option<String>,
+}
+
+impl Answer {
+    /// For the operator.
+    pub(crate) fn reason(&self) -> String {
+        match (&self.failure, self.ruling) {
+            (Some(failure), _) => cut(&format!("evaluating a policy failed: {failure}")),
+            (None, Ruling::Forbidden(_)) => "a policy forbids it".into(),
+            (None, _) => "no policy permits it".into(),
+        }
+    }
 }
 
 impl Shared {
@@ -59,24 +82,34 @@ impl Shared {
         Ok(Question { request, entities })
     }
 
-    pub(crate) fn ask(&self, question: &Question) -> Answer {
-        let response = Authorizer::new().is_authorized(&question.request, &self.set, &question.entities);
+    pub(crate) fn ask(&self, question: &Question, panel: &Panel) -> Answer {
+        let Question { request, entities } = question;
+        let response = match panel {
+            Panel::All => Authorizer::new().is_authorized(request, &self.set, entities),
+            Panel::Some(entries) => {
+                let policies = entries.iter().filter_map(|entry| self.entries.get(*entry));
+                match PolicySet::from_policies(policies.map(|entry| entry.policy.clone())) {
+                    Ok(set) => Authorizer::new().is_authorized(request, &set, entities),
+                    Err(_) => Authorizer::new().is_authorized(request, &self.set, entities),
+                }
+            }
+        };
         let diagnostics = response.diagnostics();
+        let place = |id| self.by_id.get(id).copied();
         // Cedar skips a policy whose evaluation fails. Skipping a forbid would allow, so any failure denies.
-        // The set keeps the order of the files, so of several failures the first in them is named.
+        // A set keeps its order, so of several failures the first in the files is named.
         if let Some(error) = diagnostics.errors().next() {
             let AuthorizationError::PolicyEvaluationError(failed) = error;
-            let rule = self.by_id.get(failed.policy_id()).copied();
-            return Answer::Denied { rule, reason: cut(&format!("evaluating a policy failed: {error}")) };
+            let ruling = Ruling::Failed(place(failed.policy_id()).unwrap_or(usize::MAX));
+            return Answer { ruling, failure: Some(error.to_string()) };
         }
         // Several may agree: the first in the files is named.
-        let first = diagnostics.reason().filter_map(|id| self.by_id.get(id)).min().copied();
-        match (response.decision(), first) {
-            (Decision::Allow, Some(rule)) => Answer::Permitted(rule),
-            (Decision::Deny, Some(rule)) => {
-                Answer::Denied { rule: Some(rule), reason: "a policy forbids it".into() }
-            }
-            (_, None) => Answer::Denied { rule: None, reason: "no policy permits it".into() },
-        }
+        let first = diagnostics.reason().filter_map(place).min();
+        let ruling = match (response.decision(), first) {
+            (Decision::Allow, Some(entry)) => Ruling::Permitted(entry),
+            (Decision::Deny, Some(entry)) => Ruling::Forbidden(entry),
+            (_, None) => Ruling::Unpermitted,
+        };
+        Answer { ruling, failure: None }
     }
 }

@@ -62,6 +62,11 @@ pub(crate) struct PrincipalTypes {
 }
 
 impl ServiceSchema {
+    /// Whether an action is a group or stands within it.
+    pub(crate) fn is_within(&self, action: &EntityUid, group: &EntityUid) -> bool {
+        action == group || self.action_entities.is_ancestor_of(group, action)
+    }
+
     /// The full name of an object type as written in a map: `Account` means the service's own.
     pub(crate) fn full_kind(&self, written: &str) -> String {
         if written.contains("::") { written.to_owned() } else { format!("{}::{written}", self.namespace) }
@@ -219,7 +224,7 @@ fn check_action(
     }
 }
 
-fn sample_user() -> RestrictedExpression {
+pub(crate) fn sample_user() -> RestrictedExpression {
     let user = identity::txn::User {
         id: "alice".into(),
         issuer: "https://idp.example".into(),

@@ -35,6 +35,21 @@ pub(crate) fn load(changes: &[(&str, Option<&str>)]) -> (Result<Arc<Policies>, P
     (loaded, dir)
 }
 
+/// A service with policies as they are, not validated, so that their evaluation can fail.
+pub(crate) fn unvalidated(schema: &str, policies: &str) -> Shared {
+    let (path, trust_domain) = (Path::new("shop"), TrustDomain::new("bank.example").unwrap());
+    let mut problems = Problems::default();
+    let mesh = SchemaFile::parse(path, MESH, &mut problems).unwrap();
+    let own = SchemaFile::parse(path, schema, &mut problems).unwrap();
+    let schema = schema::link(&mesh, &own, &trust_domain).unwrap();
+    let file = TextFile { path: path.into(), name: "shop.cedar".into(), text: policies.into() };
+    let entries = parse_policies(&file, &trust_domain, &mut problems);
+    assert_eq!(entries.len(), policies.matches("@id(").count(), "{problems}\n{policies}");
+    let set = PolicySet::from_policies(entries.iter().map(|entry| entry.policy.clone())).unwrap();
+    let version = PolicyVersion::of([("", policies)]);
+    assemble("shop", &trust_domain, &version, schema, Map::default(), (set, entries))
+}
+
 /// The problems as text, file names below the directory.
 fn problems(changes: &[(&str, Option<&str>)]) -> String {
     let (loaded, dir) = load(changes);

@@ -1,0 +1,255 @@
+//! The decision about a question: by the engine where it can, by Cedar where it cannot or where it denies, by both
+//! now and then.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::decide::{ServicePolicy, TRUST_DOMAIN};
+use crate::engine::expr::{Scalar, Value};
+use crate::engine::{Ruling, Values};
+use crate::explain;
+use crate::map::{Claim, Source};
+use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
+use crate::oracle::Panel;
+use crate::plan::Told;
+use crate::record::{Outcome, RecordedObject, Rule, cut};
+use crate::request::Mapped;
+use crate::schema::{Action, AttributeSpec, ObjectType};
+use crate::shadow;
+use crate::verdict::{Caller, Occasion, Permit, Understood, Verdict};
+
+/// The engine and Cedar differ: a defect of Palisade's, which nobody gets through on.
+pub(crate) const DISAGREEMENT: &str = "policy.disagreement";
+
+/// A question in full: what [`ServicePolicy::decide`] and [`ServicePolicy::decide_object`] were asked.
+pub(crate) struct Asked<'a> {
+    pub(crate) caller: &'a Caller,
+    pub(crate) action: &'a str,
+    pub(crate) objects: &'a [ObjectRef],
+    pub(crate) attributes: &'a Attributes,
+    pub(crate) mapped: Option<&'a Mapped>,
+}
+
+impl<'a> Asked<'a> {
+    pub(crate) fn understood(&self, objects: Vec<RecordedObject>) -> Understood<'_> {
+        Understood { route: self.mapped.map(Mapped::route), action: self.action, objects }
+    }
+
+    /// The attributes of an object in the order of its type, borrowed. `None` if one is not as the type wants
+    /// it: what is wrong is for [`gather`] to say.
+    fn values(&self, object: &ObjectRef, kind: &ObjectType) -> Option<Values<'a>> {
+        let told = self.attributes.of(object);
+        let plan = self.mapped.map(|mapped| (mapped, mapped.route.plan.attributes.as_slice()));
+        let mut values = Values::new();
+        for (place, (name, spec)) in kind.attributes.iter().enumerate() {
+            let (mapped, source) = match plan {
+                Some((mapped, sources)) => (Some(mapped), *sources.get(place)?),
+                None => (None, Told::App),
+            };
+            let value = match source {
+                Told::App => told.and_then(|told| told.get(name)).map(|value| admitted(*spec, value)),
+                Told::Request(place) => {
+                    mapped.and_then(|mapped| mapped.value(place)).map(|value| read(*spec, value))
+                }
+                Told::User(claim) => self.caller.user.as_deref().map(|user| {
+                    let claim = match claim {
+                        Claim::Subject => &user.id,
+                        Claim::Issuer => &user.issuer,
+                        Claim::Client => &user.client,
+                    };
+                    (spec.kind == AttributeType::Text).then_some(Value::Scalar(Scalar::Text(claim)))
+                }),
+                Told::Nobody => None,
+            };
+            match value {
+                Some(value) => values.push(Some(value?)),
+                None if spec.required => return None,
+                None => values.push(None),
+            }
+        }
+        Some(values)
+    }
+
+    /// One attribute of one object, from where the route takes it.
+    fn known(&self, object: &ObjectRef, name: &str) -> Option<AttributeValue> {
+        let Some(mapped) = self.mapped else { return self.attributes.get(object, name).cloned() };
+        match mapped.route.attributes.get(name)? {
+            (Source::Entities | Source::Response(_), _) => self.attributes.get(object, name).cloned(),
+            (source, kind) => mapped.known_attribute(source, *kind, self.caller.user.as_deref()),
+        }
+    }
+
+    /// The attributes that the type declares, for the record, and what is wrong with them.
+    pub(crate) fn gather(
+        &self,
+        object: &ObjectRef,
+        kind: &ObjectType,
+    ) -> (BTreeMap<String, AttributeValue>, Option<String>) {
+        let (mut attributes, mut flaw) = (BTreeMap::new(), None);
+        for (name, spec) in &kind.attributes {
+            match self.known(object, name) {
+                Some(value) if spec.kind.admits(&value) => drop(attributes.insert(name.clone(), value)),
+                Some(_) => {
+                    flaw = Some(format!("the attribute `{name}` of {object} is not a {}", spec.kind));
+                }
+                None if spec.required => {
+                    flaw = Some(format!("the attribute `{name}` of {object} is not known"));
+                }
+                None => {}
+            }
+        }
+        (attributes, flaw)
+    }
+}
+
+fn admitted(spec: AttributeSpec, value: &AttributeValue) -> Option<Value<'_>> {
+    spec.kind.admits(value).then(|| Value::of(value))
+}
+
+/// A value of the request: a path's integer is text and number.
+fn read(spec: AttributeSpec, value: &AttributeValue) -> Option<Value<'_>> {
+    match (spec.kind, value) {
+        (AttributeType::Long, AttributeValue::Text(text)) => {
+            text.parse().ok().map(|number| Value::Scalar(Scalar::Long(number)))
+        }
+        _ => admitted(spec, value),
+    }
+}
+
+impl ServicePolicy {
+    pub(crate) fn judge(&self, asked: &Asked<'_>, occasion: &Occasion<'_>) -> Verdict {
+        let Some(entry) = self.permits(asked, occasion.now) else {
+            return self.weigh(asked, occasion, false);
+        };
+        if self.shared().shadow.is_due(occasion.now) {
+            return self.weigh(asked, occasion, true);
+        }
+        Verdict::Permit(Permit::granted(self, entry, occasion.receipt))
+    }
+
+    /// The policy that permits the first object, if the engine can say that every object is permitted. Allocates
+    /// nothing.
+    fn permits(&self, asked: &Asked<'_>, now: Duration) -> Option<usize> {
+        self.check_trust_domain(asked.caller).ok()?;
+        let action = self.shared().schema.actions.get(asked.action)?;
+        let mut permitted_by = None;
+        for object in asked.objects {
+            let kind = self.shared().schema.types.get(object.kind())?;
+            match self.rule_swiftly(asked, action, object, kind, now)? {
+                Ruling::Permitted(entry) => permitted_by = permitted_by.or(Some(entry)),
+                Ruling::Forbidden(_) | Ruling::Failed(_) | Ruling::Unpermitted => return None,
+            }
+        }
+        permitted_by
+    }
+
+    pub(crate) fn rule_swiftly(
+        &self,
+        asked: &Asked<'_>,
+        action: &Action,
+        object: &ObjectRef,
+        kind: &ObjectType,
+        now: Duration,
+    ) -> Option<Ruling> {
+        let values = asked.values(object, kind)?;
+        let now = i64::try_from(now.as_secs()).ok()?;
+        self.shared().engine.rule(asked.caller, action, object, kind, &values, now)
+    }
+
+    /// The decision with everything that is to be said about it. What the engine says is held against Cedar's
+    /// answer: over the policies whose scope fits, or over all of them.
+    fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, over_all: bool) -> Verdict {
+        let (shared, caller) = (self.shared(), asked.caller);
+        let mut recorded: Vec<RecordedObject> = asked.objects.iter().map(bare_object).collect();
+        let builtin = |rule: &'static str, reason: String, objects| {
+            let rule = Rule::Builtin(rule.into());
+            Verdict::Deny(self.denial(Some(caller), occasion, asked.understood(objects), rule, reason))
+        };
+        if let Err(reason) = self.check_trust_domain(caller) {
+            return builtin(TRUST_DOMAIN, reason, recorded);
+        }
+        let Some(action) = shared.schema.actions.get(asked.action) else {
+            let reason = format!("the schema has no action `{}`", cut(asked.action));
+            return builtin("request.unknown", reason, recorded);
+        };
+        let mut permitted_by = None;
+        for (object, seen) in asked.objects.iter().zip(0..) {
+            let Some(kind) = shared.schema.types.get(object.kind()) else {
+                let reason = format!("the schema has no type `{}`", object.kind());
+                return builtin("request.unknown", reason, recorded);
+            };
+            let (attributes, missing) = asked.gather(object, kind);
+            let mut entry = RecordedObject { attributes, ..bare_object(object) };
+            if let Some(flaw) = missing {
+                replace(&mut recorded, seen, entry);
+                return builtin("attributes.missing", flaw, recorded);
+            }
+            let question =
+                shared.question(caller, &action.uid, object, kind, &entry.attributes, occasion.now);
+            let question = match question {
+                Ok(question) => question,
+                Err(flaw) => {
+                    replace(&mut recorded, seen, entry);
+                    return builtin("request.invalid", flaw, recorded);
+                }
+            };
+            let subject = shared.engine.subject(caller, action, kind, Some(object));
+            let panel = if over_all { Panel::All } else { Panel::Some(shared.engine.candidates(subject)) };
+            let answer = shared.ask(&question, &panel);
+            if let Some(swift) = self.rule_swiftly(asked, action, object, kind, occasion.now) {
+                shadow::compared(swift == answer.ruling);
+                if swift != answer.ruling {
+                    tracing::error!(
+                        receipt = %occasion.receipt, service = self.name(), action = asked.action, %object,
+                        engine = ?swift, cedar = ?answer.ruling, version = %self.version(),
+                        "denied: the policy engine and Cedar differ",
+                    );
+                    replace(&mut recorded, seen, entry);
+                    let reason = "the policy engine and Cedar differ about this request".to_owned();
+                    return builtin(DISAGREEMENT, reason, recorded);
+                }
+            }
+            if let Ruling::Permitted(rule) = answer.ruling {
+                entry.outcome = Some(Outcome::Permit);
+                replace(&mut recorded, seen, entry);
+                permitted_by = permitted_by.or(Some(rule));
+                continue;
+            }
+            entry.outcome = Some(Outcome::Deny);
+            replace(&mut recorded, seen, entry);
+            let rule = self.rule_of(answer.ruling).clone();
+            let mut denial =
+                self.denial(Some(caller), occasion, asked.understood(recorded), rule, answer.reason());
+            let mut explanation = explain::question(shared, &question, kind, subject);
+            explanation.object = (asked.objects.len() > 1).then(|| object.to_string());
+            denial.0.explanation = Some(explanation);
+            return Verdict::Deny(denial);
+        }
+        match permitted_by {
+            Some(entry) => Verdict::Permit(Permit::granted(self, entry, occasion.receipt)),
+            None => builtin(
+                "request.no_object",
+                "the request names no object (is its body unread?)".into(),
+                recorded,
+            ),
+        }
+    }
+
+    fn rule_of(&self, ruling: Ruling) -> &Rule {
+        match ruling {
+            Ruling::Permitted(entry) | Ruling::Forbidden(entry) | Ruling::Failed(entry) => self.rule(entry),
+            Ruling::Unpermitted => self.rule(usize::MAX),
+        }
+    }
+}
+
+/// An object of which nothing is known yet, for the record.
+pub(crate) fn bare_object(object: &ObjectRef) -> RecordedObject {
+    RecordedObject { object: cut(&object.to_string()), attributes: BTreeMap::new(), outcome: None }
+}
+
+fn replace(recorded: &mut [RecordedObject], index: usize, entry: RecordedObject) {
+    if let Some(slot) = recorded.get_mut(index) {
+        *slot = entry;
+    }
+}
