@@ -24,6 +24,10 @@ use clap::{Parser, Subcommand};
 use crate::failure::{Exit, Failure};
 use crate::printer::Printer;
 
+/// A proxy makes and frees a few dozen small things a request.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Zero-trust service mesh: identity, mTLS and policy beside every service.
 #[derive(Debug, Parser)]
 #[command(name = "palisade", version, max_term_width = 100)]

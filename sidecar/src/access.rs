@@ -66,6 +66,27 @@ pub struct Finished<'a> {
     pub note: &'a dyn fmt::Display,
 }
 
+impl Default for Finished<'_> {
+    fn default() -> Self {
+        Self {
+            direction: Direction::Inbound,
+            peer: "",
+            user: "",
+            method: &Method::GET,
+            path: "",
+            route: "",
+            action: "",
+            objects: &"",
+            verdict: "",
+            rule: &"",
+            receipt: "",
+            status: StatusCode::OK,
+            took: Duration::ZERO,
+            note: &"",
+        }
+    }
+}
+
 /// Where lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessTarget {
@@ -75,6 +96,16 @@ pub enum AccessTarget {
     Stderr,
     /// Appended to a file, which [`AccessLog::reopen`] opens again after it was moved away.
     File(PathBuf),
+}
+
+impl fmt::Display for AccessTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdout => f.write_str("standard output"),
+            Self::Stderr => f.write_str("standard error"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
 }
 
 /// The log of one process. Dropping the last handle writes what is left.

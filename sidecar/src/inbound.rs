@@ -5,6 +5,7 @@
 //! [`Inbound::forward`], which takes a [`Permit`], and the lookups that gather an object's attributes for
 //! the decision, whose answers go nowhere without one.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ use policy::{
 
 use tokio_rustls::server::TlsStream;
 
+use crate::access::{AccessLog, Finished};
 use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
 use crate::entities::Unanswered;
@@ -55,7 +57,7 @@ pub struct Inbound {
     pub(crate) clock: SharedClock,
     pub(crate) random: SharedRandom,
     pub(crate) spans: Arc<Spans>,
-    pub(crate) access_log: bool,
+    pub(crate) access_log: Option<Arc<AccessLog>>,
     pub(crate) tcp: Arc<TcpInbound>,
 }
 
@@ -131,13 +133,23 @@ impl Handler for Inbound {
         let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
         let route = ended.route.as_str();
         self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
-        if self.access_log {
-            tracing::info!(
-                target: "access", direction = "inbound", peer, user = ended.user, %method, path = target.path(),
-                action = ended.action, objects = ended.objects, verdict = ended.verdict, rule = ended.rule,
-                receipt = %understood.occasion.receipt, status = status.as_u16(),
-                took_us = took.as_micros() as u64, note = ended.note,
-            );
+        if let Some(log) = &self.access_log {
+            log.write(&Finished {
+                direction: Direction::Inbound,
+                peer,
+                user: &ended.user,
+                method: &method,
+                path: target.path(),
+                route,
+                action: &ended.action,
+                objects: &ended.objects,
+                verdict: ended.verdict,
+                rule: &ended.rule,
+                receipt: understood.occasion.receipt.as_str(),
+                status,
+                took,
+                note: ended.note.as_ref().map_or(&"" as &dyn Display, |note| note),
+            });
         }
         ended.response
     }

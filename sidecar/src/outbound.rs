@@ -1,5 +1,6 @@
 //! The outbound half: one loopback listener for each service that the app calls.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use identity::txn::{self, Chain, RequestBinding};
 use identity::{IdentitySource, SpiffeId};
 use thiserror::Error;
 
+use crate::access::{AccessLog, Finished};
 use crate::app::Relay;
 use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
@@ -26,7 +28,7 @@ pub struct Outbound {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
     pub(crate) spans: Arc<Spans>,
-    pub(crate) access_log: bool,
+    pub(crate) access_log: Option<Arc<AccessLog>>,
 }
 
 /// Why a call of the app went no further than its own sidecar.
@@ -61,7 +63,7 @@ impl CallError {
 impl Handler for Outbound {
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
-        let (method, target) = (request.method().clone(), request.uri().path().to_owned());
+        let (method, target) = (request.method().clone(), request.uri().clone());
         let outcome = self.call(connection.remote, request).await;
         let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
         let took = self.clock.now().saturating_sub(started);
@@ -72,12 +74,19 @@ impl Handler for Outbound {
             status,
             took,
         });
-        if self.access_log {
-            let error = outcome.as_ref().err().map(tracing::field::display);
-            tracing::info!(
-                target: "access", direction = "outbound", peer = %self.upstream.id(), %method, path = target,
-                status = status.as_u16(), took_us = took.as_micros() as u64, error,
-            );
+        if let Some(log) = &self.access_log {
+            let error = outcome.as_ref().err();
+            log.write(&Finished {
+                direction: Direction::Outbound,
+                peer: self.upstream.id().as_str(),
+                method: &method,
+                path: target.path(),
+                verdict: if error.is_some() { "error" } else { "" },
+                status,
+                took,
+                note: error.map_or(&"" as &dyn Display, |error| error),
+                ..Finished::default()
+            });
         }
         outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
     }

@@ -13,6 +13,7 @@ use identity::{IdentitySource, Scope, SpiffeId};
 use policy::{Recorder, ServicePolicy};
 use thiserror::Error;
 
+use crate::access::AccessLog;
 use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
 use crate::correlate::Correlator;
@@ -39,8 +40,8 @@ pub struct SidecarConfig {
     pub calls: Vec<Call>,
     /// `/ready`, `/live`, `/metrics`.
     pub admin: Option<TcpListener>,
-    /// Whether each request gets a line in the log.
-    pub access_log: bool,
+    /// Where each request gets a line, if anywhere.
+    pub access_log: Option<Arc<AccessLog>>,
 }
 
 /// The app, and who may come to it.
@@ -152,7 +153,7 @@ impl Sidecar {
                 clock: clock.clone(),
                 random: Arc::clone(&random),
                 spans: Arc::clone(&spans),
-                access_log: config.access_log,
+                access_log: config.access_log.clone(),
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
@@ -171,7 +172,7 @@ impl Sidecar {
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
                 spans: Arc::clone(&spans),
-                access_log: config.access_log,
+                access_log: config.access_log.clone(),
             };
             let listener = tokio_listener(call.listener)?;
             server::serve(

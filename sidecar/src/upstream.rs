@@ -319,7 +319,7 @@ impl Upstream {
                     Err(error) => return Err(self.unanswered(&error)),
                 },
                 Link::Http2 { sender, in_flight } => {
-                    match self.send_http2(sender, &in_flight, head, body).await? {
+                    match Box::pin(self.send_http2(sender, &in_flight, head, body)).await? {
                         Sent::Answered(response) => return Ok(response),
                         Sent::NotSent(unsent) => body = unsent,
                     }
@@ -404,7 +404,9 @@ impl Upstream {
             return Ok(link);
         }
         let permit = breaker.take(Resource::Connection).map_err(Unlinked::Overload)?;
-        let link = self.dial(endpoint.address).await.map_err(Unlinked::Dial)?;
+        // Boxed, as all that happens seldom: a handshake's future is thousands of bytes, and what holds a
+        // request's future is moved about with it.
+        let link = Box::pin(self.dial(endpoint.address)).await.map_err(Unlinked::Dial)?;
         pool.lock().push(Pooled { link: link.clone(), generation, _permit: permit });
         Ok(link)
     }

@@ -210,7 +210,7 @@ impl World {
             }),
             calls: Vec::new(),
             admin: Some(admin),
-            access_log: true,
+            access_log: None,
         };
         let source = authority.source("/service/accounts");
         Sidecar::start(config, source, records.clone(), clock.clone(), random(), &scope).unwrap();
@@ -814,7 +814,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             },
         }],
         admin: Some(admin),
-        access_log: true,
+        access_log: None,
     };
     let source = world.authority.source("/service/web");
     let recorder = world.records.clone();

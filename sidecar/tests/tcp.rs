@@ -139,7 +139,7 @@ impl Db {
             stats: TcpStats::default(),
             clock: clock.clone(),
             random: identity::random::system(),
-            access_log: true,
+            access_log: None,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -559,7 +559,7 @@ async fn an_app_that_is_down_is_told_apart_and_the_connection_is_reset() {
         stats: TcpStats::default(),
         clock: db.clock.clone(),
         random: identity::random::system(),
-        access_log: true,
+        access_log: None,
     });
     drop(gone);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -5,7 +5,9 @@ mod alone;
 use std::sync::Arc;
 
 use identity::Scope;
+use identity::clock::SharedClock;
 use policy::ServicePolicy;
+use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::app::AppProtocol;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
@@ -49,10 +51,27 @@ fn of_mesh(service_name: &str, global: &Global) -> Result<Exit, Failure> {
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
+        let target = workload.mesh.telemetry.access_log.then_some(AccessTarget::Stderr);
+        let access_log = access_log(target.as_ref(), &clock, &scope)?;
+        let config = SidecarConfig { access_log, ..config };
         let sidecar = Sidecar::start(config, source, recorder, clock, random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
         let (mesh, service) = (workload.mesh.clone(), service_name.to_owned());
         on_hangup(&scope, move || replace_policy(&sidecar, workload::policy(&mesh, &service)))
+    })
+}
+
+/// The access log, if one is wanted.
+fn access_log(
+    target: Option<&AccessTarget>,
+    clock: &SharedClock,
+    scope: &Scope,
+) -> Result<Option<Arc<AccessLog>>, Failure> {
+    let Some(target) = target else { return Ok(None) };
+    AccessLog::open(target.clone(), Arc::clone(clock), scope).map(Some).map_err(|error| {
+        Failure::new(format!("the access log cannot be written to {target}"))
+            .because(&error)
+            .hint("set another file, stdout or off with [telemetry] access_log")
     })
 }
 
@@ -141,6 +160,6 @@ fn configure(
         }),
         calls,
         admin: Some(admin),
-        access_log: mesh.telemetry.access_log,
+        access_log: None,
     })
 }

@@ -9,10 +9,11 @@ use std::time::Duration;
 use identity::pem::IdentityFiles;
 use identity::{SpiffeId, TrustDomain};
 use policy::Problem;
+use sidecar::access::AccessTarget;
 use toml::Spanned;
 
 use super::file::{InboundSection, OutboundSection, SidecarFile, TelemetrySection};
-use super::{AccessLog, Inbound, Outbound, Standalone};
+use super::{Inbound, Outbound, Standalone};
 use crate::mesh::check::MAX_TIMEOUT;
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
@@ -153,13 +154,13 @@ impl Check<'_> {
         })
     }
 
-    fn access_log(&self, section: &TelemetrySection) -> AccessLog {
+    fn access_log(&self, section: &TelemetrySection) -> Option<AccessTarget> {
         match &section.access_log {
-            None => AccessLog::Stdout,
+            None => Some(AccessTarget::Stdout),
             Some(text) => match text.get_ref().as_str() {
-                "off" => AccessLog::Off,
-                "stdout" => AccessLog::Stdout,
-                _ => AccessLog::File(self.path(text)),
+                "off" => None,
+                "stdout" => Some(AccessTarget::Stdout),
+                _ => Some(AccessTarget::File(self.path(text))),
             },
         }
     }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use identity::SpiffeId;
 use identity::pem::IdentityFiles;
 use policy::Problem;
+use sidecar::access::AccessTarget;
 
 use crate::mesh::load;
 use crate::mesh::{AppProtocol, ServiceName};
@@ -30,7 +31,8 @@ pub(crate) struct Standalone {
     pub(crate) inbound: Option<Inbound>,
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
     pub(crate) admin: Option<SocketAddr>,
-    pub(crate) access_log: AccessLog,
+    /// None for no access log.
+    pub(crate) access_log: Option<AccessTarget>,
     pub(crate) log: String,
     pub(crate) drain_timeout: Duration,
     /// None for one a processor.
@@ -57,14 +59,6 @@ pub(crate) struct Outbound {
     /// INVARIANT: at least one.
     pub(crate) endpoints: Vec<SocketAddr>,
     pub(crate) request_timeout: Duration,
-}
-
-/// Where the line of a request goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum AccessLog {
-    Off,
-    Stdout,
-    File(PathBuf),
 }
 
 impl Standalone {

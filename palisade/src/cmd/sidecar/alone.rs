@@ -8,16 +8,15 @@ use identity::{SpiffeId, SystemClock, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
-use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
-use super::{on_hangup, protocol, replace_policy};
+use super::{access_log, on_hangup, protocol, replace_policy};
 use crate::Global;
 use crate::cmd::config;
 use crate::failure::{Exit, Failure};
 use crate::listen;
-use crate::logging::{self, Appended};
+use crate::logging;
 use crate::serve;
-use crate::standalone::{AccessLog, Inbound, Standalone};
+use crate::standalone::{Inbound, Standalone};
 use crate::workload::{no_policy, not_started};
 
 pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
@@ -27,8 +26,7 @@ pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
         return Err(Failure::usage("the sidecar of which service?").hint(hint));
     }
     let standalone = config::load_standalone(&global.config)?;
-    let access = access_log(&standalone.access_log)?;
-    start_log(global.log.as_deref().unwrap_or(&standalone.log), &standalone.access_log, access.as_ref())?;
+    logging::start(global.log.as_deref().unwrap_or(&standalone.log))?;
     let (clock, random) = (SystemClock::shared(), identity::random::system());
     let (drain_timeout, workers) = (standalone.drain_timeout, standalone.workers);
     serve::run_on(workers, "sidecar", drain_timeout, async |scope| {
@@ -40,14 +38,15 @@ pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
         let Some(identity) = source.current() else { return Err(Failure::new("there is no identity")) };
         let id = identity.svid.id().clone();
         let trust_domain = id.trust_domain().clone();
-        let config = configure(&standalone, id)?;
+        let access = access_log(standalone.access_log.as_ref(), &clock, &scope)?;
+        let config = SidecarConfig { access_log: access.clone(), ..configure(&standalone, id)? };
         let sidecar = Sidecar::start(config, source, Arc::new(NoRecorder), clock, random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
         tracing::info!(id = %identity.svid.id(), serves = %standalone, "sidecar started");
         on_hangup(&scope, move || {
             again.notify_one();
-            if let Some(Err(error)) = access.as_ref().map(Appended::reopen) {
-                tracing::error!(%error, "the access log cannot be opened anew; it goes on in the old file");
+            if let Some(access) = &access {
+                access.reopen();
             }
             if let Some(inbound) = &standalone.inbound {
                 replace_policy(&sidecar, policy(inbound, &trust_domain));
@@ -86,7 +85,7 @@ fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Fai
         None => None,
         Some(address) => Some(listen::tcp("the sidecar's admin port", "[admin] listen", address)?),
     };
-    Ok(SidecarConfig { id, inbound, calls, admin, access_log: standalone.access_log != AccessLog::Off })
+    Ok(SidecarConfig { id, inbound, calls, admin, access_log: None })
 }
 
 /// The policy as it is on disk now.
@@ -95,22 +94,4 @@ fn policy(inbound: &Inbound, trust_domain: &TrustDomain) -> Result<Arc<ServicePo
         .map_err(|problems| Failure::problems(&inbound.policies.display().to_string(), problems.0))?;
     let service = inbound.service.as_str();
     policies.service(service).ok_or_else(|| no_policy(&inbound.policies, service))
-}
-
-fn access_log(wanted: &AccessLog) -> Result<Option<Appended>, Failure> {
-    let AccessLog::File(path) = wanted else { return Ok(None) };
-    let opened = Appended::open(path).map_err(|error| {
-        Failure::new(format!("cannot write the access log {}", path.display()))
-            .because(&error)
-            .hint("set another file, stdout or off with [telemetry] access_log")
-    })?;
-    Ok(Some(opened))
-}
-
-fn start_log(filter: &str, wanted: &AccessLog, access: Option<&Appended>) -> Result<(), Failure> {
-    match (wanted, access) {
-        (AccessLog::Off, _) => logging::start(filter),
-        (_, Some(file)) => logging::start_apart(filter, BoxMakeWriter::new(file.clone())),
-        (_, None) => logging::start_apart(filter, BoxMakeWriter::new(std::io::stdout)),
-    }
 }
