@@ -17,13 +17,12 @@ use identity::clock::SharedClock;
 use thiserror::Error;
 
 use crate::headers;
+use crate::http1;
 use crate::server::ScopeExecutor;
 use crate::{Body, BoxError};
 
 /// The app is on this machine: if it does not accept within this, it is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Idle connections kept to the app.
-const MAX_IDLE_CONNECTIONS: usize = 64;
 /// Shorter than any server's keep-alive that we know of, so that we close first.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
@@ -40,9 +39,12 @@ pub enum AppProtocol {
 /// Why the app gave no answer.
 #[derive(Debug, Error)]
 pub enum AppError {
-    /// Not listening, or it broke the connection.
+    /// Not listening, or its answer over HTTP/1.1 is none.
     #[error("the app cannot be reached: {0}")]
-    Unreachable(#[source] hyper_util::client::legacy::Error),
+    Http1(#[source] http1::ClientError),
+    /// Not listening, or it broke the connection, over HTTP/2.
+    #[error("the app cannot be reached: {0}")]
+    H2c(#[source] hyper_util::client::legacy::Error),
     /// No answer in time.
     #[error("the app did not answer in time")]
     Timeout,
@@ -55,10 +57,11 @@ impl AppError {
     /// The status that the caller gets.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::Unreachable(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Unreachable(_) => StatusCode::BAD_GATEWAY,
+            Self::Http1(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::H2c(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Http1(http1::ClientError::Target) | Self::Target => StatusCode::BAD_REQUEST,
+            Self::Http1(_) | Self::H2c(_) => StatusCode::BAD_GATEWAY,
             Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::Target => StatusCode::BAD_REQUEST,
         }
     }
 }
@@ -66,11 +69,21 @@ impl AppError {
 /// A client to one app.
 #[derive(Debug)]
 pub struct App {
-    authority: Authority,
-    version: Version,
-    client: Client<HttpConnector, Body>,
+    transport: Transport,
     clock: SharedClock,
     response_timeout: Duration,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Http1(http1::Client),
+    H2c(Box<H2c>),
+}
+
+#[derive(Debug)]
+struct H2c {
+    authority: Authority,
+    client: Client<HttpConnector, Body>,
 }
 
 impl App {
@@ -82,39 +95,53 @@ impl App {
         clock: SharedClock,
         scope: &Scope,
     ) -> Result<Self, http::uri::InvalidUri> {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let client = Client::builder(ScopeExecutor(scope.clone()))
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
-            .http2_only(protocol == AppProtocol::H2c)
-            // Names of headers are forwarded as they were judged: lower case.
-            .http1_title_case_headers(false)
-            .build(connector);
-        let version = match protocol {
-            AppProtocol::Http1 => Version::HTTP_11,
-            AppProtocol::H2c => Version::HTTP_2,
+        let transport = match protocol {
+            AppProtocol::Http1 => Transport::Http1(http1::Client::new(address, scope)),
+            AppProtocol::H2c => {
+                let mut connector = HttpConnector::new();
+                connector.set_nodelay(true);
+                connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+                let client = Client::builder(ScopeExecutor(scope.clone()))
+                    .pool_timer(TokioTimer::new())
+                    .pool_idle_timeout(IDLE_TIMEOUT)
+                    .http2_only(true)
+                    .build(connector);
+                Transport::H2c(Box::new(H2c { authority: address.to_string().parse()?, client }))
+            }
         };
-        Ok(Self { authority: address.to_string().parse()?, version, client, clock, response_timeout })
+        Ok(Self { transport, clock, response_timeout })
     }
 
     /// Sends one request in origin form. `Host` stays what the caller asked for.
-    pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, AppError> {
-        let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(Scheme::HTTP);
-        uri.authority = Some(self.authority.clone());
-        uri.path_and_query = Some(request.uri().path_and_query().cloned().ok_or(AppError::Target)?);
-        *request.uri_mut() = Uri::from_parts(uri).map_err(|_| AppError::Target)?;
-        *request.version_mut() = self.version;
+    pub async fn send(&self, request: Request<Body>) -> Result<Response<Body>, AppError> {
         tokio::select! {
-            answer = self.client.request(request) => {
-                answer.map(|response| response.map(Body::from)).map_err(AppError::Unreachable)
-            }
+            biased;
+            answer = self.send_unbounded(request) => answer,
             () = self.clock.sleep(self.response_timeout) => Err(AppError::Timeout),
         }
     }
+
+    async fn send_unbounded(&self, request: Request<Body>) -> Result<Response<Body>, AppError> {
+        match &self.transport {
+            Transport::Http1(client) => client.send(request).await.map_err(AppError::Http1),
+            Transport::H2c(h2c) => {
+                let request = absolute(request, &h2c.authority)?;
+                let answer = Box::pin(h2c.client.request(request)).await;
+                answer.map(|response| response.map(Body::from)).map_err(AppError::H2c)
+            }
+        }
+    }
+}
+
+/// The request as hyper's client takes it, for HTTP/2.
+fn absolute(mut request: Request<Body>, authority: &Authority) -> Result<Request<Body>, AppError> {
+    let mut uri = http::uri::Parts::default();
+    uri.scheme = Some(Scheme::HTTP);
+    uri.authority = Some(authority.clone());
+    uri.path_and_query = Some(request.uri().path_and_query().cloned().ok_or(AppError::Target)?);
+    *request.uri_mut() = Uri::from_parts(uri).map_err(|_| AppError::Target)?;
+    *request.version_mut() = Version::HTTP_2;
+    Ok(request)
 }
 
 /// A body passed on frame by frame: bounded, its trailers cleaned, something kept alive meanwhile.

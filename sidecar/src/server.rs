@@ -26,7 +26,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::hbone::{HttpTunnels, Tunnel};
 use crate::tcp::ALPN_TCP;
-use crate::{Body, Buffered, mux};
+use crate::{Body, Buffered, http1, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -225,8 +225,7 @@ async fn connection(
         tracing::debug!(%error, "no TCP_NODELAY");
     }
     let Some(acceptor) = &listen.tls else {
-        let connection = Connection { peer: None, remote };
-        requests(TokioIo::new(stream), connection, None, listen, handler).await;
+        plain(stream, remote, listen, handler).await;
         return Ok(());
     };
     let handshake = async {
@@ -292,6 +291,21 @@ impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
             let connection = Connection { peer: Some(peer), remote };
             requests(TokioIo::new(stream), connection, None, &self.listen, &self.handler).await;
         })
+    }
+}
+
+/// Serves an app or a person on this machine: HTTP/1.1, or HTTP/2 by prior knowledge, as gRPC clients speak it.
+async fn plain(stream: TcpStream, remote: SocketAddr, listen: &Listen, handler: &Arc<impl Handler>) {
+    let connection = Arc::new(Connection { peer: None, remote });
+    let (reader, writer) = stream.into_split();
+    let answer = |request| Arc::clone(handler).handle(Arc::clone(&connection), request);
+    match http1::serve(reader, writer, &listen.limits, &listen.scope, answer).await {
+        http1::Ended::Closed => {}
+        http1::Ended::Http2(unread) => {
+            let connection = Connection { peer: None, remote };
+            Box::pin(requests(TokioIo::new(unread), connection, Some(true), listen, handler)).await;
+        }
+        ended => tracing::debug!(%remote, ?ended, "connection ended"),
     }
 }
 

@@ -136,7 +136,7 @@ impl Sidecar {
                 stats: metrics.tcp().clone(),
                 clock: clock.clone(),
                 random: Arc::clone(&random),
-                access_log: config.access_log,
+                access_log: config.access_log.is_some(),
             });
             let inbound = Inbound {
                 tcp,

@@ -139,7 +139,7 @@ impl Db {
             stats: TcpStats::default(),
             clock: clock.clone(),
             random: identity::random::system(),
-            access_log: None,
+            access_log: false,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -559,7 +559,7 @@ async fn an_app_that_is_down_is_told_apart_and_the_connection_is_reset() {
         stats: TcpStats::default(),
         clock: db.clock.clone(),
         random: identity::random::system(),
-        access_log: None,
+        access_log: false,
     });
     drop(gone);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -631,7 +631,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
         }),
         calls: Vec::new(),
         admin: None,
-        access_log: true,
+        access_log: None,
     };
     let source = db.authority.source("/service/db");
     let (recorder, random) =
