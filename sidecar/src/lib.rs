@@ -6,6 +6,7 @@
 //! | [`outbound`] | one loopback listener a called service: finds on whose behalf, calls on over mTLS |
 //! | [`upstream`] | the client half: pooled mTLS connections to exactly one SPIFFE ID |
 //! | [`app`] | the loopback connection to the app this sidecar stands before |
+//! | [`capture`] | connections that the kernel brought here: whom they were meant for, and where they go |
 //! | [`correlate`] | which transaction a call of the app belongs to |
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
@@ -25,6 +26,7 @@ mod answer;
 pub mod app;
 mod body;
 mod buffered;
+pub mod capture;
 pub mod correlate;
 pub mod detect;
 mod entities;

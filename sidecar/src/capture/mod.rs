@@ -1,0 +1,94 @@
+//! Connections that the kernel brought here although they were meant for somebody else.
+//!
+//! `palisade sidecar capture on` writes the rules; this is the side that accepts what they bring:
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`outbound`] | what the app dials, by REDIRECT: whom it meant is asked of the kernel |
+//! | [`inbound`] | what strangers dial, by TPROXY: the stranger's address and the app's stay as they were |
+//! | [`destinations`] | whom a destination belongs to: a service of the mesh, the world outside, nobody |
+//! | [`egress`] | which destinations outside the mesh may be dialled, and the dialling |
+//!
+//! Every refusal has a rule ([`Refused::rule`]); none is a reset without a reason.
+
+pub mod destinations;
+pub mod egress;
+pub mod inbound;
+pub mod outbound;
+mod socket;
+
+use std::net::SocketAddr;
+
+use thiserror::Error;
+use tokio::net::TcpStream;
+
+pub use destinations::{Destinations, Route};
+pub use egress::{Destination, Egress};
+pub use inbound::InboundListener;
+pub use outbound::OutboundListener;
+
+/// A connection, and both ends as its client sees them.
+#[derive(Debug)]
+pub struct Captured {
+    /// The connection.
+    pub stream: TcpStream,
+    /// Who dialled.
+    pub source: SocketAddr,
+    /// Whom it was meant for.
+    pub destination: SocketAddr,
+}
+
+/// Why nothing can be taken from a listener, or nothing is done with what was taken.
+#[derive(Debug, Error)]
+pub enum AcceptError {
+    /// The listener itself failed: out of descriptors, for instance. Wait a little and accept again.
+    #[error("cannot accept: {0}")]
+    Accept(#[source] std::io::Error),
+    /// This one connection is closed; accept the next.
+    #[error("a connection from {source_address} is refused: {refused}")]
+    Refused {
+        /// Who dialled.
+        source_address: SocketAddr,
+        /// Why it goes no further.
+        #[source]
+        refused: Refused,
+    },
+}
+
+/// Why a connection goes no further.
+#[derive(Debug, Error)]
+pub enum Refused {
+    /// Somebody dialled the listener itself, which serves only what the kernel brings.
+    #[error("it was dialled directly at {0}, not captured")]
+    Direct(SocketAddr),
+    /// What was meant is a listener of this sidecar: going on would come back here for ever.
+    #[error("it was meant for {0}, which is this sidecar's own listener")]
+    Loop(SocketAddr),
+    /// The kernel does not tell whom it was meant for: nothing redirected it, or it ended meanwhile.
+    #[error("the kernel does not say whom it was meant for: {0}")]
+    Unknown(#[source] std::io::Error),
+    /// No service of the mesh is there and the egress rules do not name it.
+    #[error("{0} is no service of the mesh and [egress] does not allow it")]
+    EgressDenied(SocketAddr),
+    /// An address of this very host, which may not be reached by way of the sidecar's rights.
+    #[error("{0} is on this host and no service of the mesh: the sidecar does not dial it for others")]
+    OwnHost(SocketAddr),
+}
+
+impl Refused {
+    /// The rule that refused it, as logs and metrics name it.
+    pub fn rule(&self) -> &'static str {
+        match self {
+            Self::Direct(_) => "capture.direct",
+            Self::Loop(_) => "capture.loop",
+            Self::Unknown(_) => "capture.unknown_destination",
+            Self::EgressDenied(_) => "egress.denied",
+            Self::OwnHost(_) => "egress.own_host",
+        }
+    }
+}
+
+/// An IPv4 address written as IPv6 is the IPv4 address: two spellings of one destination would be two keys.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
