@@ -108,7 +108,7 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
     match &cli.verb {
         Verb::Control => cmd::control::run(global),
         Verb::Agent => cmd::agent::run(global),
-        Verb::Sidecar(args) => cmd::sidecar::run(args, global),
+        Verb::Sidecar(args) => cmd::sidecar::run(args, global, printer),
         Verb::Gateway => cmd::gateway::run(global),
         Verb::Vault => cmd::vault::run(global),
         Verb::Idp => cmd::idp::run(global),

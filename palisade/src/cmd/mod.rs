@@ -2,6 +2,7 @@
 
 mod admin;
 pub(crate) mod agent;
+pub(crate) mod capture;
 pub(crate) mod config;
 mod console;
 pub(crate) mod control;

@@ -14,10 +14,12 @@ use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Global;
+use crate::cmd::capture;
 use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Callee, Mesh, Own, Service};
+use crate::printer::Printer;
 use crate::serve;
 use crate::workload::{self, Workload, not_started};
 
@@ -27,12 +29,25 @@ pub(crate) struct Args {
     /// runs alone: certificates from files, no control, no agent.
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
+    #[command(subcommand)]
+    beside: Option<Beside>,
 }
 
-pub(crate) fn run(args: &Args, global: &Global) -> Result<Exit, Failure> {
-    match &args.service {
-        Some(service) => of_mesh(service, global),
-        None => alone::run(global),
+/// What there is to do beside running it.
+#[derive(Debug, clap::Subcommand)]
+enum Beside {
+    /// Have the kernel bring connections here that were meant for others: on, off, show.
+    Capture(capture::Args),
+}
+
+pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
+    match (&args.beside, &args.service) {
+        (Some(Beside::Capture(_)), Some(_)) => {
+            Err(Failure::usage("capture is a host's, not one service's").hint("leave out --service"))
+        }
+        (Some(Beside::Capture(args)), None) => capture::run(args, printer),
+        (None, Some(service)) => of_mesh(service, global),
+        (None, None) => alone::run(global),
     }
 }
 
