@@ -175,6 +175,34 @@ pub fn serve(
     scope.spawn_critical(name, accept_loop(listener, listen, handler));
 }
 
+/// Serves connections that are accepted elsewhere as those of a listener are.
+pub(crate) struct Door<H> {
+    listen: Listen,
+    handler: Arc<H>,
+}
+
+impl<H: Handler> Door<H> {
+    /// As [`serve`], of which it lacks the listener and the bound on connections.
+    pub(crate) fn new(
+        tls: Option<Arc<ServerConfig>>,
+        limits: Limits,
+        scope: &Scope,
+        clock: SharedClock,
+        handler: Arc<H>,
+    ) -> Arc<Self> {
+        let tls = tls.map(TlsAcceptor::from);
+        let listen = Listen { tls, limits: Arc::new(limits), clock, scope: scope.clone() };
+        Arc::new(Self { listen, handler })
+    }
+
+    /// Serves one connection, which counts as one from `remote`, to its end.
+    pub(crate) async fn serve(&self, stream: TcpStream, remote: SocketAddr) {
+        if let Err(refused) = connection(stream, remote, &self.listen, &self.handler).await {
+            self.handler.refused(remote, &refused);
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Listen {
     tls: Option<TlsAcceptor>,

@@ -1,5 +1,6 @@
 //! One sidecar put together: its listeners, and what they share.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use thiserror::Error;
 use crate::access::AccessLog;
 use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
+use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
 use crate::correlate::Correlator;
 use crate::inbound::Inbound;
 use crate::live::Registry;
@@ -23,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::mux;
 use crate::outbound::Outbound;
 use crate::sample::Sampler;
-use crate::server::{self, Limits};
+use crate::server::{self, Door, Limits};
 use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound};
 use crate::trace::{SharedRandom, Spans};
@@ -38,6 +40,8 @@ pub struct SidecarConfig {
     pub inbound: Option<InboundConfig>,
     /// One loopback listener a called service.
     pub calls: Vec<Call>,
+    /// Connections that the kernel brings although they were meant for others.
+    pub capture: CaptureConfig,
     /// `/ready`, `/live`, `/metrics`.
     pub admin: Option<TcpListener>,
     /// Where each request gets a line, if anywhere.
@@ -89,6 +93,9 @@ pub enum SidecarError {
         /// Why.
         source: UpstreamError,
     },
+    /// Captured connections have nowhere to go.
+    #[error("captured connections cannot be served: {0}")]
+    Capture(String),
     /// The app's address is unusable.
     #[error("the app's address is unusable: {0}")]
     App(#[from] http::uri::InvalidUri),
@@ -158,9 +165,19 @@ impl Sidecar {
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
             let (listener, limits) = (tokio_listener(listener)?, Limits::default());
-            server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), Arc::new(inbound));
+            let inbound = Arc::new(inbound);
+            if let Some(captured) = config.capture.inbound {
+                let tls = Some(Arc::clone(&tls));
+                let door = Door::new(tls, limits.clone(), &front, clock.clone(), Arc::clone(&inbound));
+                let (metrics, clock) = (Arc::clone(&metrics), clock.clone());
+                capture::serve::serve_inbound(captured, app.port(), door, metrics, clock, &front);
+            }
+            server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), inbound);
+        } else if config.capture.inbound.is_some() {
+            return Err(SidecarError::Capture("there is no app here for what others dial".to_owned()));
         }
 
+        let mut doors = HashMap::new();
         for call in config.calls {
             let service = call.upstream.service.clone();
             let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), &calls)
@@ -174,16 +191,29 @@ impl Sidecar {
                 spans: Arc::clone(&spans),
                 access_log: config.access_log.clone(),
             };
-            let listener = tokio_listener(call.listener)?;
-            server::serve(
-                "outbound",
-                listener,
-                None,
-                Limits::default(),
-                &calls,
-                clock.clone(),
-                Arc::new(outbound),
-            );
+            let (listener, limits) = (tokio_listener(call.listener)?, Limits::default());
+            let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
+            let door = Door::new(None, limits.clone(), &calls, clock.clone(), Arc::clone(&outbound));
+            doors.insert(service, door);
+            server::serve("outbound", listener, None, limits, &calls, clock.clone(), outbound);
+        }
+        if let Some(CapturedCalls { listener, services, egress, names }) = config.capture.outbound {
+            let mut known = HashMap::new();
+            for (address, service) in services {
+                let door = doors.get(&service).ok_or_else(|| {
+                    SidecarError::Capture(format!("{address} is {service}, which the app does not call"))
+                })?;
+                if known.insert(address, Arc::clone(door)).is_some() {
+                    return Err(SidecarError::Capture(format!("{address} is the address of two services")));
+                }
+            }
+            let own = listener
+                .listeners()
+                .map(tokio::net::TcpListener::local_addr)
+                .collect::<io::Result<Vec<_>>>()?;
+            let destinations = Destinations::new(known, own, egress);
+            let (metrics, clock) = (Arc::clone(&metrics), clock.clone());
+            capture::serve::serve_outbound(listener, destinations, names, metrics, clock, &calls);
         }
 
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);

@@ -28,6 +28,7 @@ use identity::txn::{self, RequestBinding, User};
 use identity::{IdentitySource, Scope, SpiffeId, TrustDomain, X509Svid};
 use policy::{DecisionRecord, MemoryRecorder, Policies};
 use sidecar::app::AppProtocol;
+use sidecar::capture::CaptureConfig;
 use sidecar::upstream::{Upstream, UpstreamConfig};
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -209,6 +210,7 @@ impl World {
                 request_timeout: Duration::from_secs(10),
             }),
             calls: Vec::new(),
+            capture: CaptureConfig::default(),
             admin: Some(admin),
             access_log: None,
         };
@@ -813,6 +815,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
                 response_timeout: Duration::from_secs(10),
             },
         }],
+        capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
     };

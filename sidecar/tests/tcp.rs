@@ -22,6 +22,7 @@ use identity::tls::{ClientAuth, client_config, server_config, unnamed_server};
 use identity::{BundleSet, IdentitySource, Peer, Scope, SpiffeId, TrustDomain};
 use policy::{MemoryRecorder, Policies, ServicePolicy};
 use sidecar::app::AppProtocol;
+use sidecar::capture::CaptureConfig;
 use sidecar::live::Registry;
 use sidecar::tcp::frame::{OpenFrame, Session, SessionError, Status};
 use sidecar::tcp::inbound::TcpInboundConfig;
@@ -630,6 +631,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             request_timeout: Duration::from_secs(10),
         }),
         calls: Vec::new(),
+        capture: CaptureConfig::default(),
         admin: None,
         access_log: None,
     };

@@ -1,7 +1,9 @@
 //! `palisade sidecar`: the proxy beside one service, of a mesh or alone.
 
 mod alone;
+mod captured;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use identity::Scope;
@@ -9,6 +11,7 @@ use identity::clock::SharedClock;
 use policy::ServicePolicy;
 use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::app::AppProtocol;
+use sidecar::capture::CaptureConfig;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -68,7 +71,8 @@ fn of_mesh(service_name: &str, global: &Global) -> Result<Exit, Failure> {
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         let target = workload.mesh.telemetry.access_log.then_some(AccessTarget::Stderr);
         let access_log = access_log(target.as_ref(), &clock, &scope)?;
-        let config = SidecarConfig { access_log, ..config };
+        let capture = captured::listen(service.capture.as_ref(), addresses(service, &workload.mesh))?;
+        let config = SidecarConfig { access_log, capture, ..config };
         let sidecar = Sidecar::start(config, source, recorder, clock, random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
         let (mesh, service) = (workload.mesh.clone(), service_name.to_owned());
@@ -129,6 +133,19 @@ fn protocol(protocol: mesh::AppProtocol) -> AppProtocol {
     }
 }
 
+/// Where apps that know of no sidecar dial those whom `service` calls.
+fn addresses(service: &Service, mesh: &Mesh) -> impl Iterator<Item = (String, Vec<SocketAddr>)> {
+    service.calls.keys().map(|callee| {
+        let addresses = match callee {
+            Callee::Vault => mesh.vault.iter().map(|vault| vault.listen).collect(),
+            Callee::Service(name) => {
+                mesh.service.get(name).into_iter().flat_map(Service::dialled_at).collect()
+            }
+        };
+        (callee.to_string(), addresses)
+    })
+}
+
 fn configure(
     name: &str,
     service: &Service,
@@ -174,6 +191,7 @@ fn configure(
             request_timeout: service.request_timeout,
         }),
         calls,
+        capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
     })

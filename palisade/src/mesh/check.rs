@@ -1,6 +1,7 @@
 //! Mistakes of meaning, and the way from text to [`Mesh`]: addresses, identities, references.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -317,6 +318,12 @@ impl Check<'_> {
         {
             self.report(first, "there is no [vault] to read secrets from".into(), None);
         }
+        let capture = section.capture.as_ref().and_then(|capture| self.capture(capture));
+        let mut addresses: Vec<SocketAddr> =
+            section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
+        if let (true, Some(inbound), Some(app)) = (section.addresses.is_empty(), inbound, app) {
+            addresses.push(SocketAddr::new(inbound.ip(), app.port()));
+        }
         let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
         let request_timeout =
             self.duration(section.request_timeout.as_ref(), Duration::from_secs(30), timeouts.clone());
@@ -330,6 +337,8 @@ impl Check<'_> {
             admin: admin?,
             attest: attest?,
             calls,
+            capture,
+            addresses,
             secrets,
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             request_timeout: request_timeout?,

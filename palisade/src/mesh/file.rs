@@ -224,6 +224,14 @@ pub(crate) struct ServiceSection {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"vault": "127.0.0.1:5003"}))]
     pub(crate) calls: BTreeMap<Text, Text>,
+    /// What the kernel brings to the sidecar, for an app that knows of none.
+    #[schemars(with = "Option<CaptureSection>", example = serde_json::json!({"outbound_port": 15001, "inbound_port": 15006}))]
+    pub(crate) capture: Option<CaptureSection>,
+    /// Where apps dial this service that know of no sidecar, for their capture. Default: inbound's address
+    /// with the app's port.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.0.0.2:80"])]
+    pub(crate) addresses: Vec<Text>,
     /// The vault's secrets that this service reads, as mount-relative paths. This grants nothing: the
     /// vault's policy decides, and `palisade policy check` fails where it would withhold one.
     #[serde(default)]
@@ -273,6 +281,27 @@ pub(crate) struct AttestSection {
     /// The SHA-256 of its executable, 64 hex digits.
     #[schemars(with = "Option<String>")]
     pub(crate) sha256: Option<Text>,
+}
+
+/// Connections that the kernel brings to the sidecar although they were meant for others, by the rules of
+/// `palisade sidecar capture on`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CaptureSection {
+    /// The sidecar's loopback port for what the app dials: the rules' --outbound-port. What is no service
+    /// that the app calls is refused, unless egress allows it.
+    #[schemars(with = "Option<u16>", example = 15001)]
+    pub(crate) outbound_port: Option<Spanned<u16>>,
+    /// The sidecar's loopback port for what other hosts dial at the app's port: the rules' --inbound-port.
+    /// It is served as what comes to the mTLS port is.
+    #[schemars(with = "Option<u16>", example = 15006)]
+    pub(crate) inbound_port: Option<Spanned<u16>>,
+    /// What the app may dial outside the mesh. By address: 10.0.0.0/8:5432, [2001:db8::/32]:*,
+    /// tcp://10.0.0.7:5432. By the name that it says in its ClientHello or its requests, which is looked up
+    /// anew: tls://*.example.org:443, http://api.example.org. Default: nothing.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["tls://*.example.org"])]
+    pub(crate) egress: Vec<Text>,
 }
 
 /// What the protocols of app and sidecar are.

@@ -17,11 +17,14 @@ pub(crate) mod schema;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
 use serde::{Serialize, Serializer};
+use sidecar::capture::Destination;
+use sidecar::traffic::egress::Rule;
 use url::Url;
 
 pub(crate) use file::{AppProtocol, Mode};
@@ -129,12 +132,39 @@ pub(crate) struct Service {
     pub(crate) admin: SocketAddr,
     pub(crate) attest: Attest,
     pub(crate) calls: BTreeMap<Callee, SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) capture: Option<Capture>,
+    /// Where apps that know of no sidecar dial it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) secrets: Vec<String>,
     pub(crate) app_protocol: AppProtocol,
     #[serde(serialize_with = "humane")]
     pub(crate) request_timeout: Duration,
     #[serde(serialize_with = "humane")]
     pub(crate) drain_timeout: Duration,
+}
+
+impl Service {
+    /// Where apps dial it that know of no sidecar.
+    pub(crate) fn dialled_at(&self) -> impl Iterator<Item = SocketAddr> {
+        std::iter::once(self.inbound).chain(self.addresses.iter().copied())
+    }
+}
+
+/// `[capture]`, `[service.NAME] capture`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Capture {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) outbound_port: Option<NonZeroU16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) inbound_port: Option<NonZeroU16>,
+    /// What may be dialled outside the mesh, by address.
+    #[serde(serialize_with = "all_shown")]
+    pub(crate) egress: Vec<Destination>,
+    /// The same, by name.
+    #[serde(serialize_with = "all_shown")]
+    pub(crate) egress_names: Vec<Rule>,
 }
 
 /// `[workload.NAME]`
@@ -257,6 +287,10 @@ impl Serialize for HostPort {
 
 fn shown<S: Serializer>(url: &Url, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&check::origin(url))
+}
+
+fn all_shown<S: Serializer>(values: &[impl fmt::Display], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(ToString::to_string))
 }
 
 fn humane<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

@@ -3,17 +3,20 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use policy::Problem;
+use sidecar::capture::Destination;
+use sidecar::traffic::egress::Rule;
 use toml::Spanned;
 use url::Url;
 
 use super::check::ANY_HOST;
-use super::file::{AttestSection, Text};
+use super::file::{AttestSection, CaptureSection, Text};
 use super::load::MAX_PROBLEMS;
-use super::{Attest, HostPort};
+use super::{Attest, Capture, HostPort};
 
 /// An address that something binds, for finding two that want the same.
 pub(crate) struct Bound {
@@ -243,6 +246,52 @@ impl Check<'_> {
             },
         };
         Some(Attest { uid: section.uid, gid: section.gid, path, sha256 })
+    }
+
+    /// What is captured, and where it may go.
+    pub(crate) fn capture(&mut self, section: &CaptureSection) -> Option<Capture> {
+        let mut port = |written: &Option<Spanned<u16>>| {
+            let written = written.as_ref()?;
+            let port = NonZeroU16::new(*written.get_ref());
+            if port.is_none() {
+                let hint =
+                    "write the port that `palisade sidecar capture on` has in its rules, such as 15001";
+                self.report(written, "0 is no port to be brought to".into(), Some(hint.into()));
+            }
+            port
+        };
+        let (outbound_port, inbound_port) = (port(&section.outbound_port), port(&section.inbound_port));
+        if let (Some(written), true) = (&section.inbound_port, outbound_port == inbound_port) {
+            let hint = "what the app dials and what others dial come in apart";
+            self.report(written, "outbound_port and inbound_port are the same".into(), Some(hint.into()));
+        }
+        let (mut egress, mut egress_names) = (Vec::new(), Vec::new());
+        for text in &section.egress {
+            let written = text.get_ref();
+            let read = if written.contains("://") {
+                written.parse::<Rule>().map(|rule| egress_names.push(rule)).map_err(|error| error.to_string())
+            } else {
+                let read = written.parse::<Destination>();
+                read.map(|destination| egress.push(destination)).map_err(|error| error.to_string())
+            };
+            if let Err(problem) = read {
+                let hint = "write 10.0.0.0/8:5432, tls://*.example.org or http://api.example.org";
+                self.report(text, format!("`{written}`: {problem}"), Some(hint.into()));
+            }
+        }
+        Some(Capture { outbound_port, inbound_port, egress, egress_names })
+    }
+
+    /// An address that others connect to.
+    pub(crate) fn dialled(&mut self, text: &Text) -> Option<SocketAddr> {
+        let address: Option<SocketAddr> = text.get_ref().parse().ok();
+        let address = address.filter(|address| address.port() != 0 && !address.ip().is_unspecified());
+        if address.is_none() {
+            let message = format!("`{}` is not an address to connect to", text.get_ref());
+            let hint = "write an IP address and a port, such as 10.0.0.7:15606";
+            self.report(text, message, Some(hint.into()));
+        }
+        address
     }
 
     pub(crate) fn path(&self, text: &Text) -> PathBuf {

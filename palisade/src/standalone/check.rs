@@ -40,7 +40,7 @@ pub(super) fn standalone(
 
 impl Check<'_> {
     fn standalone(&mut self, sections: SidecarFile) -> Option<Standalone> {
-        let SidecarFile { identity, trust, inbound, outbound, admin, telemetry, limits } = sections;
+        let SidecarFile { identity, trust, inbound, outbound, capture, admin, telemetry, limits } = sections;
         let mut domains = Vec::new();
         for (domain, roots) in &trust {
             let roots = self.existing(roots);
@@ -86,6 +86,7 @@ impl Check<'_> {
             identity,
             inbound: inbound.flatten(),
             outbound: calls,
+            capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),
             access_log: self.access_log(&telemetry),
             log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
@@ -132,24 +133,18 @@ impl Check<'_> {
         }
         let mut endpoints = Vec::new();
         for text in &section.endpoints {
-            match text.get_ref().parse::<SocketAddr>() {
-                Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => {
-                    endpoints.push(address);
-                }
-                _ => {
-                    let message = format!("`{}` is not an address to connect to", text.get_ref());
-                    self.report(
-                        text,
-                        message,
-                        Some("write an IP address and a port, such as 10.0.0.7:15606".into()),
-                    );
-                }
-            }
+            endpoints.extend(self.dialled(text));
+        }
+        let mut addresses: Vec<SocketAddr> =
+            section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
+        if section.addresses.is_empty() {
+            addresses.clone_from(&endpoints);
         }
         Some(Outbound {
             listen: listen?,
             id: id?,
             endpoints,
+            addresses,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })
     }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::mesh::file::{AppProtocol, Text};
+use crate::mesh::file::{AppProtocol, CaptureSection, Text};
 use crate::mesh::schema::Reference;
 
 /// One sidecar by itself: certificates from files, policies from a directory, no control, no agent.
@@ -27,6 +27,7 @@ pub(crate) struct SidecarFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, OutboundSection>")]
     pub(crate) outbound: BTreeMap<Spanned<String>, OutboundSection>,
+    pub(crate) capture: Option<CaptureSection>,
     pub(crate) admin: Option<AdminSection>,
     #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
@@ -42,6 +43,7 @@ impl Reference for SidecarFile {
         ("trust", ""),
         ("inbound", ""),
         ("outbound", "backend"),
+        ("capture", ""),
         ("admin", ""),
         ("telemetry", ""),
         ("limits", ""),
@@ -104,6 +106,10 @@ pub(crate) struct OutboundSection {
     /// Where its sidecars are.
     #[schemars(with = "Vec<String>", example = ["127.0.0.1:15606"])]
     pub(crate) endpoints: Vec<Text>,
+    /// Where an app dials it that knows of no sidecar, for [capture]. Default: the endpoints.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.0.0.2:80"])]
+    pub(crate) addresses: Vec<Text>,
     /// The longest that it may take to answer. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,

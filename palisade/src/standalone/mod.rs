@@ -19,7 +19,7 @@ use policy::Problem;
 use sidecar::access::AccessTarget;
 
 use crate::mesh::load;
-use crate::mesh::{AppProtocol, ServiceName};
+use crate::mesh::{AppProtocol, Capture, ServiceName};
 use file::SidecarFile;
 
 /// One sidecar, as `sidecar.toml` describes it: defaults filled in, paths absolute.
@@ -30,6 +30,7 @@ pub(crate) struct Standalone {
     pub(crate) identity: IdentityFiles,
     pub(crate) inbound: Option<Inbound>,
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
+    pub(crate) capture: Option<Capture>,
     pub(crate) admin: Option<SocketAddr>,
     /// None for no access log.
     pub(crate) access_log: Option<AccessTarget>,
@@ -58,6 +59,8 @@ pub(crate) struct Outbound {
     pub(crate) id: SpiffeId,
     /// INVARIANT: at least one.
     pub(crate) endpoints: Vec<SocketAddr>,
+    /// Where apps that know of no sidecar dial it.
+    pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) request_timeout: Duration,
 }
 

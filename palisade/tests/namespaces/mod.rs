@@ -1,5 +1,7 @@
 //! Two hosts in network namespaces, joined by a cable, and what talks in them.
 
+#![allow(dead_code, reason = "not every test program that shares this file needs all of it")]
+
 use std::fs::File;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};

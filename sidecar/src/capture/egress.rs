@@ -70,7 +70,7 @@ async fn connect(destination: SocketAddr, mark: Option<u32>) -> io::Result<TcpSt
 
 /// Whether the kernel would deliver to this host itself. Connecting a datagram socket asks the routing table
 /// and sends nothing; to an address of its own a host speaks from that address.
-async fn is_own_address(destination: SocketAddr) -> io::Result<bool> {
+pub(super) async fn is_own_address(destination: SocketAddr) -> io::Result<bool> {
     if destination.ip().is_loopback() || destination.ip().is_unspecified() {
         return Ok(true);
     }

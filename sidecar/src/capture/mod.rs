@@ -8,6 +8,8 @@
 //! | [`inbound`] | what strangers dial, by TPROXY: the stranger's address and the app's stay as they were |
 //! | [`destinations`] | whom a destination belongs to: a service of the mesh, the world outside, nobody |
 //! | [`egress`] | which destinations outside the mesh may be dialled, and the dialling |
+//! | `outside` | those that are listed by name: which one the client says, and where that leads |
+//! | `serve` | the running listeners: each connection to where it belongs |
 //!
 //! Every refusal has a rule ([`Refused::rule`]); none is a reset without a reason.
 
@@ -15,6 +17,8 @@ pub mod destinations;
 pub mod egress;
 pub mod inbound;
 pub mod outbound;
+mod outside;
+pub(crate) mod serve;
 mod socket;
 
 use std::net::SocketAddr;
@@ -22,10 +26,34 @@ use std::net::SocketAddr;
 use thiserror::Error;
 use tokio::net::TcpStream;
 
+use crate::traffic::egress::{AllowList, Refusal};
+
 pub use destinations::{Destinations, Route};
 pub use egress::{Destination, Egress};
 pub use inbound::InboundListener;
 pub use outbound::OutboundListener;
+
+/// What a sidecar is told of captured connections. By default it takes none.
+#[derive(Debug, Default)]
+pub struct CaptureConfig {
+    /// What the app dials.
+    pub outbound: Option<CapturedCalls>,
+    /// What strangers dial; served as the mTLS listener's connections are, if meant for the app's port.
+    pub inbound: Option<InboundListener>,
+}
+
+/// Where the app's captured connections may go.
+#[derive(Debug)]
+pub struct CapturedCalls {
+    /// Where they come in.
+    pub listener: OutboundListener,
+    /// The addresses at which an app that knows of no sidecar dials a called service, by the service's name.
+    pub services: Vec<(SocketAddr, String)>,
+    /// Which destinations outside the mesh may be dialled, by address.
+    pub egress: Egress,
+    /// Which may be dialled by the names that the app says.
+    pub names: AllowList,
+}
 
 /// A connection, and both ends as its client sees them.
 #[derive(Debug)]
@@ -68,8 +96,23 @@ pub enum Refused {
     #[error("the kernel does not say whom it was meant for: {0}")]
     Unknown(#[source] std::io::Error),
     /// No service of the mesh is there and the egress rules do not name it.
-    #[error("{0} is no service of the mesh and [egress] does not allow it")]
+    #[error("{0} is no service of the mesh that the app calls, and no egress rule allows it")]
     EgressDenied(SocketAddr),
+    /// The egress rules do not allow the name that the client says, or not where it leads.
+    #[error(
+        "{destination} is no service of the mesh that the app calls, and {host:?} may not be reached: {refusal}"
+    )]
+    EgressName {
+        /// Whom the client dialled.
+        destination: SocketAddr,
+        /// The name that it says.
+        host: String,
+        /// Why it may not be reached.
+        refusal: Refusal,
+    },
+    /// A stranger's connection is meant for a port at which there is no app of this sidecar's.
+    #[error("it was meant for {0}, at which the app does not listen")]
+    NoApp(SocketAddr),
     /// An address of this very host, which may not be reached by way of the sidecar's rights.
     #[error("{0} is on this host and no service of the mesh: the sidecar does not dial it for others")]
     OwnHost(SocketAddr),
@@ -82,7 +125,11 @@ impl Refused {
             Self::Direct(_) => "capture.direct",
             Self::Loop(_) => "capture.loop",
             Self::Unknown(_) => "capture.unknown_destination",
-            Self::EgressDenied(_) => "egress.denied",
+            Self::EgressDenied(_) | Self::EgressName { refusal: Refusal::Form | Refusal::NotListed, .. } => {
+                "egress.denied"
+            }
+            Self::EgressName { refusal: Refusal::Address(_), .. } => "egress.name_leads_home",
+            Self::NoApp(_) => "capture.no_app",
             Self::OwnHost(_) => "egress.own_host",
         }
     }

@@ -3,7 +3,7 @@
 //! Names are judged as they were said, and dialled by us under the same name: a client that says one name
 //! and means another address gets the name's own address.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -156,6 +156,7 @@ pub enum Refusal {
 #[derive(Debug, Default)]
 pub struct AllowList {
     rules: HashMap<(Host, u16, Speech), Arc<str>>,
+    named_ports: HashSet<u16>,
 }
 
 /// A call that a rule allows.
@@ -170,8 +171,19 @@ pub struct Allowed {
 impl AllowList {
     /// A list of these rules.
     pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
-        let key = |rule: Rule| ((rule.host, rule.port, rule.speech), rule.text);
-        Self { rules: rules.into_iter().map(key).collect() }
+        let mut list = Self::default();
+        for Rule { text, speech, host, port } in rules {
+            if matches!(speech, Speech::Tls | Speech::Http) {
+                list.named_ports.insert(port);
+            }
+            list.rules.insert((host, port, speech), text);
+        }
+        list
+    }
+
+    /// Whether a client could say a name at this port, in a ClientHello or in a request, that is allowed.
+    pub fn may_be_named(&self, port: u16) -> bool {
+        self.named_ports.contains(&port)
     }
 
     /// Whether the app may speak so to this host, which is as its request or ClientHello says it, without

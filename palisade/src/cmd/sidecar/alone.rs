@@ -9,14 +9,15 @@ use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
-use super::{access_log, on_hangup, protocol, replace_policy};
+use super::{access_log, captured, on_hangup, protocol, replace_policy};
 use crate::Global;
 use crate::cmd::config;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::logging;
+use crate::mesh::ServiceName;
 use crate::serve;
-use crate::standalone::{Inbound, Standalone};
+use crate::standalone::{Inbound, Outbound, Standalone};
 use crate::workload::{no_policy, not_started};
 
 pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
@@ -85,7 +86,9 @@ fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Fai
         None => None,
         Some(address) => Some(listen::tcp("the sidecar's admin port", "[admin] listen", address)?),
     };
-    Ok(SidecarConfig { id, inbound, calls, admin, access_log: None })
+    let named = |(name, call): (&ServiceName, &Outbound)| (name.to_string(), call.addresses.clone());
+    let capture = captured::listen(standalone.capture.as_ref(), standalone.outbound.iter().map(named))?;
+    Ok(SidecarConfig { id, inbound, calls, capture, admin, access_log: None })
 }
 
 /// The policy as it is on disk now.
