@@ -319,7 +319,7 @@ fn outgoing(
     headers.remove(header::AUTHORIZATION);
     headers.remove(header::HOST);
     cookie::remove(headers, &gateway.cookie);
-    headers.insert(hygiene::TRACEPARENT, trace.header_value());
+    headers.insert(&hygiene::TRACEPARENT, trace.header_value());
     let values = [
         ("x-forwarded-for", remote.ip().to_canonical().to_string()),
         ("x-forwarded-proto", "https".to_owned()),
@@ -352,7 +352,7 @@ fn outgoing(
 fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
     hygiene::strip_hop_by_hop(headers);
     hygiene::strip_identity(headers);
-    headers.remove(hygiene::TRACEPARENT);
+    headers.remove(&hygiene::TRACEPARENT);
     cookie::remove_set(headers, &gateway.cookie);
     // The service knows of no login, so it cannot know that its answer is one person's: caches keep answers to
     // requests with a cookie unless told otherwise (RFC 9111 §3.5 protects only `Authorization`).

@@ -49,12 +49,14 @@ impl Scope {
     /// Runs a task whose end concerns nobody else.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let panics = Arc::clone(&self.panics);
-        self.tracker.spawn(async move {
-            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+        // Not an async block, which would hold room for the task twice: as what it captured and as what it
+        // awaits. Tasks are made for every request.
+        self.tracker.spawn(AssertUnwindSafe(task).catch_unwind().map(move |outcome| {
+            if outcome.is_err() {
                 panics.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(task = name, "task panicked; its connection is closed, the process lives on");
             }
-        });
+        }));
     }
 
     /// Runs a task without which the process is not whole: if it ends or panics before the drain,

@@ -13,13 +13,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use identity::txn::Chain;
+use smallvec::SmallVec;
 
 use crate::headers::TraceParent;
 
 /// The requests that the app is working on.
 #[derive(Debug, Default)]
 pub struct Correlator {
-    live: Mutex<HashMap<u128, Vec<Live>>>,
+    live: Mutex<HashMap<u128, SmallVec<[Live; 1]>>>,
 }
 
 #[derive(Debug)]

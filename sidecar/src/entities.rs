@@ -33,7 +33,7 @@ pub(crate) async fn ask(
         .uri(ENTITIES_PATH)
         .header(HOST, service)
         .header(CONTENT_TYPE, "application/json")
-        .header(headers::TRACEPARENT, span.header_value())
+        .header(&headers::TRACEPARENT, span.header_value())
         .body(full(mapped.entities_request()))
         .map_err(|_| Unanswered::App(AppError::Target))?;
     let response = app.send(request).await.map_err(Unanswered::App)?;

@@ -9,11 +9,14 @@ use http::request::Parts;
 use http::{Method, Version};
 
 /// The verified user's id, as the app sees it: data for the app, never a credential.
-pub const FORWARDED_USER: &str = "x-forwarded-user";
+pub static FORWARDED_USER: HeaderName = HeaderName::from_static("x-forwarded-user");
 /// The verified peer, in Envoy's form (`By=…;URI=…`), as the app sees it.
-pub const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
+pub static FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 /// W3C trace context.
-pub const TRACEPARENT: &str = "traceparent";
+pub static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// The transaction token.
+pub static TXN_TOKEN: HeaderName = HeaderName::from_static(identity::txn::HEADER);
+static HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Headers by which some backend somewhere learns who is calling or what was asked. A client that sets
 /// one is lying or misled: they are dropped at every hop, and set again only by the hop that verified.
@@ -92,8 +95,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         .get_all(CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+        .flat_map(|value| value.split(',').map(str::trim))
+        // By far the most frequent, and `keep-alive` goes in any case.
+        .filter(|name| !name.eq_ignore_ascii_case("keep-alive") && !name.eq_ignore_ascii_case("close"))
+        .filter_map(|name| name.parse().ok())
         .collect();
     for name in named {
         headers.remove(name);
@@ -101,16 +106,20 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // gRPC needs `TE: trailers` to pass; anything else in it is between two neighbours.
     let wants_trailers =
         headers.get(TE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    let fixed =
-        [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
-    for name in fixed {
-        headers.remove(name);
-    }
-    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
+    // Looking through the few that are there costs less than asking for each that could be.
+    while let Some(name) = headers.keys().find(|name| is_hop_by_hop(name)).cloned() {
         headers.remove(name);
     }
     if wants_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    match *name {
+        CONNECTION | PROXY_AUTHENTICATE | PROXY_AUTHORIZATION | TE | TRAILER | TRANSFER_ENCODING
+        | UPGRADE => true,
+        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings"),
     }
 }
 
@@ -128,7 +137,7 @@ pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
     check_body_length(headers)?;
     check_authority(parts)?;
     check_connection(headers)?;
-    if headers.contains_key(UPGRADE) || headers.contains_key("http2-settings") {
+    if headers.contains_key(UPGRADE) || headers.contains_key(&HTTP2_SETTINGS) {
         return Err("request.upgrade");
     }
     let printable =
@@ -197,24 +206,18 @@ pub struct TraceParent {
 impl TraceParent {
     /// Reads version 00 of the header (W3C Trace Context §3.2); anything else is as good as absent.
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
-        let mut values = headers.get_all(TRACEPARENT).iter();
+        let mut values = headers.get_all(&TRACEPARENT).iter();
         let (value, second) = (values.next()?, values.next());
         if second.is_some() {
             return None;
         }
-        let text = value.to_str().ok()?;
-        let mut fields = text.split('-');
-        let (version, trace, span, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-        if version != "00" || fields.next().is_some() {
-            return None;
-        }
-        let hex = |text: &str, len: usize| {
-            let lower = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-            (text.len() == len && lower).then(|| u128::from_str_radix(text, 16).ok()).flatten()
-        };
-        let trace_id = hex(trace, 32).filter(|id| *id != 0)?;
-        let span_id = u64::try_from(hex(span, 16)?).ok().filter(|id| *id != 0)?;
-        Some(Self { trace_id, span_id, flags: u8::try_from(hex(flags, 2)?).ok()? })
+        let rest = value.as_bytes().strip_prefix(b"00-")?;
+        let (trace, rest) = rest.split_first_chunk::<32>()?;
+        let (span, rest) = rest.strip_prefix(b"-")?.split_first_chunk::<16>()?;
+        let flags: &[u8; 2] = rest.strip_prefix(b"-")?.try_into().ok()?;
+        let trace_id = hex(trace).filter(|id| *id != 0)?;
+        let span_id = u64::try_from(hex(span)?).ok().filter(|id| *id != 0)?;
+        Some(Self { trace_id, span_id, flags: u8::try_from(hex(flags)?).ok()? })
     }
 
     /// The header's value.
@@ -234,6 +237,18 @@ impl TraceParent {
     pub fn trace_id_text(&self) -> String {
         format!("{:032x}", self.trace_id)
     }
+}
+
+/// The number that lower-case digits say.
+fn hex(digits: &[u8]) -> Option<u128> {
+    digits.iter().try_fold(0, |number, digit| {
+        let value = match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => return None,
+        };
+        Some(number << 4 | u128::from(value))
+    })
 }
 
 fn put_hex(text: &mut Vec<u8>, bytes: &[u8]) {
@@ -338,7 +353,7 @@ mod tests {
     fn a_trace_parent_reads_back_and_malformed_ones_are_absent() {
         let read = |text: &str| {
             let mut headers = HeaderMap::new();
-            headers.insert(TRACEPARENT, HeaderValue::try_from(text).unwrap());
+            headers.insert(&TRACEPARENT, HeaderValue::try_from(text).unwrap());
             TraceParent::from_headers(&headers)
         };
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";

@@ -5,7 +5,7 @@
 //! [`Inbound::forward`], which takes a [`Permit`], and the lookups that gather an object's attributes for
 //! the decision, whose answers go nowhere without one.
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Formatter};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -16,13 +16,13 @@ use http::header::{
     IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::txn::{Chain, Verifier};
-use identity::{Identity, IdentitySource, Peer, Scope, SpiffeId};
+use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, Occasion, Permit, Principal,
-    Receipt, Recorder, Refusal, ServicePolicy, Verdict,
+    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, ObjectRef, Occasion, Permit,
+    Principal, Receipts, Recorder, Refusal, ServicePolicy, Verdict,
 };
 
 use tokio_rustls::server::TlsStream;
@@ -36,7 +36,7 @@ use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
 use crate::tcp::TcpInbound;
-use crate::trace::{SharedRandom, Spans};
+use crate::trace::Spans;
 use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
@@ -55,7 +55,7 @@ pub struct Inbound {
     pub(crate) sampler: Sampler,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
-    pub(crate) random: SharedRandom,
+    pub(crate) receipts: Receipts,
     pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: Option<Arc<AccessLog>>,
     pub(crate) tcp: Arc<TcpInbound>,
@@ -64,13 +64,26 @@ pub struct Inbound {
 /// How a request ended, for the log and the metrics.
 struct Ended {
     response: Response<Body>,
-    route: String,
-    action: String,
-    objects: String,
-    user: String,
     verdict: &'static str,
-    rule: String,
+    by: By,
     note: Option<String>,
+}
+
+/// What decided, if anything did.
+enum By {
+    Permit(Permit),
+    Denial(Box<Denial>),
+    Nothing,
+}
+
+impl Display for By {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Permit(permit) => permit.rule().fmt(f),
+            Self::Denial(denial) => denial.rule().fmt(f),
+            Self::Nothing => Ok(()),
+        }
+    }
 }
 
 /// Why a request was not answered by the app.
@@ -106,6 +119,7 @@ impl From<Unanswered> for Stop {
 /// What is understood of a request so far; filled in as the phases pass.
 struct Understood<'a> {
     occasion: Occasion<'a>,
+    trace: Option<TraceParent>,
     caller: Option<Caller>,
     mapped: Option<Mapped>,
     attributes: Attributes,
@@ -119,44 +133,57 @@ impl Handler for Inbound {
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
         let (method, target) = (request.method().clone(), request.uri().clone());
-        let Ok(receipt) = Receipt::generate(&*self.random) else {
+        let Ok(receipt) = self.receipts.draw() else {
             // Without randomness nothing can be recorded so that it is found again: answer nobody.
             return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
         };
-        let occasion = self.occasion(&method, &target, request.headers(), receipt);
+        let trace = TraceParent::from_headers(request.headers());
+        let occasion = Occasion {
+            receipt,
+            now: started,
+            layer: Layer::Sidecar,
+            method: method.as_str(),
+            target: target.path_and_query().map_or("", |target| target.as_str()),
+            transaction: None,
+            trace_id: trace.map(|trace| trace.trace_id),
+        };
         let mut understood =
-            Understood { occasion, caller: None, mapped: None, attributes: Attributes::none() };
+            Understood { occasion, trace, caller: None, mapped: None, attributes: Attributes::none() };
         let outcome = self.request(&connection, request, &mut understood).await;
         let ended = self.ended(outcome, &understood);
-        let took = self.clock.now().saturating_sub(started);
+        let now = self.clock.now();
+        let took = now.saturating_sub(started);
         let status = ended.response.status();
         let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
-        let route = ended.route.as_str();
+        let mapped = understood.mapped.as_ref();
+        let route = mapped.map_or("", Mapped::route);
         self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
         if let Some(log) = &self.access_log {
-            log.write(&Finished {
+            let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
+            let seen = Finished {
                 direction: Direction::Inbound,
                 peer,
-                user: &ended.user,
+                user: user.map_or("", |user| &user.id),
                 method: &method,
                 path: target.path(),
                 route,
-                action: &ended.action,
-                objects: &ended.objects,
+                action: mapped.map_or("", Mapped::action),
+                objects: &Listed(mapped.map_or(&[], Mapped::objects)),
                 verdict: ended.verdict,
-                rule: &ended.rule,
+                rule: &ended.by,
                 receipt: understood.occasion.receipt.as_str(),
                 status,
                 took,
                 note: ended.note.as_ref().map_or(&"" as &dyn Display, |note| note),
-            });
+            };
+            log.write(&seen, now);
         }
         ended.response
     }
 
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {
         self.metrics.refused_connection(refused.rule());
-        let Ok(receipt) = Receipt::generate(&*self.random) else { return };
+        let Ok(receipt) = self.receipts.draw() else { return };
         let occasion = Occasion {
             receipt,
             now: self.clock.now(),
@@ -190,8 +217,8 @@ impl Inbound {
         // One policy version judges the whole request, whatever is loaded meanwhile.
         let policy = self.policy.load_full();
         // An agent that gave us somebody else's identity is misconfigured: serve nothing in that name.
-        let identity =
-            self.source.valid_at(self.clock.now()).filter(|identity| *identity.svid.id() == self.id);
+        let now = understood.occasion.now;
+        let identity = self.source.valid_at(now).filter(|identity| *identity.svid.id() == self.id);
         let identity = identity.ok_or(Stop::NotReady)?;
 
         // One request or several? What two parsers could read differently is refused unread.
@@ -205,8 +232,7 @@ impl Inbound {
             let refusal = Refusal::denied("tls.no_client_certificate", "the peer proved no identity");
             return Err(policy.refuse(None, refusal, &understood.occasion).into());
         };
-        let chain = match transaction::verify(&self.verifier, &parts, peer.id(), &identity, self.clock.now())
-        {
+        let chain = match transaction::verify(&self.verifier, &parts, peer.id(), &identity, now) {
             Ok(chain) => chain,
             Err(error) => {
                 let caller = caller(peer, None, connection.remote);
@@ -230,11 +256,11 @@ impl Inbound {
         let mapped = &*understood.mapped.insert(mapped);
 
         // From here on the app may be asked something, and its calls travel on the user's behalf.
-        let span = self.spans.child(TraceParent::from_headers(&parts.headers));
-        let remembered = self.correlator.remember(span, chain.clone());
-        self.dress(&mut parts, peer, chain.as_ref(), &identity, span);
+        let span = self.spans.child(understood.trace);
+        self.dress(&mut parts, connection, peer, chain.as_ref(), span);
+        let remembered = self.correlator.remember(span, chain);
 
-        // May they? Then forward.
+        // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
         match mapped.attributes_from() {
             AttributeSource::Known => {
                 let permit = permitted(policy.decide(caller, mapped, &Attributes::none(), occasion))?;
@@ -242,16 +268,15 @@ impl Inbound {
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Entities => {
-                let attributes = entities::ask(&self.app, &self.service, mapped, span, &self.clock)
-                    .await?
-                    .map_err(refuse)?;
+                let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
+                let attributes = Box::pin(asked).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 understood.attributes = attributes;
                 let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
                 Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
             }
             AttributeSource::Response => {
-                let held = self.ask(Request::from_parts(parts, body), remembered).await?;
+                let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
                 let attributes = held.attributes(mapped).map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 understood.attributes = attributes;
@@ -260,30 +285,12 @@ impl Inbound {
         }
     }
 
-    fn occasion<'a>(
-        &self,
-        method: &'a Method,
-        target: &'a Uri,
-        headers: &HeaderMap,
-        receipt: Receipt,
-    ) -> Occasion<'a> {
-        Occasion {
-            receipt,
-            now: self.clock.now(),
-            layer: Layer::Sidecar,
-            method: method.as_str(),
-            target: target.path_and_query().map_or("", |target| target.as_str()),
-            transaction: None,
-            trace_id: TraceParent::from_headers(headers).map(|trace| trace.trace_id),
-        }
-    }
-
     /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
     async fn body(&self, mapped: Mapped, parts: &Parts, body: Body) -> Result<(Mapped, Body), Refusal> {
         let has_body = body.whole() != Some(&[]);
         match mapped.body() {
             // An empty body may still be announced as one that streams.
-            BodyRule::None if has_body => match self.collect(body, 0).await {
+            BodyRule::None if has_body => match Box::pin(self.collect(body, 0)).await {
                 Ok(_nothing) => Ok((mapped, empty())),
                 Err(_some) => Err(Refusal::malformed("request.body", "this route takes no body")),
             },
@@ -291,12 +298,12 @@ impl Inbound {
             BodyRule::Opaque { max_bytes } => Ok((mapped, Relay::body(body, Some(max_bytes as u64), ()))),
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
-                let bytes = self.collect(body, max_bytes).await?;
+                let bytes = Box::pin(self.collect(body, max_bytes)).await?;
                 Ok((mapped.with_body(&bytes)?, full(bytes)))
             }
             BodyRule::Form { max_bytes } => {
                 plain_type(parts, "application/x-www-form-urlencoded")?;
-                let bytes = self.collect(body, max_bytes).await?;
+                let bytes = Box::pin(self.collect(body, max_bytes)).await?;
                 Ok((mapped.with_body(&bytes)?, full(bytes)))
             }
         }
@@ -317,26 +324,28 @@ impl Inbound {
     fn dress(
         &self,
         parts: &mut Parts,
+        connection: &Connection,
         peer: &Peer,
         chain: Option<&Chain>,
-        identity: &Identity,
         span: TraceParent,
     ) {
         let authority = parts.uri.authority().map(|authority| authority.as_str().to_owned());
         let headers = &mut parts.headers;
         headers::strip_hop_by_hop(headers);
         headers::strip_identity(headers);
-        headers.insert(headers::TRACEPARENT, span.header_value());
+        headers.insert(&headers::TRACEPARENT, span.header_value());
         if let Some(host) = authority.and_then(|authority| HeaderValue::try_from(authority).ok()) {
             headers.insert(HOST, host);
         }
-        // Both are restricted alphabets or were header values before; what is not one is left out.
-        let client = format!("By={};URI={}", identity.svid.id(), peer.id());
-        if let Ok(client) = HeaderValue::try_from(client) {
-            headers.insert(headers::FORWARDED_CLIENT_CERT, client);
+        // SPIFFE IDs are of a restricted alphabet, users were header values before; what is not one is left out.
+        let client = connection
+            .forwarded
+            .get_or_init(|| HeaderValue::try_from(format!("By={};URI={}", self.id, peer.id())).ok());
+        if let Some(client) = client {
+            headers.insert(&headers::FORWARDED_CLIENT_CERT, client.clone());
         }
         if let Some(user) = chain.and_then(|chain| HeaderValue::try_from(chain.user().id.as_str()).ok()) {
-            headers.insert(headers::FORWARDED_USER, user);
+            headers.insert(&headers::FORWARDED_USER, user);
         }
     }
 
@@ -373,52 +382,32 @@ impl Inbound {
 
     /// Answers, counts and records however the request ended.
     fn ended(&self, outcome: Result<(Response<Body>, Permit), Stop>, understood: &Understood<'_>) -> Ended {
-        let (action, objects, route) = understood.mapped.as_ref().map(described).unwrap_or_default();
-        let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
-        let user = user.map(|user| user.id.clone()).unwrap_or_default();
-        let ended = |response, verdict, rule: String, note| Ended {
-            response,
-            route,
-            action,
-            objects,
-            user,
-            verdict,
-            rule,
-            note,
+        let failed = |status, cause: &dyn Display| Ended {
+            response: answer::failed(status, &self.service, cause),
+            verdict: "error",
+            by: By::Nothing,
+            note: Some(cause.to_string()),
         };
         match outcome {
             Ok((response, permit)) => {
-                let sampled = permit.is_audited() || self.sampler.take(self.clock.now());
+                let sampled = permit.is_audited() || self.sampler.take(understood.occasion.now);
                 if let (true, Some(caller), Some(mapped)) = (sampled, &understood.caller, &understood.mapped)
                 {
                     let (attributes, occasion) = (&understood.attributes, &understood.occasion);
                     self.recorder.record(permit.record(caller, mapped, attributes, occasion));
                 }
-                ended(response, "allow", permit.rule().to_string(), None)
+                Ended { response, verdict: "allow", by: By::Permit(permit), note: None }
             }
             Err(Stop::Denied(denial)) => {
                 self.metrics.denied(denial.rule().name().to_owned());
                 self.recorder.record(denial.record().clone());
                 let note = Some(denial.reason().to_owned());
-                ended(answer::denied(&denial), "deny", denial.rule().to_string(), note)
+                Ended { response: answer::denied(&denial), verdict: "deny", by: By::Denial(denial), note }
             }
-            Err(Stop::App(error)) => {
-                let response = answer::failed(error.status(), &self.service, &error);
-                ended(response, "error", String::new(), Some(error.to_string()))
-            }
-            Err(Stop::Upstream(status)) => {
-                let cause = "the app's answer could not be judged";
-                ended(
-                    answer::failed(status, &self.service, &cause),
-                    "error",
-                    String::new(),
-                    Some(cause.to_owned()),
-                )
-            }
+            Err(Stop::App(error)) => failed(error.status(), &error),
+            Err(Stop::Upstream(status)) => failed(status, &"the app's answer could not be judged"),
             Err(Stop::NotReady) => {
-                let cause = "no valid identity of this service's own";
-                let response = answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &cause);
-                ended(response, "error", String::new(), Some(cause.to_owned()))
+                failed(StatusCode::SERVICE_UNAVAILABLE, &"no valid identity of this service's own")
             }
         }
     }
@@ -467,9 +456,17 @@ fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {
     }
 }
 
-fn described(mapped: &Mapped) -> (String, String, String) {
-    let objects: Vec<String> = mapped.objects().iter().map(ToString::to_string).collect();
-    (mapped.action().to_owned(), objects.join(","), mapped.route().to_owned())
+/// Objects, joined by commas.
+struct Listed<'a>(&'a [ObjectRef]);
+
+impl Display for Listed<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (place, object) in self.0.iter().enumerate() {
+            let comma = if place > 0 { "," } else { "" };
+            write!(f, "{comma}{object}")?;
+        }
+        Ok(())
+    }
 }
 
 /// A body is judged in one encoding only: its plain type, UTF-8, uncompressed (acceptance policy 20).

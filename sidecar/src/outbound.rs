@@ -66,7 +66,8 @@ impl Handler for Outbound {
         let (method, target) = (request.method().clone(), request.uri().clone());
         let outcome = self.call(connection.remote, request).await;
         let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
-        let took = self.clock.now().saturating_sub(started);
+        let now = self.clock.now();
+        let took = now.saturating_sub(started);
         self.metrics.observe(&Observation {
             direction: Direction::Outbound,
             peer: self.upstream.service(),
@@ -76,7 +77,7 @@ impl Handler for Outbound {
         });
         if let Some(log) = &self.access_log {
             let error = outcome.as_ref().err();
-            log.write(&Finished {
+            let seen = Finished {
                 direction: Direction::Outbound,
                 peer: self.upstream.id().as_str(),
                 method: &method,
@@ -86,7 +87,8 @@ impl Handler for Outbound {
                 took,
                 note: error.map_or(&"" as &dyn Display, |error| error),
                 ..Finished::default()
-            });
+            };
+            log.write(&seen, now);
         }
         outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
     }
@@ -115,11 +117,11 @@ impl Outbound {
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
         let span = self.spans.child(from);
-        parts.headers.insert(headers::TRACEPARENT, span.header_value());
+        parts.headers.insert(&headers::TRACEPARENT, span.header_value());
         if let Some(chain) = chain {
             let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
             let binding = RequestBinding::new(parts.method.as_str(), target);
-            parts.headers.insert(txn::HEADER, self.extend(&chain, self.upstream.id(), binding)?);
+            parts.headers.insert(&headers::TXN_TOKEN, self.extend(&chain, self.upstream.id(), binding)?);
         }
 
         // Call on, over mTLS, to exactly the identity that was meant.

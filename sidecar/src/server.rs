@@ -5,11 +5,12 @@ use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
 use hyper::service::service_fn;
@@ -82,6 +83,14 @@ pub struct Connection {
     pub peer: Option<Peer>,
     /// Where it comes from.
     pub remote: SocketAddr,
+    /// What the app is told of the peer, made for the connection's first request.
+    pub(crate) forwarded: OnceLock<Option<HeaderValue>>,
+}
+
+impl Connection {
+    fn new(peer: Option<Peer>, remote: SocketAddr) -> Self {
+        Self { peer, remote, forwarded: OnceLock::new() }
+    }
 }
 
 /// Why a connection never became one.
@@ -290,7 +299,7 @@ async fn connection(
         }
         return Ok(());
     }
-    let connection = Connection { peer, remote };
+    let connection = Connection::new(peer, remote);
     if multiplexed {
         exchanges(stream, connection, listen, handler).await;
     } else {
@@ -316,7 +325,7 @@ impl<H: Handler> TunnelledRequests<H> {
 impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
     fn serve(self: Arc<Self>, stream: Tunnel, peer: Peer, remote: SocketAddr) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            let connection = Connection { peer: Some(peer), remote };
+            let connection = Connection::new(Some(peer), remote);
             requests(TokioIo::new(stream), connection, None, &self.listen, &self.handler).await;
         })
     }
@@ -324,13 +333,13 @@ impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
 
 /// Serves an app or a person on this machine: HTTP/1.1, or HTTP/2 by prior knowledge, as gRPC clients speak it.
 async fn plain(stream: TcpStream, remote: SocketAddr, listen: &Listen, handler: &Arc<impl Handler>) {
-    let connection = Arc::new(Connection { peer: None, remote });
+    let connection = Arc::new(Connection::new(None, remote));
     let (reader, writer) = stream.into_split();
     let answer = |request| Arc::clone(handler).handle(Arc::clone(&connection), request);
     match http1::serve(reader, writer, &listen.limits, &listen.scope, answer).await {
         http1::Ended::Closed => {}
         http1::Ended::Http2(unread) => {
-            let connection = Connection { peer: None, remote };
+            let connection = Connection::new(None, remote);
             Box::pin(requests(TokioIo::new(unread), connection, Some(true), listen, handler)).await;
         }
         ended => tracing::debug!(%remote, ?ended, "connection ended"),
@@ -389,7 +398,7 @@ async fn requests<S>(
     let connection = Arc::new(connection);
     let service = service_fn(|request: Request<Incoming>| {
         let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
-        async move { Ok::<_, std::convert::Infallible>(answer.await) }
+        answer.map(Ok::<_, std::convert::Infallible>)
     });
     let mut serving = pin!(builder.serve_connection(stream, service));
     let bound = tokio::select! {

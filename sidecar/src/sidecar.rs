@@ -11,7 +11,7 @@ use identity::clock::SharedClock;
 use identity::tls::{self, ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::txn::Verifier;
 use identity::{IdentitySource, Scope, SpiffeId};
-use policy::{Recorder, ServicePolicy};
+use policy::{Receipts, Recorder, ServicePolicy};
 use thiserror::Error;
 
 use crate::access::AccessLog;
@@ -158,7 +158,7 @@ impl Sidecar {
                 sampler: Sampler::default(),
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
-                random: Arc::clone(&random),
+                receipts: Receipts::new(Arc::clone(&random)),
                 spans: Arc::clone(&spans),
                 access_log: config.access_log.clone(),
             };

@@ -7,10 +7,8 @@ use crate::headers::TraceParent;
 
 pub use identity::random::SharedRandom;
 
-/// Ids that one reading of the random source is good for: it is a system call, and 4 KiB cost hardly more than 24
-/// bytes.
-const DRAWN_AT_ONCE: usize = 170;
-const ID_BYTES: usize = 24;
+/// Randomness that is drawn at once: it is a system call, and 4 KiB cost hardly more than a span id.
+const DRAWN_BYTES: usize = 4096;
 
 /// Where new spans come from. Every byte of the system's randomness is used once.
 pub struct Spans {
@@ -19,40 +17,40 @@ pub struct Spans {
 }
 
 struct Drawn {
-    bytes: [[u8; ID_BYTES]; DRAWN_AT_ONCE],
+    bytes: Box<[u8; DRAWN_BYTES]>,
     left: usize,
 }
 
 impl Spans {
     /// Spans from this source; nothing is drawn before the first is asked for.
     pub fn new(random: SharedRandom) -> Self {
-        Self { random, drawn: Mutex::new(Drawn { bytes: [[0; ID_BYTES]; DRAWN_AT_ONCE], left: 0 }) }
+        Self { random, drawn: Mutex::new(Drawn { bytes: Box::new([0; DRAWN_BYTES]), left: 0 }) }
     }
 
     /// A new span: in the caller's trace if it has one, else in a trace of its own.
     pub fn child(&self, parent: Option<TraceParent>) -> TraceParent {
-        let [trace @ .., b0, b1, b2, b3, b4, b5, b6, b7] = self.draw();
-        let span_id = u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]).max(1);
+        let span_id = u64::from_be_bytes(self.draw()).max(1);
         match parent {
             Some(parent) => TraceParent { span_id, ..parent },
-            None => TraceParent { trace_id: u128::from_be_bytes(trace).max(1), span_id, flags: 1 },
+            None => TraceParent { trace_id: u128::from_be_bytes(self.draw()).max(1), span_id, flags: 1 },
         }
     }
 
-    fn draw(&self) -> [u8; ID_BYTES] {
+    fn draw<const BYTES: usize>(&self) -> [u8; BYTES] {
         let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
-        if drawn.left == 0 {
+        if drawn.left < BYTES {
             // Without randomness the ids are zero, which `correlate` treats like any other shared id: calls
             // become ambiguous and are refused. TLS would have stopped long before.
-            if self.random.fill(drawn.bytes.as_flattened_mut()).is_err() {
+            if self.random.fill(&mut *drawn.bytes).is_err() {
                 tracing::error!("no randomness");
-                return [0; ID_BYTES];
+                return [0; BYTES];
             }
-            drawn.left = DRAWN_AT_ONCE;
+            drawn.left = DRAWN_BYTES;
         }
-        drawn.left -= 1;
-        let next = drawn.left;
-        drawn.bytes.get_mut(next).map(std::mem::take).unwrap_or_default()
+        let end = drawn.left;
+        drawn.left -= BYTES;
+        let next = drawn.bytes.get_mut(end - BYTES..end).and_then(|next| next.try_into().ok());
+        next.map_or([0; BYTES], |next: &mut [u8; BYTES]| std::mem::replace(next, [0; BYTES]))
     }
 }
 
@@ -70,7 +68,7 @@ mod tests {
     fn spans_do_not_repeat_and_children_stay_in_their_trace() {
         let spans = Spans::new(identity::random::system());
         let mut seen = std::collections::HashSet::new();
-        for _ in 0..3 * DRAWN_AT_ONCE {
+        for _ in 0..DRAWN_BYTES {
             let span = spans.child(None);
             assert!(seen.insert((span.trace_id, span.span_id)));
             let child = spans.child(Some(span));

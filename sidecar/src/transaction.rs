@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use http::request::Parts;
-use identity::txn::{self, Arrival, Chain, RequestBinding, TxnError, Verifier};
+use identity::txn::{Arrival, Chain, RequestBinding, TxnError, Verifier};
 use identity::{Identity, SpiffeId};
+
+use crate::headers;
 
 /// The transaction token, verified and bound to this peer and this request. None is fine: policy says
 /// which calls may come without a user.
@@ -15,7 +17,7 @@ pub(crate) fn verify(
     identity: &Identity,
     now: Duration,
 ) -> Result<Option<Chain>, TxnError> {
-    let mut tokens = parts.headers.get_all(txn::HEADER).iter();
+    let mut tokens = parts.headers.get_all(&headers::TXN_TOKEN).iter();
     let Some(token) = tokens.next() else { return Ok(None) };
     let token = token.to_str().map_err(|_| TxnError::Form)?;
     if tokens.next().is_some() {

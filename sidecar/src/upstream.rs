@@ -28,6 +28,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::headers;
 use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
 use crate::traffic::breaker::{Overload, Permit, Resource};
@@ -244,8 +245,8 @@ impl Upstream {
         let started = self.clock.now();
         let mut tries = steering.retrier.begin(&head.method, started);
         let mut avoid = None;
+        let mut began = started;
         loop {
-            let began = self.clock.now();
             let left = self.config.response_timeout.saturating_sub(began.saturating_sub(started));
             let generation = self.source.valid_at(began).ok_or(UpstreamError::NoIdentity)?.generation;
             let endpoint = steering
@@ -254,6 +255,7 @@ impl Upstream {
             let copy = self.copy(&body);
             let limit = steering.retrier.config().per_try.map_or(left, |per_try| per_try.min(left));
             let outcome = tokio::select! {
+                biased;
                 outcome = self.attempt(&endpoint, generation, &head, body) => outcome,
                 () = self.clock.sleep(limit) => Err(Failure::late(self.config.service.clone())),
             };
@@ -284,6 +286,7 @@ impl Upstream {
                     avoid = Some(Arc::clone(endpoint.member()));
                     drop((outcome, endpoint));
                     self.clock.sleep(wait).await;
+                    began = self.clock.now();
                 }
             }
         }
@@ -510,7 +513,7 @@ impl Failure {
 
 /// The callee remembers the tokens of unsafe requests, and refuses the second of a kind.
 fn is_single_use(head: &Parts) -> bool {
-    !head.method.is_safe() && head.headers.contains_key(identity::txn::HEADER)
+    !head.method.is_safe() && head.headers.contains_key(&headers::TXN_TOKEN)
 }
 
 /// Keeps what a request holds until its answer has ended; one that is here as a whole has.

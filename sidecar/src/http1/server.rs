@@ -223,8 +223,10 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
         };
         let (head_only, upgrade, close) = (head.method == Method::HEAD, head.upgrade, head.close);
         let expects_continue = head.expects_continue;
-        let answer = service(head.with_body(body));
-        let response = self.answer(answer, &mut reading, expects_continue).await.ok_or(Ended::Closed)?;
+        let response = {
+            let answer = pin!(service(head.with_body(body)));
+            self.answer(answer, &mut reading, expects_continue).await.ok_or(Ended::Closed)?
+        };
 
         // The body may have been given back by now, read or not.
         let switching = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -284,11 +286,10 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
     /// Waits for the service's answer; none if the client is gone.
     async fn answer<R: AsyncRead + Unpin>(
         &mut self,
-        answer: impl Future<Output = Response<Body>>,
+        mut answer: Pin<&mut impl Future<Output = Response<Body>>>,
         reading: &mut Reading<R>,
         mut expects_continue: bool,
     ) -> Option<Response<Body>> {
-        let mut answer = pin!(answer);
         let response = poll_fn(|cx| {
             if let Poll::Ready(response) = answer.as_mut().poll(cx) {
                 return Poll::Ready(Some(response));

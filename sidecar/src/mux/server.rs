@@ -1,6 +1,6 @@
 //! The side that answers.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -49,7 +49,7 @@ where
     F: Future<Output = Response<Body>>,
 {
     let Some((request, sending)) = open.take_request() else { return };
-    let Some(response) = unless_abandoned(&sending, answer(request)).await else { return };
+    let Some(response) = unless_abandoned(&sending, pin!(answer(request))).await else { return };
     let (head, body) = response.into_parts();
     match sending.response(&head, &body) {
         Ok(true) => {}
@@ -60,8 +60,9 @@ where
 }
 
 /// Stops working on what nobody waits for any more.
-async fn unless_abandoned<T>(sending: &Sending, work: impl Future<Output = T>) -> Option<T> {
-    let mut work = pin!(work);
+///
+/// The work stays where it is: an async function holds room twice for what it is given by value.
+async fn unless_abandoned<T>(sending: &Sending, mut work: Pin<&mut impl Future<Output = T>>) -> Option<T> {
     std::future::poll_fn(|cx| match work.as_mut().poll(cx) {
         Poll::Ready(done) => Poll::Ready(Some(done)),
         Poll::Pending => sending.poll_abandoned(cx).map(|()| None),
