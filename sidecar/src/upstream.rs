@@ -46,6 +46,9 @@ const MAX_CONNECTIONS: usize = 16;
 const MAX_CLOSING: usize = 3;
 /// A connection whose peer does not answer a ping within this is dead.
 const PING: Duration = Duration::from_secs(10);
+/// A connection on which bytes stay unacknowledged so long leads to nobody (TCP_USER_TIMEOUT): requests must not
+/// wait on it until their own timeouts, nor new ones be sent into it.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(10);
 /// See [`crate::server`]: the connection's window is several times a stream's.
 const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -421,6 +424,7 @@ impl Upstream {
             () = self.clock.sleep(timeouts.connect) => return Err("connecting took too long".into()),
         };
         stream.set_nodelay(true)?;
+        socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         let stream = tokio::select! {
             stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)) => stream?,
             () = self.clock.sleep(timeouts.tls) => return Err("the TLS handshake took too long".into()),

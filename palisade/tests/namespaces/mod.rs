@@ -195,7 +195,7 @@ impl Served {
     }
 }
 
-fn enter(name: &str) {
+pub(crate) fn enter(name: &str) {
     let namespace = File::open(Path::new("/run/netns").join(name)).unwrap();
     setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
 }

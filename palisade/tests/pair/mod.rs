@@ -22,6 +22,8 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// Where the right app listens, and where its sidecar does.
 pub(crate) const APP: &str = "127.0.0.1:18080";
 const MESH_PORT: u16 = 15606;
+const SECOND_MESH_PORT: u16 = 15607;
+const SECOND_ADMIN: &str = "127.0.0.1:15691";
 /// `/ready` and `/metrics` of either sidecar.
 pub(crate) const ADMIN: &str = "127.0.0.1:15690";
 /// Where the left app calls the right one explicitly.
@@ -59,25 +61,49 @@ impl Pair {
 
     /// Starts the left sidecar, whose calls go to `endpoints`, with `more` in its sidecar.toml.
     pub(crate) fn client(&self, endpoints: &[SocketAddr], addresses: &[SocketAddr], more: &str) -> Sidecar {
+        self.client_within(endpoints, addresses, more, "20s")
+    }
+
+    /// The same, with a bound on the time that a call may take.
+    pub(crate) fn client_within(
+        &self,
+        endpoints: &[SocketAddr],
+        addresses: &[SocketAddr],
+        more: &str,
+        timeout: &str,
+    ) -> Sidecar {
         let list = |addresses: &[SocketAddr]| {
             addresses.iter().map(|address| format!("\"{address}\"")).collect::<Vec<_>>().join(", ")
         };
         let (endpoints, addresses) = (list(endpoints), list(addresses));
         let text = format!(
             "[outbound.backend]\nlisten = \"{CALLS}\"\nid = \"spiffe://mesh.test/ns/default/sa/backend\"\n\
-             endpoints = [{endpoints}]\naddresses = [{addresses}]\nrequest_timeout = \"20s\"\n{more}"
+             endpoints = [{endpoints}]\naddresses = [{addresses}]\nrequest_timeout = \"{timeout}\"\n{more}"
         );
         Sidecar::start(self, &self.left, "client", &text)
     }
 
     /// Starts the right sidecar, with `more` in its sidecar.toml.
     pub(crate) fn server(&self, more: &str) -> Sidecar {
+        Sidecar::start(self, &self.right, "backend", &Self::door(MESH_PORT, more))
+    }
+
+    /// Starts another one before the same app.
+    pub(crate) fn second_server(&self) -> Sidecar {
+        let text = Self::door(SECOND_MESH_PORT, "");
+        Sidecar::start_at(self, &self.right, "backend", &text, SECOND_ADMIN)
+    }
+
+    fn door(port: u16, more: &str) -> String {
         let policies = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/ours/policies");
-        let text = format!(
-            "[inbound]\nlisten = \"[::]:{MESH_PORT}\"\napp = \"{APP}\"\npolicies = {policies:?}\n\
+        format!(
+            "[inbound]\nlisten = \"[::]:{port}\"\napp = \"{APP}\"\npolicies = {policies:?}\n\
              service = \"backend\"\nrequest_timeout = \"20s\"\n{more}"
-        );
-        Sidecar::start(self, &self.right, "backend", &text)
+        )
+    }
+
+    pub(crate) fn second_address(&self) -> SocketAddr {
+        self.right.at(SECOND_MESH_PORT)[0]
     }
 
     /// Where the right sidecar is reached by others, by either family.
@@ -102,25 +128,18 @@ pub(crate) struct Sidecar {
 impl Sidecar {
     /// Starts one that is ready when this returns.
     fn start(pair: &Pair, host: &Host, name: &str, text: &str) -> Self {
-        let mut sidecar = Self::spawn(pair, host, name, text, |command| command);
-        sidecar.until_ready(host);
-        sidecar
+        Self::start_at(pair, host, name, text, ADMIN)
     }
 
-    fn spawn(
-        pair: &Pair,
-        host: &Host,
-        name: &str,
-        text: &str,
-        change: impl FnOnce(&mut Command) -> &mut Command,
-    ) -> Self {
+    fn start_at(pair: &Pair, host: &Host, name: &str, text: &str, admin: &str) -> Self {
         let access_log =
             if text.contains("[telemetry]") { "" } else { "[telemetry]\naccess_log = \"off\"\n" };
         let text = format!(
             "[identity]\ncertificate = \"{name}.crt\"\nkey = \"{name}.key\"\nbundle = \"ca.crt\"\n{text}\n\
-             [admin]\nlisten = \"{ADMIN}\"\n{access_log}"
+             [admin]\nlisten = \"{admin}\"\n{access_log}"
         );
-        let (config, log) = (pair.path(&format!("{name}.toml")), pair.path(&format!("{name}.log")));
+        let [config, log] = ["toml", "log"]
+            .map(|ending| pair.path(&format!("{name}-{}.{ending}", &admin[admin.len() - 5..])));
         fs::write(&config, text).unwrap();
         // The log goes on where a sidecar before ended.
         let stderr = fs::File::options().create(true).append(true).open(&log).unwrap();
@@ -129,15 +148,17 @@ impl Sidecar {
         command.args(["netns", "exec", host.name(), env!("CARGO_BIN_EXE_palisade"), "--config"]);
         command.arg(config).arg("sidecar").env_remove("RUST_LOG").env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        Self { child: change(&mut command).spawn().unwrap(), log }
+        let mut sidecar = Self { child: command.spawn().unwrap(), log };
+        sidecar.until_ready(host, admin);
+        sidecar
     }
 
-    fn until_ready(&mut self, host: &Host) {
+    fn until_ready(&mut self, host: &Host, admin: &str) {
         let log = self.log.clone();
         until(&mut || {
             let ended = self.child.try_wait().unwrap();
             assert!(ended.is_none(), "it ended ({ended:?}):\n{}", fs::read_to_string(&log).unwrap());
-            (host.within(|| get(ADMIN.parse().unwrap(), "/ready")).ok()?.0 == 200).then_some(())
+            (host.within(|| get(admin.parse().unwrap(), "/ready")).ok()?.0 == 200).then_some(())
         });
     }
 
