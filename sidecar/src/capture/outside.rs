@@ -282,10 +282,11 @@ fn named_host(headers: &http::HeaderMap, port: u16) -> Option<String> {
     let mut hosts = headers.get_all(HOST).iter();
     let (host, None) = (hosts.next()?, hosts.next()) else { return None };
     let authority: Authority = host.to_str().ok()?.parse().ok()?;
-    if authority.as_str().contains('@') || authority.port().is_some_and(|said| said.as_u16() != port) {
-        return None;
-    }
-    Some(authority.host().to_owned())
+    let name = authority.host();
+    // Nothing beside the host and that port: no user, no port that is no number.
+    let port = format!(":{port}");
+    let rest = authority.as_str().strip_prefix(name)?;
+    (rest.is_empty() || rest == port).then(|| name.to_owned())
 }
 
 /// An address as the egress rules write hosts.
