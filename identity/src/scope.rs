@@ -1,8 +1,8 @@
 //! Task lifetimes: every task belongs to a [`Scope`], which is drained and joined.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -17,7 +17,11 @@ use tokio_util::task::TaskTracker;
 /// that lost one of those must fall over and be restarted rather than live on half dead.
 #[derive(Clone, Debug)]
 pub struct Scope {
+    /// Connections, and what belongs to one.
     tracker: TaskTracker,
+    critical: TaskTracker,
+    /// The trackers of connections of this scope and of all its parts.
+    all: Arc<Mutex<Vec<TaskTracker>>>,
     draining: CancellationToken,
     failure: Arc<std::sync::OnceLock<String>>,
     panics: Arc<AtomicU64>,
@@ -32,8 +36,11 @@ impl Default for Scope {
 impl Scope {
     /// An empty scope.
     pub fn new() -> Self {
+        let tracker = TaskTracker::new();
         Self {
-            tracker: TaskTracker::new(),
+            all: Arc::new(Mutex::new(vec![tracker.clone()])),
+            tracker,
+            critical: TaskTracker::new(),
             draining: CancellationToken::new(),
             failure: Arc::default(),
             panics: Arc::default(),
@@ -43,7 +50,12 @@ impl Scope {
     /// A scope of its own that drains when it is told to, not with this one; whoever makes it drains it.
     /// What fails or panics in it is told by both.
     pub fn part(&self) -> Self {
-        Self { tracker: TaskTracker::new(), draining: CancellationToken::new(), ..self.clone() }
+        let tracker = TaskTracker::new();
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|tracker| !(tracker.is_closed() && tracker.is_empty()));
+        all.push(tracker.clone());
+        drop(all);
+        Self { tracker, critical: TaskTracker::new(), draining: CancellationToken::new(), ..self.clone() }
     }
 
     /// Runs a task whose end concerns nobody else.
@@ -63,7 +75,7 @@ impl Scope {
     /// the scope drains and [`Scope::finished`] reports it.
     pub fn spawn_critical(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let scope = self.clone();
-        self.tracker.spawn(async move {
+        self.critical.spawn(async move {
             let outcome = AssertUnwindSafe(task).catch_unwind().await;
             if !scope.draining.is_cancelled() {
                 let how = if outcome.is_err() { "panicked" } else { "ended early" };
@@ -102,14 +114,27 @@ impl Scope {
         self.panics.load(Ordering::Relaxed)
     }
 
+    /// How many tasks that are not critical, those of its parts included, have not ended: the connections
+    /// that are cut if the process ends now.
+    pub fn unfinished(&self) -> usize {
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(TaskTracker::len).sum()
+    }
+
     /// Waits until the scope is asked to finish, then for its tasks, at most `bound`.
     ///
     /// Returns the reason if the scope ended because something critical failed.
     pub async fn finished(&self, bound: Duration) -> Result<(), String> {
         self.draining.cancelled().await;
         self.tracker.close();
-        if tokio::time::timeout(bound, self.tracker.wait()).await.is_err() {
-            tracing::warn!(left = self.tracker.len(), "drain bound reached; closing what is left");
+        self.critical.close();
+        // Critical tasks first: an accept loop may still spawn a connection, not the other way round.
+        let ended = async {
+            self.critical.wait().await;
+            self.tracker.wait().await;
+        };
+        if tokio::time::timeout(bound, ended).await.is_err() {
+            tracing::warn!(left = self.unfinished(), "drain bound reached; closing what is left");
         }
         match self.failure.get() {
             Some(reason) => Err(reason.clone()),
@@ -132,6 +157,18 @@ mod tests {
         assert!(!scope.is_draining());
         scope.drain();
         assert_eq!(scope.finished(Duration::from_secs(5)).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn what_a_drain_cuts_is_counted_with_its_parts_and_without_critical_tasks() {
+        let scope = Scope::new();
+        let part = scope.part();
+        part.spawn("connection", std::future::pending());
+        scope.spawn("connection", async {});
+        scope.spawn_critical("accept loop", std::future::pending());
+        scope.drain();
+        assert_eq!(scope.finished(Duration::from_millis(20)).await, Ok(()));
+        assert_eq!(scope.unfinished(), 1);
     }
 
     #[tokio::test]
