@@ -5,12 +5,14 @@ use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use http::{HeaderValue, Request, Response};
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response, Version};
 use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
 use hyper::service::service_fn;
@@ -36,6 +38,10 @@ const TLS_HANDSHAKE: u8 = 0x16;
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// How long a connection whose peer's certificate has expired may take to finish its last requests.
 const EXPIRY_GRACE: Duration = Duration::from_secs(5);
+
+/// What a connection that seems idle, or is shaking hands, gets when a drain begins: its client may be sending
+/// a request right now, which closing at once would lose.
+const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 /// Bounds of one listener. Defaults are for a listener that strangers can reach.
 #[derive(Debug, Clone)]
@@ -279,7 +285,7 @@ async fn connection(
     let stream = tokio::select! {
         stream = handshake => stream?,
         () = listen.clock.sleep(listen.limits.handshake_timeout) => return Err(RefusedConnection::Timeout),
-        () = listen.scope.draining() => return Ok(()),
+        () = last_moment(listen) => return Ok(()),
     };
     let Some(stream) = stream else { return Ok(()) };
     let (_, session) = stream.get_ref();
@@ -396,20 +402,42 @@ async fn requests<S>(
     let builder = http_builder(&listen.limits, http2, &listen.scope);
     let mut leaving = pin!(leaving(&connection, listen));
     let connection = Arc::new(connection);
+    let left = Arc::new(AtomicBool::new(false));
     let service = service_fn(|request: Request<Incoming>| {
+        let http1 = request.version() < Version::HTTP_2;
         let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
-        answer.map(Ok::<_, std::convert::Infallible>)
+        let left = Arc::clone(&left);
+        answer.map(move |mut answer| {
+            // The one way to tell an HTTP/1.1 client that its next request needs another connection.
+            if http1 && left.load(Ordering::Relaxed) {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, std::convert::Infallible>(answer)
+        })
     });
     let mut serving = pin!(builder.serve_connection(stream, service));
     let bound = tokio::select! {
         outcome = serving.as_mut() => return log_end(outcome),
         bound = leaving.as_mut() => bound,
     };
+    left.store(true, Ordering::Relaxed);
+    if http2 != Some(true) {
+        tokio::select! {
+            outcome = serving.as_mut() => return log_end(outcome),
+            () = listen.clock.sleep(LAST_REQUEST_GRACE) => {}
+        }
+    }
     serving.as_mut().graceful_shutdown();
     tokio::select! {
         outcome = serving => log_end(outcome),
         () = listen.clock.sleep(bound.unwrap_or(Duration::MAX)) => {}
     }
+}
+
+/// Completes a moment after the drain has begun.
+async fn last_moment(listen: &Listen) {
+    listen.scope.draining().await;
+    listen.clock.sleep(LAST_REQUEST_GRACE).await;
 }
 
 fn log_end(outcome: Result<(), impl Display>) {
