@@ -18,6 +18,12 @@ pub(crate) enum Exit {
     Denied,
     /// A file that was read is wrong.
     Invalid,
+    /// It ended as asked, and connections were cut.
+    Cut,
+    /// `palisade run` failed by itself: it is no answer of its command.
+    NotCommand,
+    /// The exit code of a command that was run.
+    Command(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -28,6 +34,9 @@ impl From<Exit> for ExitCode {
             Exit::Usage => 2,
             Exit::Denied => 3,
             Exit::Invalid => 4,
+            Exit::Cut => 5,
+            Exit::NotCommand => 125,
+            Exit::Command(code) => code,
         })
     }
 }

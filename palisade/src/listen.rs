@@ -1,4 +1,5 @@
-//! Listening, and naming who is in the way when an address is taken.
+//! Listening: on sockets that were given to this process, or on new ones; and naming who is in the way when
+//! an address is taken.
 
 use std::fmt;
 use std::fs;
@@ -6,7 +7,140 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 
+use listenfd::ListenFd;
+use rustix::net::sockopt::socket_acceptconn;
+
 use crate::failure::Failure;
+use crate::handover::Named;
+
+/// Listening sockets that this process was given, and those it listens on.
+#[derive(Debug, Default)]
+pub(crate) struct Listeners {
+    given: Vec<Given>,
+    queued: bool,
+    /// For a successor: copies of what has been taken.
+    taken: Vec<Named>,
+}
+
+#[derive(Debug)]
+struct Given {
+    name: String,
+    listener: TcpListener,
+    by: Giver,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Giver {
+    /// systemd and its like (`sd_listen_fds(3)`): the operator has written down what each is for.
+    Manager,
+    /// The process that served before, perhaps with another configuration.
+    Predecessor,
+}
+
+impl Listeners {
+    /// Those of the service manager, if it passed any. To be called once, before there are threads.
+    pub(crate) fn from_manager() -> Result<Self, Failure> {
+        let own = std::process::id().to_string();
+        if std::env::var("LISTEN_PID").ok() != Some(own) {
+            return Ok(Self::default());
+        }
+        let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+        let mut names = names.split(':').map(str::to_owned);
+        let mut passed = ListenFd::from_env();
+        let mut listeners = Self::default();
+        for index in 0..passed.len() {
+            let name = names.next().unwrap_or_default();
+            let unusable = |error: &io::Error| {
+                Failure::new(format!(
+                    "the service manager's socket `{name}` is none to accept connections on"
+                ))
+                .because(error)
+                .hint("use ListenStream= with an address and a port")
+            };
+            let Some(listener) = passed.take_tcp_listener(index).map_err(|error| unusable(&error))? else {
+                continue;
+            };
+            if !socket_acceptconn(&listener).is_ok_and(|listens| listens) {
+                return Err(unusable(&io::Error::other("it does not listen")));
+            }
+            listeners.given.push(Given { name, listener, by: Giver::Manager });
+            listeners.queued = true;
+        }
+        Ok(listeners)
+    }
+
+    /// Whether the service manager's sockets are among them, at which clients may wait already.
+    pub(crate) fn queued(&self) -> bool {
+        self.queued
+    }
+
+    /// Adds those of the process that served before.
+    pub(crate) fn add_predecessors(&mut self, listeners: Vec<Named>) {
+        let given =
+            listeners.into_iter().map(|(name, listener)| Given { name, listener, by: Giver::Predecessor });
+        self.given.extend(given);
+    }
+
+    /// The socket that was given as `name`, or a new one. `what` and `key` as in [`tcp`].
+    pub(crate) fn tcp(
+        &mut self,
+        name: &str,
+        what: &str,
+        key: &str,
+        address: SocketAddr,
+    ) -> Result<TcpListener, Failure> {
+        let listener = match self.take(name, what, key, address)? {
+            Some(listener) => listener,
+            None => tcp(what, key, address)?,
+        };
+        let copy = listener.try_clone().map_err(|error| refused(what, key, address, &error))?;
+        self.taken.push((name.to_owned(), copy));
+        Ok(listener)
+    }
+
+    fn take(
+        &mut self,
+        name: &str,
+        what: &str,
+        key: &str,
+        address: SocketAddr,
+    ) -> Result<Option<TcpListener>, Failure> {
+        while let Some(index) = self.given.iter().position(|given| given.name == name) {
+            let Given { listener, by, .. } = self.given.swap_remove(index);
+            let at = listener.local_addr().ok();
+            if at == Some(address) {
+                return Ok(Some(listener));
+            }
+            // A predecessor's configuration may have been another; what the operator wrote may not differ.
+            if by == Giver::Manager {
+                let at = at.map_or_else(|| "no address".to_owned(), |at| at.to_string());
+                let message = format!("{what} is to listen on {address}, and its socket `{name}` is on {at}");
+                return Err(Failure::invalid(message).hint(format!(
+                    "write the same address in the socket unit's ListenStream= and in {key}"
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An error if the service manager passed what nobody wanted.
+    pub(crate) fn all_wanted(&self) -> Result<(), Failure> {
+        for Given { name, by, .. } in &self.given {
+            if *by == Giver::Manager {
+                let known: Vec<&str> = self.taken.iter().map(|(name, _)| name.as_str()).collect();
+                return Err(Failure::invalid(format!("nothing here listens on the socket `{name}`"))
+                    .hint(format!("FileDescriptorName= in a socket unit is one of {}", known.join(", "))));
+            }
+            tracing::info!(name, "the predecessor's listener is not wanted any more");
+        }
+        Ok(())
+    }
+
+    /// What is listened on now, for a successor.
+    pub(crate) fn taken(self) -> Vec<Named> {
+        self.taken
+    }
+}
 
 /// Binds `address`, before anything is started, for `what`, such as "the gateway"; `key` is where mesh.toml sets it.
 pub(crate) fn tcp(what: &str, key: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
@@ -119,6 +253,52 @@ fn socket_address(text: &str) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn given(name: &str, by: Giver) -> (Listeners, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let given = vec![Given { name: name.into(), listener, by }];
+        (Listeners { given, ..Listeners::default() }, address)
+    }
+
+    #[test]
+    fn a_given_socket_is_used_instead_of_a_new_one() {
+        for by in [Giver::Manager, Giver::Predecessor] {
+            let (mut listeners, address) = given("inbound", by);
+            // A new one could not be bound: the address is taken by the one that was given.
+            let listener = listeners.tcp("inbound", "the sidecar", "inbound", address).unwrap();
+            assert_eq!(listener.local_addr().unwrap(), address);
+            listeners.all_wanted().unwrap();
+            let kept = listeners.taken();
+            assert_eq!((kept.len(), kept[0].0.as_str()), (1, "inbound"));
+        }
+    }
+
+    #[test]
+    fn a_managers_socket_elsewhere_is_a_mistake_and_a_predecessors_is_left() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (mut listeners, address) = given("admin", Giver::Manager);
+        let failure = listeners.tcp("admin", "the admin port", "[service.web] admin", free).unwrap_err();
+        let expected =
+            format!("the admin port is to listen on {free}, and its socket `admin` is on {address}");
+        assert_eq!(failure.message, expected);
+        assert!(failure.hint.unwrap().contains("[service.web] admin"));
+
+        let (mut listeners, _) = given("admin", Giver::Predecessor);
+        let listener = listeners.tcp("admin", "the admin port", "", free).unwrap();
+        assert_eq!(listener.local_addr().unwrap(), free);
+    }
+
+    #[test]
+    fn what_the_manager_passed_for_nobody_is_a_mistake() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (mut listeners, _) = given("inbuond", Giver::Manager);
+        listeners.tcp("inbound", "the sidecar", "", free).unwrap();
+        let failure = listeners.all_wanted().unwrap_err();
+        assert_eq!(failure.message, "nothing here listens on the socket `inbuond`");
+        assert_eq!(failure.hint.unwrap().as_ref(), "FileDescriptorName= in a socket unit is one of inbound");
+        assert!(given("old", Giver::Predecessor).0.all_wanted().is_ok());
+    }
 
     #[test]
     fn a_taken_port_names_the_process_that_has_it_and_the_key_to_change() {

@@ -7,10 +7,14 @@ mod credentials;
 mod decisions;
 mod demo;
 mod failure;
+mod handover;
 mod listen;
 mod logging;
 mod mesh;
+mod notify;
 mod printer;
+mod readiness;
+mod rlimits;
 mod serve;
 mod standalone;
 mod supervised;
@@ -20,6 +24,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rustix::process::Signal;
 
 use crate::failure::{Exit, Failure};
 use crate::printer::Printer;
@@ -63,6 +68,8 @@ enum Verb {
     Agent,
     /// Run the proxy beside one service.
     Sidecar(cmd::sidecar::Args),
+    /// Run a command beside its sidecar: ready before it starts, gone after it ends.
+    Run(cmd::run::Args),
     /// Run the front door for browsers and API clients.
     Gateway,
     /// Run the vault.
@@ -83,6 +90,9 @@ enum Verb {
     Id(cmd::id::Args),
     /// Show hosts, identities and the authority.
     Status(cmd::status::Args),
+    /// Become a command, bound to the life of the `palisade run` that started it.
+    #[command(hide = true)]
+    StartCommand(cmd::run::StartArgs),
 }
 
 fn main() -> ExitCode {
@@ -91,7 +101,7 @@ fn main() -> ExitCode {
         Err(error) => return printer::usage(&error),
     };
     if let Some(parent) = cli.global.supervised_by
-        && supervised::end_with(parent).is_err()
+        && supervised::end_with(parent, Signal::TERM).is_err()
     {
         // Whoever started this process is gone already: there is nobody left to tell.
         return Exit::Failed.into();
@@ -109,6 +119,7 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
         Verb::Control => cmd::control::run(global),
         Verb::Agent => cmd::agent::run(global),
         Verb::Sidecar(args) => cmd::sidecar::run(args, global, printer),
+        Verb::Run(args) => cmd::run::run(args, global),
         Verb::Gateway => cmd::gateway::run(global),
         Verb::Vault => cmd::vault::run(global),
         Verb::Idp => cmd::idp::run(global),
@@ -119,5 +130,6 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
         Verb::Demo(args) => demo::run(args, global, printer),
         Verb::Id(args) => cmd::id::run(args, global, printer),
         Verb::Status(args) => cmd::status::run(args, global, printer),
+        Verb::StartCommand(args) => Ok(cmd::run::start_command(args, printer)),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use identity::clock::SharedClock;
 pub(crate) use identity::random::SharedRandom;
-use identity::{IdentitySource, Scope, SystemClock};
+use identity::{IdentitySource, Scope, SpiffeId, SystemClock};
 use policy::{Mode, Policies, ServicePolicy};
 
 use crate::Global;
@@ -14,6 +14,7 @@ use crate::credentials::Credentials;
 use crate::failure::Failure;
 use crate::logging;
 use crate::mesh::{self, Mesh};
+use crate::readiness::{Awaited, Readiness};
 
 /// What a verb works with.
 pub(crate) struct Workload {
@@ -52,6 +53,12 @@ impl Workload {
     /// Our identity, as the agent gives and renews it.
     pub(crate) fn identity(&self, scope: &Scope) -> IdentitySource {
         identity::workload_api::watch(self.mesh.agent.socket.clone(), Arc::clone(&self.clock), scope)
+    }
+
+    /// Ready once the agent has given us `id`, or any identity where the configuration names none.
+    pub(crate) fn identified(&self, source: IdentitySource, id: Option<SpiffeId>) -> Readiness {
+        let giver = format!("the agent at {}", self.mesh.agent.socket.display());
+        Readiness::Identity(Awaited { source, id, giver, clock: Arc::clone(&self.clock) })
     }
 
     /// The failure of a verb whose section mesh.toml does not have.

@@ -19,7 +19,7 @@ use crate::credentials::{Credential, Credentials};
 use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::mesh::HostPort;
-use crate::serve;
+use crate::serve::{self, Started};
 use crate::workload::{SharedRandom, Workload, not_started};
 
 /// How long streams may go on once the agent is asked to end: workloads open them again by themselves.
@@ -43,14 +43,14 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
                 random: Arc::clone(&workload.random),
             })),
         };
-        Agent::start(config, Arc::clone(&workload.clock), SystemRandom::shared(), &scope).await.map_err(
-            |error| {
-                not_started("the agent", &error).next(format!(
+        let clock = Arc::clone(&workload.clock);
+        let agent = Agent::start(config, clock, SystemRandom::shared(), &scope).await.map_err(|error| {
+            not_started("the agent", &error).next(format!(
                 "on control: palisade token create {} > join-token && palisade token bundle > trust-bundle",
                 agent.host
             ))
-            },
-        )
+        })?;
+        Ok(Started::new(agent))
     })
 }
 

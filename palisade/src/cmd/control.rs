@@ -18,7 +18,7 @@ use crate::credentials::Credential;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{Mesh, Registration, check};
-use crate::serve;
+use crate::serve::{self, Started};
 use crate::workload::{SharedRandom, Workload, not_started};
 
 /// How long streams may go on once control is asked to end: agents open them again by themselves.
@@ -61,7 +61,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let model = Arc::new(Model::new(control.handle()));
         let router = console::router_with_clock(model, token, Arc::clone(&workload.clock));
         serve_console(console_listener, router, &scope)?;
-        Ok(control)
+        Ok(Started::new(control))
     })
 }
 

@@ -14,7 +14,7 @@ use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Mesh, Own};
-use crate::serve;
+use crate::serve::{self, Started};
 use crate::workload::{Workload, no_policy, not_started};
 
 /// How long requests under way may go on once the gateway is asked to end: as long as a service's own.
@@ -84,9 +84,11 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         };
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        Gateway::start(config, source, policies, recorder, clock, random, &scope)
+        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Gateway));
+        let gateway = Gateway::start(config, source, policies, recorder, clock, random, &scope)
             .await
-            .map_err(|error| not_started("the gateway", &error))
+            .map_err(|error| not_started("the gateway", &error))?;
+        Ok(Started::new(gateway).ready_when(ready))
     })
 }
 

@@ -11,8 +11,8 @@ use crate::Global;
 use crate::credentials::Credential;
 use crate::failure::{Exit, Failure};
 use crate::listen;
-use crate::mesh::{self, Mesh};
-use crate::serve;
+use crate::mesh::{self, Mesh, Own};
+use crate::serve::{self, Started};
 use crate::workload::{Workload, not_started};
 
 /// How long requests under way may go on once the provider is asked to end.
@@ -43,7 +43,8 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     serve::run("idp", DRAIN, async |scope| {
         let source = workload.identity(&scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        Idp::start(config, source, clock, random, &scope).await.map_err(|error| {
+        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Idp));
+        let idp = Idp::start(config, source, clock, random, &scope).await.map_err(|error| {
             let failure = not_started("the provider", &error);
             match error {
                 // Starting it again would read the same file.
@@ -51,7 +52,8 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
                     .hint("[idp] users in mesh.toml names the file of people and password hashes"),
                 _ => failure,
             }
-        })
+        })?;
+        Ok(Started::new(idp).ready_when(ready))
     })
 }
 

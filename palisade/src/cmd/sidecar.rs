@@ -2,9 +2,13 @@
 
 mod alone;
 mod captured;
+mod succession;
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use identity::Scope;
 use identity::clock::SharedClock;
@@ -14,17 +18,18 @@ use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Global;
 use crate::cmd::capture;
 use crate::decisions;
 use crate::failure::{Exit, Failure};
-use crate::listen;
+use crate::listen::Listeners;
 use crate::mesh::{self, Callee, Mesh, Own, Service};
 use crate::printer::Printer;
-use crate::serve;
+use crate::serve::{self, Started};
 use crate::workload::{self, Workload, not_started};
+use alone::Alone;
+use succession::Succession;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -32,6 +37,11 @@ pub(crate) struct Args {
     /// runs alone: certificates from files, no control, no agent.
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
+    /// Where it takes over from the sidecar that serves now, and later hands over to its successor: a Unix
+    /// socket. Default: sidecar-NAME.sock in $RUNTIME_DIRECTORY, if that is set; NAME is the service's, or
+    /// that of sidecar.toml.
+    #[arg(long, value_name = "SOCKET")]
+    handover: Option<PathBuf>,
     #[command(subcommand)]
     beside: Option<Beside>,
 }
@@ -44,39 +54,132 @@ enum Beside {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
-    match (&args.beside, &args.service) {
-        (Some(Beside::Capture(_)), Some(_)) => {
-            Err(Failure::usage("capture is a host's, not one service's").hint("leave out --service"))
+    if let Some(Beside::Capture(wanted)) = &args.beside {
+        if args.service.is_some() {
+            let failure = Failure::usage("capture is a host's, not one service's");
+            return Err(failure.hint("leave out --service"));
         }
-        (Some(Beside::Capture(args)), None) => capture::run(args, printer),
-        (None, Some(service)) => of_mesh(service, global),
-        (None, None) => alone::run(global),
+        return capture::run(wanted, printer);
+    }
+    let name = args.service.as_deref().or_else(|| global.config.file_stem()?.to_str());
+    let place = args.handover.clone().or_else(|| succession::default_place(name?));
+    let prepared = Prepared::read(args.service.as_deref(), place, global)?;
+    let (workers, drain_timeout) = (prepared.workers(), prepared.drain_timeout());
+    serve::run_on(workers, "sidecar", drain_timeout, async |scope| prepared.start(scope).await)
+}
+
+/// A sidecar before it starts: what it reads has been read, its predecessor has been asked.
+pub(crate) struct Prepared {
+    kind: Kind,
+    succession: Succession,
+}
+
+enum Kind {
+    OfMesh(Box<OfMesh>),
+    Alone(Box<Alone>),
+}
+
+impl Prepared {
+    /// The sidecar of `service` in mesh.toml, or the one of the sidecar.toml that --config names. Takes over
+    /// from the process that waits at `handover`, if there is one.
+    pub(crate) fn read(
+        service: Option<&str>,
+        handover: Option<PathBuf>,
+        global: &Global,
+    ) -> Result<Self, Failure> {
+        let Some(service) = service else {
+            let alone = Alone::read(global)?;
+            return Ok(Self { kind: Kind::Alone(Box::new(alone)), succession: Succession::begin(handover)? });
+        };
+        let (workload, policy) = OfMesh::read(service, global)?;
+        let mut succession = Succession::begin(handover)?;
+        let of_mesh = OfMesh::bind(workload, service, policy, &mut succession.listeners)?;
+        Ok(Self { kind: Kind::OfMesh(Box::new(of_mesh)), succession })
+    }
+
+    /// How many threads carry requests; `None` for one a processor.
+    pub(crate) fn workers(&self) -> Option<NonZeroUsize> {
+        match &self.kind {
+            Kind::OfMesh(_) => None,
+            Kind::Alone(alone) => alone.workers(),
+        }
+    }
+
+    /// How long requests under way may go on at the end.
+    pub(crate) fn drain_timeout(&self) -> Duration {
+        match &self.kind {
+            Kind::OfMesh(of_mesh) => of_mesh.drain_timeout,
+            Kind::Alone(alone) => alone.drain_timeout(),
+        }
+    }
+
+    /// Starts it in `scope`. It is ready once it has its identity.
+    pub(crate) async fn start(self, scope: Scope) -> Result<Started<Arc<Sidecar>>, Failure> {
+        match self.kind {
+            Kind::OfMesh(of_mesh) => of_mesh.start(self.succession, scope).await,
+            Kind::Alone(alone) => alone.start(self.succession, scope).await,
+        }
     }
 }
 
-fn of_mesh(service_name: &str, global: &Global) -> Result<Exit, Failure> {
-    let workload = Workload::begin(global)?;
-    let found = workload.mesh.service.iter().find(|(name, _)| name.as_str() == service_name);
-    let Some((_, service)) = found else {
-        let names = || workload.mesh.service.keys().map(mesh::ServiceName::as_str);
-        let hint = policy::suggest(service_name, names())
-            .unwrap_or_else(|| format!("its services are {}", names().collect::<Vec<_>>().join(", ")));
-        return Err(Failure::usage(format!("mesh.toml has no service `{service_name}`")).hint(hint));
-    };
-    let policy = workload.policy(service_name)?;
-    let config = configure(service_name, service, policy, &workload.mesh)?;
-    serve::run("sidecar", service.drain_timeout, async |scope| {
+/// The sidecar of a service in mesh.toml, its ports bound.
+struct OfMesh {
+    workload: Workload,
+    service: String,
+    drain_timeout: Duration,
+    config: SidecarConfig,
+}
+
+impl OfMesh {
+    fn read(name: &str, global: &Global) -> Result<(Workload, Arc<ServicePolicy>), Failure> {
+        let workload = Workload::begin(global)?;
+        service(&workload.mesh, name)?;
+        let policy = workload.policy(name)?;
+        Ok((workload, policy))
+    }
+
+    fn bind(
+        workload: Workload,
+        name: &str,
+        policy: Arc<ServicePolicy>,
+        listeners: &mut Listeners,
+    ) -> Result<Self, Failure> {
+        let service = service(&workload.mesh, name)?;
+        let config = configure(name, service, policy, &workload.mesh, listeners)?;
+        listeners.all_wanted()?;
+        let drain_timeout = service.drain_timeout;
+        Ok(Self { service: name.to_owned(), drain_timeout, config, workload })
+    }
+
+    async fn start(self, succession: Succession, scope: Scope) -> Result<Started<Arc<Sidecar>>, Failure> {
+        let Self { workload, service, config, .. } = self;
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         let target = workload.mesh.telemetry.access_log.then_some(AccessTarget::Stderr);
         let access_log = access_log(target.as_ref(), &clock, &scope)?;
-        let capture = captured::listen(service.capture.as_ref(), addresses(service, &workload.mesh))?;
+        let own = self::service(&workload.mesh, &service)?;
+        let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh))?;
         let config = SidecarConfig { access_log, capture, ..config };
-        let sidecar = Sidecar::start(config, source, recorder, clock, random, &scope)
+        let ready = workload.identified(source.clone(), Some(config.id.clone()));
+        succession.wait(&ready, &clock).await?;
+        let sidecar = Sidecar::start(config, source, recorder, clock.clone(), random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
-        let (mesh, service) = (workload.mesh.clone(), service_name.to_owned());
-        on_hangup(&scope, move || replace_policy(&sidecar, workload::policy(&mesh, &service)))
+        succession.take_over(clock, &scope).await?;
+        let sidecar = Arc::new(sidecar);
+        let (reloaded, mesh) = (Arc::clone(&sidecar), workload.mesh);
+        let reload = move || replace_policy(&reloaded, workload::policy(&mesh, &service));
+        Ok(Started::new(sidecar).ready_when(ready).reloaded_by(reload))
+    }
+}
+
+fn service<'a>(mesh: &'a Mesh, wanted: &str) -> Result<&'a Service, Failure> {
+    let found = mesh.service.iter().find(|(name, _)| name.as_str() == wanted);
+    found.map(|(_, service)| service).ok_or_else(|| {
+        let names = || mesh.service.keys().map(mesh::ServiceName::as_str);
+        let hint = policy::suggest(wanted, names())
+            .unwrap_or_else(|| format!("its services are {}", names().collect::<Vec<_>>().join(", ")));
+        Failure::usage(format!("mesh.toml has no service `{wanted}`")).hint(hint)
     })
 }
 
@@ -94,35 +197,23 @@ fn access_log(
     })
 }
 
-/// Has `reload` run at each SIGHUP (`systemctl reload`).
-fn on_hangup(scope: &Scope, mut reload: impl FnMut() + Send + 'static) -> Result<(), Failure> {
-    let mut hangup = signal(SignalKind::hangup())
-        .map_err(|error| Failure::new("cannot listen for signals").because(&error))?;
-    let draining = scope.clone();
-    scope.spawn_critical("reload", async move {
-        loop {
-            tokio::select! {
-                _ = hangup.recv() => reload(),
-                () = draining.draining() => return,
-            }
-        }
-    });
-    Ok(())
-}
-
-/// Puts the policies in force that are on disk now. Ones that are wrong change nothing: what was in force
-/// stays so, and the log says what is wrong.
-fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) {
+/// Puts the policies in force that are on disk now, and says how that went. Ones that are wrong change
+/// nothing: what was in force stays so, and the log says what is wrong.
+fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) -> String {
     match read {
         Ok(policy) => {
             tracing::info!(version = %policy.version(), "policies reloaded");
             sidecar.replace_policy(policy);
+            "serves; policies reloaded".to_owned()
         }
-        Err(failure) => tracing::error!(
-            reason = failure.message,
-            problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "policies not reloaded; the ones before stay in force"
-        ),
+        Err(failure) => {
+            tracing::error!(
+                reason = failure.message,
+                problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "policies not reloaded; the ones before stay in force"
+            );
+            format!("serves; policies not reloaded: {}", failure.message)
+        }
     }
 }
 
@@ -151,13 +242,15 @@ fn configure(
     service: &Service,
     policy: Arc<ServicePolicy>,
     mesh: &Mesh,
+    listeners: &mut Listeners,
 ) -> Result<SidecarConfig, Failure> {
     let key = |part: &str| format!("[service.{name}] {part}");
-    let inbound = listen::tcp("the sidecar", &key("inbound"), service.inbound)?;
-    let admin = listen::tcp("the sidecar's admin port", &key("admin"), service.admin)?;
+    let inbound = listeners.tcp("inbound", "the sidecar", &key("inbound"), service.inbound)?;
+    let admin = listeners.tcp("admin", "the sidecar's admin port", &key("admin"), service.admin)?;
     let mut calls = Vec::new();
     for (callee, address) in &service.calls {
-        let listener = listen::tcp(&format!("the calls to {callee}"), &key("calls"), *address)?;
+        let (socket, what) = (format!("outbound.{callee}"), format!("the calls to {callee}"));
+        let listener = listeners.tcp(&socket, &what, &key("calls"), *address)?;
         let target = match callee {
             Callee::Vault => {
                 mesh.vault.as_ref().and_then(|vault| Some((mesh.own_id(Own::Vault)?, vault.listen)))

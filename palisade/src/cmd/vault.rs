@@ -10,7 +10,8 @@ use crate::credentials::Credential;
 use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen;
-use crate::serve;
+use crate::mesh::Own;
+use crate::serve::{self, Started};
 use crate::workload::{Workload, no_policy, not_started};
 
 /// How long requests under way may go on once the vault is asked to end: reads and writes are short.
@@ -34,9 +35,11 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        Vault::start(config, source, policies, recorder, clock, random, &scope)
+        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Vault));
+        let vault = Vault::start(config, source, policies, recorder, clock, random, &scope)
             .await
-            .map_err(|error| refused(&error))
+            .map_err(|error| refused(&error))?;
+        Ok(Started::new(vault).ready_when(ready))
     })
 }
 

@@ -1,36 +1,61 @@
 //! `palisade sidecar --config FILE`: one sidecar by itself.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use identity::pem::Followed;
-use identity::{SpiffeId, SystemClock, TrustDomain};
+use identity::{Scope, SpiffeId, SystemClock, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
-use super::{access_log, captured, on_hangup, protocol, replace_policy};
+use super::succession::Succession;
+use super::{access_log, captured, protocol, replace_policy};
 use crate::Global;
 use crate::cmd::config;
-use crate::failure::{Exit, Failure};
-use crate::listen;
+use crate::failure::Failure;
+use crate::listen::Listeners;
 use crate::logging;
 use crate::mesh::ServiceName;
-use crate::serve;
+use crate::readiness::{Awaited, Readiness};
+use crate::serve::Started;
 use crate::standalone::{Inbound, Outbound, Standalone};
 use crate::workload::{no_policy, not_started};
 
-pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
-    if global.config == Path::new("mesh.toml") {
-        let hint = "name a service of mesh.toml with --service NAME, or with --config FILE the sidecar.toml of \
-                    one that runs alone; `palisade config example --sidecar` prints one";
-        return Err(Failure::usage("the sidecar of which service?").hint(hint));
+/// The sidecar of a sidecar.toml, read. Its identity is in files, which are followed once it starts.
+pub(super) struct Alone {
+    standalone: Standalone,
+}
+
+impl Alone {
+    pub(super) fn read(global: &Global) -> Result<Self, Failure> {
+        if global.config == Path::new("mesh.toml") {
+            let hint = "name a service of mesh.toml with --service NAME, or with --config FILE the sidecar.toml of \
+                        one that runs alone; `palisade config example --sidecar` prints one";
+            return Err(Failure::usage("the sidecar of which service?").hint(hint));
+        }
+        let standalone = config::load_standalone(&global.config)?;
+        logging::start(global.log.as_deref().unwrap_or(&standalone.log))?;
+        Ok(Self { standalone })
     }
-    let standalone = config::load_standalone(&global.config)?;
-    logging::start(global.log.as_deref().unwrap_or(&standalone.log))?;
-    let (clock, random) = (SystemClock::shared(), identity::random::system());
-    let (drain_timeout, workers) = (standalone.drain_timeout, standalone.workers);
-    serve::run_on(workers, "sidecar", drain_timeout, async |scope| {
+
+    pub(super) fn workers(&self) -> Option<NonZeroUsize> {
+        self.standalone.workers
+    }
+
+    pub(super) fn drain_timeout(&self) -> Duration {
+        self.standalone.drain_timeout
+    }
+
+    pub(super) async fn start(
+        self,
+        mut succession: Succession,
+        scope: Scope,
+    ) -> Result<Started<Arc<Sidecar>>, Failure> {
+        let Self { standalone } = self;
+        let (clock, random) = (SystemClock::shared(), identity::random::system());
         let files = standalone.identity.clone();
         let Followed { source, again } = files.follow(Arc::clone(&clock), &scope).map_err(|error| {
             Failure::invalid(format!("{}: [identity] cannot be used", standalone.file.display()))
@@ -40,28 +65,46 @@ pub(super) fn run(global: &Global) -> Result<Exit, Failure> {
         let id = identity.svid.id().clone();
         let trust_domain = id.trust_domain().clone();
         let access = access_log(standalone.access_log.as_ref(), &clock, &scope)?;
-        let config = SidecarConfig { access_log: access.clone(), ..configure(&standalone, id)? };
-        let sidecar = Sidecar::start(config, source, Arc::new(NoRecorder), clock, random, &scope)
-            .map_err(|error| not_started("the sidecar", &error))?;
+        let config = configure(&standalone, id, &mut succession.listeners)?;
+        let config = SidecarConfig { access_log: access.clone(), ..config };
+        succession.listeners.all_wanted()?;
+        let ready = Readiness::Identity(Awaited {
+            source: source.clone(),
+            id: None,
+            giver: format!("the files of [identity] in {}", standalone.file.display()),
+            clock: Arc::clone(&clock),
+        });
+        succession.wait(&ready, &clock).await?;
+        let sidecar =
+            Sidecar::start(config, source, Arc::new(NoRecorder), Arc::clone(&clock), random, &scope)
+                .map_err(|error| not_started("the sidecar", &error))?;
+        succession.take_over(clock, &scope).await?;
         tracing::info!(id = %identity.svid.id(), serves = %standalone, "sidecar started");
-        on_hangup(&scope, move || {
+        let sidecar = Arc::new(sidecar);
+        let reloaded = Arc::clone(&sidecar);
+        Ok(Started::new(sidecar).ready_when(ready).reloaded_by(move || {
             again.notify_one();
             if let Some(access) = &access {
                 access.reopen();
             }
-            if let Some(inbound) = &standalone.inbound {
-                replace_policy(&sidecar, policy(inbound, &trust_domain));
+            match &standalone.inbound {
+                Some(inbound) => replace_policy(&reloaded, policy(inbound, &trust_domain)),
+                None => "serves; files read again".to_owned(),
             }
-        })
-    })
+        }))
+    }
 }
 
-fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Failure> {
+fn configure(
+    standalone: &Standalone,
+    id: SpiffeId,
+    listeners: &mut Listeners,
+) -> Result<SidecarConfig, Failure> {
     let mut calls = Vec::new();
     for (name, outbound) in &standalone.outbound {
-        let what = format!("the calls to {name}");
+        let (socket, what) = (format!("outbound.{name}"), format!("the calls to {name}"));
         calls.push(Call {
-            listener: listen::tcp(&what, &format!("[outbound.{name}] listen"), outbound.listen)?,
+            listener: listeners.tcp(&socket, &what, &format!("[outbound.{name}] listen"), outbound.listen)?,
             upstream: UpstreamConfig {
                 service: name.to_string(),
                 id: outbound.id.clone(),
@@ -74,7 +117,7 @@ fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Fai
         None => None,
         Some(inbound) => Some(InboundConfig {
             service: inbound.service.to_string(),
-            listener: listen::tcp("the sidecar", "[inbound] listen", inbound.listen)?,
+            listener: listeners.tcp("inbound", "the sidecar", "[inbound] listen", inbound.listen)?,
             app: inbound.app,
             app_protocol: protocol(inbound.app_protocol),
             policy: policy(inbound, id.trust_domain())?,
@@ -84,7 +127,9 @@ fn configure(standalone: &Standalone, id: SpiffeId) -> Result<SidecarConfig, Fai
     };
     let admin = match standalone.admin {
         None => None,
-        Some(address) => Some(listen::tcp("the sidecar's admin port", "[admin] listen", address)?),
+        Some(address) => {
+            Some(listeners.tcp("admin", "the sidecar's admin port", "[admin] listen", address)?)
+        }
     };
     let named = |(name, call): (&ServiceName, &Outbound)| (name.to_string(), call.addresses.clone());
     let capture = captured::listen(standalone.capture.as_ref(), standalone.outbound.iter().map(named))?;

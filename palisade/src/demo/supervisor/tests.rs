@@ -258,8 +258,8 @@ fn play_supervisor() {
 fn play_child() {
     let Some(directory) = std::env::var_os(PART) else { return };
     let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get().unsigned_abs();
-    crate::supervised::end_with(parent).unwrap();
-    assert!(crate::supervised::end_with(parent + 1).is_err());
+    crate::supervised::end_with(parent, Signal::TERM).unwrap();
+    assert!(crate::supervised::end_with(parent + 1, Signal::TERM).is_err());
     fs::write(Path::new(&directory).join("pid"), std::process::id().to_string()).unwrap();
     loop {
         std::thread::sleep(Duration::from_secs(1));
