@@ -26,6 +26,11 @@ pub(crate) fn adjust() -> Result<Original, Failure> {
     Ok(Original { descriptors: descriptors.current, core: core.current })
 }
 
+/// How many descriptors this process may have, once it has [`adjust`]ed.
+pub(crate) fn most_descriptors() -> Option<u64> {
+    getrlimit(Resource::Nofile).maximum
+}
+
 impl Original {
     /// Puts both back.
     pub(crate) fn restore(self) -> std::io::Result<()> {

@@ -100,6 +100,31 @@ fn a_drain_that_is_cut_short_by_a_second_signal_says_how_much_was_cut() {
     assert!(cut.parse::<u32>().unwrap() >= 1, "{line}");
 }
 
+/// The budget is smaller than what the process takes by itself: everything is too much, and says so early. What
+/// tells how it is goes on telling.
+#[test]
+fn over_its_memory_budget_a_sidecar_refuses_requests_and_nothing_else() {
+    let (_app, address) = nobody();
+    let mesh = Mesh::start(address);
+    let file = mesh.path("mesh.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{text}\n[limits]\nmemory = \"16MiB\"\n")).unwrap();
+    let _caller = mesh.sidecar("caller", &[]);
+    let refused = until("a request is refused", || {
+        get(mesh.call, "/things/1").filter(|(_, body)| body.contains("overloaded"))
+    });
+    assert_eq!(refused, (503, r#"{"error":"overloaded"}"#.to_owned()));
+    assert_eq!(get(mesh.caller_admin, "/ready").unwrap().0, 200);
+    let (_, metrics) = get(mesh.caller_admin, "/metrics").unwrap();
+    let count = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    assert!(count("palisade_shed_requests_total") >= 1, "{metrics}");
+    assert!(count("palisade_resident_bytes") > 16 << 20, "{metrics}");
+    assert!(count("palisade_open_descriptors") > 3, "{metrics}");
+}
+
 /// What a host has, it keeps: sidecars restart while control is away, for as long as their agent lives and the
 /// identities that it holds do.
 #[test]

@@ -14,6 +14,14 @@ pub(crate) fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Respons
     response
 }
 
+/// A refusal of what may be tried again in a moment.
+pub(crate) fn unavailable(error: &'static str) -> Response<Body> {
+    let mut response =
+        json(StatusCode::SERVICE_UNAVAILABLE, serde_json::json!({ "error": error }).to_string());
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
 /// A denial: the peer hears the receipt and nothing else.
 pub(crate) fn denied(denial: &policy::Denial) -> Response<Body> {
     json(StatusCode::from_u16(denial.status()).unwrap_or(StatusCode::FORBIDDEN), denial.response_body())

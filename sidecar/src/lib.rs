@@ -18,6 +18,7 @@
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
 //! | [`access`] | a line of JSON a request |
+//! | [`overload`] | refusing early what memory and descriptors do not suffice for |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 
 pub mod access;
@@ -38,6 +39,7 @@ pub mod live;
 pub mod metrics;
 mod mux;
 pub mod outbound;
+pub mod overload;
 pub mod proxy_protocol;
 mod sample;
 pub mod server;

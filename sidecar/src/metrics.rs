@@ -172,6 +172,11 @@ impl Metrics {
         &self.tcp
     }
 
+    /// Where others add theirs, before it is shared.
+    pub fn registry_mut(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
     /// Counts a finished request.
     pub fn observe(&self, seen: &Observation<'_>) {
         let Observation { direction, peer, route, status, took } = *seen;

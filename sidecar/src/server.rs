@@ -28,8 +28,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::hbone::{HttpTunnels, Tunnel};
+use crate::overload::Overload;
 use crate::tcp::ALPN_TCP;
-use crate::{Body, Buffered, http1, mux};
+use crate::{Body, Buffered, answer, http1, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -41,7 +42,7 @@ const EXPIRY_GRACE: Duration = Duration::from_secs(5);
 
 /// What a connection that seems idle, or is shaking hands, gets when a drain begins: its client may be sending
 /// a request right now, which closing at once would lose.
-const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+pub(crate) const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 /// Bounds of one listener. Defaults are for a listener that strangers can reach.
 #[derive(Debug, Clone)]
@@ -60,6 +61,8 @@ pub struct Limits {
     pub max_streams: u32,
     /// HTTP/2 keep-alive ping interval; a peer that does not answer within as long again is gone.
     pub ping_interval: Duration,
+    /// Where to ask whether there is too much to do already; `None` never refuses for that.
+    pub overload: Option<Arc<Overload>>,
 }
 
 impl Default for Limits {
@@ -73,6 +76,7 @@ impl Default for Limits {
             max_headers: 100,
             max_streams: 200,
             ping_interval: Duration::from_secs(20),
+            overload: None,
         }
     }
 }
@@ -236,7 +240,7 @@ async fn accept_loop(listener: TcpListener, listen: Listen, handler: Arc<impl Ha
         // The semaphore is never closed; if it were, nothing could be accepted any more.
         let Ok(slot) = slot else { return };
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = room_then_accept(&listener, &listen.limits) => accepted,
             () = listen.scope.draining() => return,
         };
         let (stream, remote) = match accepted {
@@ -256,6 +260,23 @@ async fn accept_loop(listener: TcpListener, listen: Listen, handler: Arc<impl Ha
             }
         });
     }
+}
+
+/// While descriptors are scarce, connections wait in the kernel's backlog.
+async fn room_then_accept(listener: &TcpListener, limits: &Limits) -> io::Result<(TcpStream, SocketAddr)> {
+    if let Some(overload) = &limits.overload {
+        overload.room().await;
+    }
+    listener.accept().await
+}
+
+/// `answer`, or the refusal of a request that there is no memory for.
+fn unless_overloaded<A>(limits: &Limits, answer: A) -> impl Future<Output = Response<Body>> + use<A>
+where
+    A: Future<Output = Response<Body>>,
+{
+    let shed = limits.overload.as_ref().is_some_and(|overload| overload.shed());
+    async move { if shed { answer::unavailable("overloaded") } else { answer.await } }
 }
 
 async fn connection(
@@ -341,7 +362,9 @@ impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
 async fn plain(stream: TcpStream, remote: SocketAddr, listen: &Listen, handler: &Arc<impl Handler>) {
     let connection = Arc::new(Connection::new(None, remote));
     let (reader, writer) = stream.into_split();
-    let answer = |request| Arc::clone(handler).handle(Arc::clone(&connection), request);
+    let answer = |request| {
+        unless_overloaded(&listen.limits, Arc::clone(handler).handle(Arc::clone(&connection), request))
+    };
     match http1::serve(reader, writer, &listen.limits, &listen.scope, answer).await {
         http1::Ended::Closed => {}
         http1::Ended::Http2(unread) => {
@@ -362,7 +385,10 @@ async fn exchanges(
     let leaving = leaving(&connection, listen);
     let connection = Arc::new(connection);
     let handler = Arc::clone(handler);
-    let answer = move |request| Arc::clone(&handler).handle(Arc::clone(&connection), request);
+    let limits = Arc::clone(&listen.limits);
+    let answer = move |request| {
+        unless_overloaded(&limits, Arc::clone(&handler).handle(Arc::clone(&connection), request))
+    };
     log_end(mux::serve(stream, &listen.clock, &listen.scope, leaving, answer).await);
 }
 
@@ -406,6 +432,7 @@ async fn requests<S>(
     let service = service_fn(|request: Request<Incoming>| {
         let http1 = request.version() < Version::HTTP_2;
         let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
+        let answer = unless_overloaded(&listen.limits, answer);
         let left = Arc::clone(&left);
         answer.map(move |mut answer| {
             // The one way to tell an HTTP/1.1 client that its next request needs another connection.
@@ -419,6 +446,7 @@ async fn requests<S>(
     let bound = tokio::select! {
         outcome = serving.as_mut() => return log_end(outcome),
         bound = leaving.as_mut() => bound,
+        () = relief(&listen.limits) => None,
     };
     left.store(true, Ordering::Relaxed);
     if http2 != Some(true) {
@@ -431,6 +459,14 @@ async fn requests<S>(
     tokio::select! {
         outcome = serving => log_end(outcome),
         () = listen.clock.sleep(bound.unwrap_or(Duration::MAX)) => {}
+    }
+}
+
+/// Completes for a connection that is to end for want of descriptors.
+pub(crate) async fn relief(limits: &Limits) {
+    match &limits.overload {
+        Some(overload) => overload.relief().await,
+        None => std::future::pending().await,
     }
 }
 

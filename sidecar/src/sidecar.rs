@@ -24,6 +24,7 @@ use crate::live::Registry;
 use crate::metrics::Metrics;
 use crate::mux;
 use crate::outbound::Outbound;
+use crate::overload::{self, Budget, Overload, ProcReadings};
 use crate::sample::Sampler;
 use crate::server::{self, Door, Limits};
 use crate::tcp::inbound::TcpInboundConfig;
@@ -46,6 +47,8 @@ pub struct SidecarConfig {
     pub admin: Option<TcpListener>,
     /// Where each request gets a line, if anywhere.
     pub access_log: Option<Arc<AccessLog>>,
+    /// What it may use; past it, requests are refused and connections wait.
+    pub budget: Budget,
 }
 
 /// The app, and who may come to it.
@@ -122,7 +125,13 @@ impl Sidecar {
         scope: &Scope,
     ) -> Result<Self, SidecarError> {
         let correlator = Arc::new(Correlator::default());
-        let metrics = Arc::new(Metrics::default());
+        let mut metrics = Metrics::default();
+        let overload = Arc::new(Overload::default());
+        overload.register(metrics.registry_mut());
+        let metrics = Arc::new(metrics);
+        overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
+        let most = config.budget.connections(Limits::default().max_connections);
+        let limits = Limits { max_connections: most, overload: Some(overload), ..Limits::default() };
         let spans = Arc::new(Spans::new(Arc::clone(&random)));
         let live = Registry::new(clock.clone());
         let (front, calls) = (scope.part(), scope.part());
@@ -164,7 +173,7 @@ impl Sidecar {
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
-            let (listener, limits) = (tokio_listener(listener)?, Limits::default());
+            let (listener, limits) = (tokio_listener(listener)?, limits.clone());
             let inbound = Arc::new(inbound);
             if let Some(captured) = config.capture.inbound {
                 let tls = Some(Arc::clone(&tls));
@@ -191,7 +200,7 @@ impl Sidecar {
                 spans: Arc::clone(&spans),
                 access_log: config.access_log.clone(),
             };
-            let (listener, limits) = (tokio_listener(call.listener)?, Limits::default());
+            let (listener, limits) = (tokio_listener(call.listener)?, limits.clone());
             let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
             let door = Door::new(None, limits.clone(), &calls, clock.clone(), Arc::clone(&outbound));
             doors.insert(service, door);

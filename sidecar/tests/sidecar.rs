@@ -213,6 +213,7 @@ impl World {
             capture: CaptureConfig::default(),
             admin: Some(admin),
             access_log: None,
+            budget: sidecar::overload::Budget::default(),
         };
         let source = authority.source("/service/accounts");
         Sidecar::start(config, source, records.clone(), clock.clone(), random(), &scope).unwrap();
@@ -818,6 +819,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
+        budget: sidecar::overload::Budget::default(),
     };
     let source = world.authority.source("/service/web");
     let recorder = world.records.clone();

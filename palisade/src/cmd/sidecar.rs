@@ -16,6 +16,7 @@ use policy::ServicePolicy;
 use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
+use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
@@ -26,6 +27,7 @@ use crate::failure::{Exit, Failure};
 use crate::listen::Listeners;
 use crate::mesh::{self, Callee, Mesh, Own, Service};
 use crate::printer::Printer;
+use crate::rlimits;
 use crate::serve::{self, Started};
 use crate::workload::{self, Workload, not_started};
 use alone::Alone;
@@ -287,5 +289,9 @@ fn configure(
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
+        budget: Budget {
+            memory_bytes: mesh.limits.memory.budget_bytes(),
+            descriptors: rlimits::most_descriptors(),
+        },
     })
 }

@@ -14,7 +14,7 @@ use super::file::{MeshFile, Text};
 use super::load::Sections;
 use super::read::{Check, Reach};
 use super::{
-    Agent, AppProtocol, Attest, Callee, Control, Gateway, Idp, Mesh, Mode, Own, Service, ServiceName,
+    Agent, AppProtocol, Attest, Callee, Control, Gateway, Idp, Limits, Mesh, Mode, Own, Service, ServiceName,
     Telemetry, Vault, Whole, Workload,
 };
 
@@ -53,7 +53,8 @@ pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
 
 impl Check<'_> {
     fn mesh(&mut self, sections: MeshFile, hostname: &str) -> Option<Mesh> {
-        let MeshFile { mesh, control, agent, gateway, idp, vault, service, workload, telemetry } = sections;
+        let MeshFile { mesh, control, agent, gateway, idp, vault, service, workload, limits, telemetry } =
+            sections;
 
         let trust_domain = match TrustDomain::new(mesh.trust_domain.get_ref()) {
             Ok(trust_domain) => Some(trust_domain),
@@ -89,6 +90,7 @@ impl Check<'_> {
                 workloads.insert(name.get_ref().clone(), workload);
             }
         }
+        let memory = self.memory(limits.memory.as_ref());
         let mesh = Mesh {
             file: self.file.to_owned(),
             mesh: Whole { trust_domain: trust_domain?, policies, mode },
@@ -99,6 +101,7 @@ impl Check<'_> {
             vault: vault.flatten(),
             service: services,
             workload: workloads,
+            limits: Limits { memory: memory? },
             telemetry: Telemetry {
                 access_log: telemetry.access_log.unwrap_or(true),
                 log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),

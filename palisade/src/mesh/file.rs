@@ -35,6 +35,8 @@ pub(crate) struct MeshFile {
     #[schemars(with = "BTreeMap<String, WorkloadSection>")]
     pub(crate) workload: BTreeMap<Spanned<String>, WorkloadSection>,
     #[serde(default)]
+    pub(crate) limits: LimitsSection,
+    #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
 }
 
@@ -313,6 +315,16 @@ pub(crate) enum AppProtocol {
     Http1,
     /// HTTP/2 with prior knowledge, without TLS.
     H2c,
+}
+
+/// What a sidecar may use of its machine.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LimitsSection {
+    /// Resident memory past which new requests are answered 503, as a number with KiB, MiB or GiB; or
+    /// none. Default: 80 % of the memory limit of the process's control group, if there is one.
+    #[schemars(with = "Option<String>", example = &"256MiB")]
+    pub(crate) memory: Option<Text>,
 }
 
 /// Logs and metrics.

@@ -47,6 +47,7 @@ pub(crate) struct Mesh {
     pub(crate) vault: Option<Vault>,
     pub(crate) service: BTreeMap<ServiceName, Service>,
     pub(crate) workload: BTreeMap<String, Workload>,
+    pub(crate) limits: Limits,
     pub(crate) telemetry: Telemetry,
 }
 
@@ -182,6 +183,53 @@ pub(crate) struct Workload {
 pub(crate) enum Callee {
     Service(ServiceName),
     Vault,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Limits {
+    // What the file does not say is the default, and stays unsaid.
+    #[serde(skip_serializing_if = "Memory::is_default")]
+    pub(crate) memory: Memory,
+}
+
+/// What a sidecar's memory budget is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// [`SHARE_PERCENT`] of its control group's limit, if that has one.
+    ShareOfGroup,
+    Bytes(u64),
+    Unbounded,
+}
+
+/// The rest is room for what comes between two looks at the memory.
+const SHARE_PERCENT: u64 = 80;
+
+impl Memory {
+    fn is_default(&self) -> bool {
+        *self == Self::ShareOfGroup
+    }
+
+    /// The budget of this process, in bytes.
+    pub(crate) fn budget_bytes(self) -> Option<u64> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Unbounded => None,
+            Self::ShareOfGroup => {
+                sidecar::overload::memory_limit_bytes(Path::new("/")).map(|limit| limit / 100 * SHARE_PERCENT)
+            }
+        }
+    }
+}
+
+impl Serialize for Memory {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::ShareOfGroup => serializer.serialize_none(),
+            Self::Bytes(bytes) => serializer.collect_str(&format_args!("{}KiB", bytes / 1024)),
+            Self::Unbounded => serializer.serialize_str("none"),
+        }
+    }
 }
 
 /// `[telemetry]`

@@ -16,7 +16,10 @@ use url::Url;
 use super::check::ANY_HOST;
 use super::file::{AttestSection, CaptureSection, Text};
 use super::load::MAX_PROBLEMS;
-use super::{Attest, Capture, HostPort};
+use super::{Attest, Capture, HostPort, Memory};
+
+/// Smallest memory budget: a sidecar without traffic takes about as much.
+const MIN_MEMORY_BYTES: u64 = 16 << 20;
 
 /// An address that something binds, for finding two that want the same.
 pub(crate) struct Bound {
@@ -211,6 +214,24 @@ impl Check<'_> {
             return None;
         }
         Some(duration)
+    }
+
+    /// A size, such as 256MiB, or none.
+    pub(crate) fn memory(&mut self, text: Option<&Text>) -> Option<Memory> {
+        let Some(text) = text else { return Some(Memory::ShareOfGroup) };
+        if text.get_ref() == "none" {
+            return Some(Memory::Unbounded);
+        }
+        let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
+        let bytes = units.into_iter().find_map(|(unit, shift)| {
+            let number = text.get_ref().strip_suffix(unit)?.trim_end().parse::<u64>().ok()?;
+            number.checked_mul(1 << shift).filter(|bytes| *bytes >= MIN_MEMORY_BYTES)
+        });
+        if bytes.is_none() {
+            let message = format!("`{}` is not a size of at least 16MiB", text.get_ref());
+            self.report(text, message, Some("write it like 256MiB or 1GiB, or none".into()));
+        }
+        bytes.map(Memory::Bytes)
     }
 
     pub(crate) fn attest(&mut self, section: &Spanned<AttestSection>) -> Option<Attest> {

@@ -29,6 +29,7 @@ impl Reference for MeshFile {
         ("vault", ""),
         ("service", "web"),
         ("workload", "nightly"),
+        ("limits", ""),
         ("telemetry", ""),
     ];
 }

@@ -79,6 +79,7 @@ impl Check<'_> {
             .map(|section| self.bind(Some(&section.listen), "", "admin's listen", Reach::Loopback));
         let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
         let drain_timeout = self.duration(limits.drain_timeout.as_ref(), DRAIN_TIMEOUT, timeouts);
+        let memory = self.memory(limits.memory.as_ref());
         let workers = limits.workers.as_ref().map(|workers| self.workers(workers));
         // A part that is broken has said so, and what has a problem is not handed out.
         Some(Standalone {
@@ -91,6 +92,7 @@ impl Check<'_> {
             access_log: self.access_log(&telemetry),
             log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
             drain_timeout: drain_timeout?,
+            memory: memory?,
             workers: workers.flatten(),
         })
     }

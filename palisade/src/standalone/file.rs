@@ -144,6 +144,10 @@ pub(crate) struct LimitsSection {
     /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
     #[schemars(with = "Option<String>", example = &"10s")]
     pub(crate) drain_timeout: Option<Text>,
+    /// Resident memory past which new requests are answered 503, as a number with KiB, MiB or GiB; or
+    /// none. Default: 80 % of the memory limit of the process's control group, if there is one.
+    #[schemars(with = "Option<String>", example = &"256MiB")]
+    pub(crate) memory: Option<Text>,
     /// Threads that carry requests. Default: one a processor.
     #[schemars(with = "Option<u32>", example = 2)]
     pub(crate) workers: Option<Spanned<u32>>,

@@ -19,7 +19,7 @@ use policy::Problem;
 use sidecar::access::AccessTarget;
 
 use crate::mesh::load;
-use crate::mesh::{AppProtocol, Capture, ServiceName};
+use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
 use file::SidecarFile;
 
 /// One sidecar, as `sidecar.toml` describes it: defaults filled in, paths absolute.
@@ -36,6 +36,7 @@ pub(crate) struct Standalone {
     pub(crate) access_log: Option<AccessTarget>,
     pub(crate) log: String,
     pub(crate) drain_timeout: Duration,
+    pub(crate) memory: Memory,
     /// None for one a processor.
     pub(crate) workers: Option<NonZeroUsize>,
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use identity::Scope;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Chain, Join};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::decode::BodyError;
 use super::head::{HeadError, HeadLimits, HeadScan, Length, MAX_HEADERS, RequestHead};
@@ -19,7 +19,7 @@ use super::outgoing::{Outgoing, SendError};
 use super::reader::{Arrived, Incoming, Pacing, Reader};
 use super::{MAX_WHOLE_BYTES, poll_fn};
 use crate::Body;
-use crate::server::Limits;
+use crate::server::{LAST_REQUEST_GRACE, Limits, relief};
 
 /// A request's head and the body that usually comes with it.
 const FIRST_READ_BYTES: usize = 4 * 1024;
@@ -52,8 +52,9 @@ pub enum Ended<R, W> {
     Http2(Unread<R, W>),
 }
 
-/// Serves requests on a connection until it ends; after `scope` drains, until it is idle.
+/// Serves requests on a connection until it ends; after `scope` drains, until it has been idle for a moment.
 ///
+/// The answers of that time say `Connection: close`, so that no request is lost to a connection that ends.
 /// `service` is called with one request at a time, and its answer is written before the next is looked at.
 /// What is dropped when the client goes away is the future that `service` returned. A body of up to 64 KiB
 /// with a `Content-Length` has arrived whole before `service` hears of it; another one is read from the
@@ -75,12 +76,12 @@ where
     F: FnMut(Request<Body>) -> A,
     A: Future<Output = Response<Body>>,
 {
-    let mut draining = pin!(scope.draining());
+    let mut leaving = pin!(leaving(limits, scope));
     let mut reader = Reader::new(reader, FIRST_READ_BYTES);
     let mut client = Client { writer, out: Outgoing::default(), limits, scope };
     let mut fresh = true;
     loop {
-        let head = match client.head(&mut reader, draining.as_mut(), fresh).await {
+        let head = match client.head(&mut reader, leaving.as_mut(), fresh).await {
             Ok(Next::Request(head)) => head,
             Ok(Next::Http2) => {
                 let unread = Cursor::new(reader.bytes.freeze()).chain(reader.io);
@@ -102,6 +103,16 @@ where
             Err(ended) => return ended,
         };
     }
+}
+
+/// Completes when a connection that is idle has to end.
+async fn leaving(limits: &Limits, scope: &Scope) {
+    tokio::select! {
+        () = scope.draining() => {}
+        () = relief(limits) => {}
+    }
+    // Boxed: connections that stay need not hold room for it.
+    Box::pin(sleep(LAST_REQUEST_GRACE)).await;
 }
 
 /// The client's end of a connection.
@@ -135,7 +146,7 @@ enum Waiting {
 enum Event {
     Read(io::Result<usize>),
     Time,
-    Draining,
+    Leaving,
 }
 
 impl<W: AsyncWrite + Unpin> Client<'_, W> {
@@ -143,7 +154,7 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
     async fn head<R: AsyncRead + Unpin>(
         &mut self,
         reader: &mut Reader<R>,
-        mut draining: Pin<&mut impl Future<Output = ()>>,
+        mut leaving: Pin<&mut impl Future<Output = ()>>,
         fresh: bool,
     ) -> Result<Next, HeadError> {
         let limits = HeadLimits {
@@ -170,8 +181,8 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
                     reader.timer.set(Instant::now() + self.limits.header_timeout);
                 }
                 if reader.bytes.is_empty() {
-                    if draining.as_mut().poll(cx).is_ready() {
-                        return Poll::Ready(Event::Draining);
+                    if leaving.as_mut().poll(cx).is_ready() {
+                        return Poll::Ready(Event::Leaving);
                     }
                     if waiting == Waiting::NotYet {
                         waiting = Waiting::Idle;
@@ -181,7 +192,7 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
                 reader.timer.poll(cx).map(|()| Event::Time)
             });
             match event.await {
-                Event::Read(Ok(0) | Err(_)) | Event::Draining => return Ok(Next::Closed),
+                Event::Read(Ok(0) | Err(_)) | Event::Leaving => return Ok(Next::Closed),
                 Event::Read(Ok(_)) => {}
                 Event::Time => match waiting {
                     Waiting::Head => return Ok(Next::Late),

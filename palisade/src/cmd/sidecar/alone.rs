@@ -8,6 +8,7 @@ use std::time::Duration;
 use identity::pem::Followed;
 use identity::{Scope, SpiffeId, SystemClock, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
+use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
@@ -20,6 +21,7 @@ use crate::listen::Listeners;
 use crate::logging;
 use crate::mesh::ServiceName;
 use crate::readiness::{Awaited, Readiness};
+use crate::rlimits;
 use crate::serve::Started;
 use crate::standalone::{Inbound, Outbound, Standalone};
 use crate::workload::{no_policy, not_started};
@@ -133,7 +135,18 @@ fn configure(
     };
     let named = |(name, call): (&ServiceName, &Outbound)| (name.to_string(), call.addresses.clone());
     let capture = captured::listen(standalone.capture.as_ref(), standalone.outbound.iter().map(named))?;
-    Ok(SidecarConfig { id, inbound, calls, capture, admin, access_log: None })
+    Ok(SidecarConfig {
+        id,
+        inbound,
+        calls,
+        capture,
+        admin,
+        access_log: None,
+        budget: Budget {
+            memory_bytes: standalone.memory.budget_bytes(),
+            descriptors: rlimits::most_descriptors(),
+        },
+    })
 }
 
 /// The policy as it is on disk now.
