@@ -8,7 +8,6 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +15,8 @@ use std::time::Duration;
 use http::{Method, StatusCode};
 use identity::Scope;
 use identity::clock::SharedClock;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
 use crate::metrics::Direction;
@@ -115,7 +116,7 @@ pub struct AccessLog {
     writer: Option<SyncSender<Job>>,
     /// Completes when the writer has ended; behind a lock because the log is shared.
     ended: Mutex<Receiver<()>>,
-    lost: Arc<AtomicU64>,
+    lost: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -140,9 +141,9 @@ impl AccessLog {
     pub fn open(target: AccessTarget, clock: SharedClock, scope: &Scope) -> io::Result<Arc<Self>> {
         let (writer, jobs) = sync_channel(MAX_WAITING_BUFFERS);
         let (done, ended) = sync_channel(1);
-        let lost = Arc::new(AtomicU64::new(0));
+        let lost = Counter::default();
         let mut output = Output::open(target)?;
-        let dropped = Arc::clone(&lost);
+        let dropped = lost.clone();
         std::thread::Builder::new().name("access log".into()).spawn(move || {
             output.write_all_of(&jobs, &dropped);
             if done.send(()).is_err() {
@@ -194,7 +195,12 @@ impl AccessLog {
 
     /// Lines that were dropped since the start.
     pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        self.lost.get()
+    }
+
+    /// Adds what is known here to the metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("lost_access_log_lines", "Lines that the access log dropped", self.lost.clone());
     }
 
     fn hand_over(&self, buffer: &mut Buffer) {
@@ -203,7 +209,7 @@ impl AccessLog {
         if let Err(TrySendError::Full(Job::Write(lines)) | TrySendError::Disconnected(Job::Write(lines))) =
             writer.try_send(Job::Write(lines))
         {
-            self.lost.fetch_add(count(&lines), Ordering::Relaxed);
+            self.lost.inc_by(count(&lines));
             buffer.lines = lines;
             buffer.lines.clear();
         }
@@ -242,7 +248,7 @@ impl Output {
         })
     }
 
-    fn write_all_of(&mut self, jobs: &Receiver<Job>, lost: &AtomicU64) {
+    fn write_all_of(&mut self, jobs: &Receiver<Job>, lost: &Counter) {
         let mut failing = false;
         while let Ok(job) = jobs.recv() {
             let (outcome, lines) = match &job {
@@ -252,7 +258,7 @@ impl Output {
             match outcome {
                 Ok(()) => failing = false,
                 Err(error) => {
-                    lost.fetch_add(lines, Ordering::Relaxed);
+                    lost.inc_by(lines);
                     // Once, not once a buffer: the disk is full already.
                     if !failing {
                         tracing::error!(%error, "the access log cannot be written; lines are dropped");
@@ -503,6 +509,10 @@ mod tests {
         while log.lost() < 2 {
             tokio::task::yield_now().await;
         }
+        let (mut registry, mut text) = (Registry::default(), String::new());
+        log.register(&mut registry);
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        assert!(text.contains("\nlost_access_log_lines_total 2\n"), "{text}");
         drop(log);
         scope.drain();
         scope.finished(Duration::from_secs(5)).await.unwrap();

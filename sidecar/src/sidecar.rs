@@ -128,6 +128,9 @@ impl Sidecar {
         let mut metrics = Metrics::default();
         let overload = Arc::new(Overload::default());
         overload.register(metrics.registry_mut());
+        if let Some(log) = &config.access_log {
+            log.register(metrics.registry_mut());
+        }
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
         let most = config.budget.connections(Limits::default().max_connections);
