@@ -16,12 +16,12 @@ use tokio::sync::watch;
 
 use identity::bundle::BundleError;
 use identity::clock::SharedClock;
+use identity::socket::{self, SocketError};
 use identity::svid::SvidError;
 use identity::{IdentitySource, Scope, SpiffeId, TrustDomain};
 
 use crate::entry;
 use crate::random::SharedRandom;
-use crate::socket::{self, SocketError};
 use crate::state::{self, StateError};
 
 mod attest;

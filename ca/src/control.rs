@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, watch};
 
 use identity::clock::SharedClock;
 use identity::id::IdError;
+use identity::socket::SocketError;
 use identity::source::IdentityPublisher;
 use identity::svid::SvidError;
 use identity::tls::{self, ClientAuth};
@@ -34,7 +35,6 @@ use crate::model::{
     MAX_SVIDS_LISTED, NodeStatus, StoredDecision,
 };
 use crate::random::{RandomError, SharedRandom};
-use crate::socket::SocketError;
 use crate::state::{self, StateError};
 use crate::transport;
 

@@ -27,11 +27,10 @@ pub mod mesh;
 pub mod model;
 mod pb;
 pub mod random;
-mod socket;
 mod transport;
 
 use identity::{files as state, hex};
 
 pub use identity::files::StateError;
+pub use identity::socket::SocketError;
 pub use keyfile::KeyFileError;
-pub use socket::SocketError;

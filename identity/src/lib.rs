@@ -16,7 +16,7 @@
 //! | [`jws`], [`json`] | compact JWS and JSON, parsed so that a document has one meaning |
 //! | [`txn`] | transaction tokens: on whose behalf a request travels, and through whom |
 //! | [`clock`], [`random`], [`scope`] | time, randomness and task lifetimes, passed in so that they can be simulated |
-//! | [`files`], [`hex`] | secret files and state directories; hexadecimal |
+//! | [`files`], [`socket`], [`hex`] | secret files and state directories; Unix sockets; hexadecimal |
 
 pub mod bundle;
 pub mod clock;
@@ -30,6 +30,7 @@ pub mod peer;
 pub mod pem;
 pub mod random;
 pub mod scope;
+pub mod socket;
 pub mod source;
 pub mod svid;
 #[cfg(any(test, feature = "testing"))]

@@ -12,7 +12,7 @@ use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
 use crate::record::{DecisionRecord, Mode, PolicyEffect, RecordedObject, RecordedUser, Rule, cut};
-use crate::request::{Mapped, Refusal};
+use crate::request::{AttributeSource, Mapped, Refusal};
 use crate::routes::RouteTable;
 use crate::schema::{self, ServiceSchema};
 use crate::shadow::Shadow;
@@ -105,6 +105,15 @@ impl ServicePolicy {
     /// Anything but the one canonical spelling of a mapped request: malformed (400) or unmapped (403).
     pub fn map(&self, parts: &http::request::Parts) -> Result<Mapped, Refusal> {
         self.shared.routes.map(parts)
+    }
+
+    /// Every route's template and where the attributes of its objects come from, by template.
+    pub fn routes(&self) -> Vec<(String, AttributeSource)> {
+        let routes = self.shared.routes.routes();
+        let mut routes: Vec<_> =
+            routes.map(|route| (route.template.clone(), route.attributes_from())).collect();
+        routes.sort_unstable_by(|one, other| one.0.cmp(&other.0));
+        routes
     }
 
     /// Whether any permit's scope could admit this: asked before the app is asked for attributes, so

@@ -15,6 +15,7 @@ use crate::object::AttributeType;
 use crate::plan::Plan;
 use crate::problem::{Problem, Problems, suggest};
 use crate::record::Mode;
+use crate::request::AttributeSource;
 use crate::schema::{ObjectType, ServiceSchema};
 use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_name};
 
@@ -63,6 +64,18 @@ pub(crate) struct Route {
 }
 
 impl Route {
+    /// Where attributes that the request does not tell come from.
+    pub(crate) fn attributes_from(&self) -> AttributeSource {
+        let has = |wanted: fn(&Source) -> bool| self.attributes.values().any(|(source, _)| wanted(source));
+        if has(|s| matches!(s, Source::Response(_))) {
+            AttributeSource::Response
+        } else if has(|s| *s == Source::Entities) {
+            AttributeSource::Entities
+        } else {
+            AttributeSource::Known
+        }
+    }
+
     pub(crate) fn needs_body(&self) -> bool {
         matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. })
     }

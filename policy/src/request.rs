@@ -161,15 +161,7 @@ impl Mapped {
 
     /// Where attributes that the request does not tell come from.
     pub fn attributes_from(&self) -> AttributeSource {
-        let has =
-            |wanted: fn(&Source) -> bool| self.route.attributes.values().any(|(source, _)| wanted(source));
-        if has(|s| matches!(s, Source::Response(_))) {
-            AttributeSource::Response
-        } else if has(|s| *s == Source::Entities) {
-            AttributeSource::Entities
-        } else {
-            AttributeSource::Known
-        }
+        self.route.attributes_from()
     }
 
     /// The attributes that the route takes from the response, from its whole JSON body.

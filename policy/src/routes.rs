@@ -71,6 +71,11 @@ impl RouteTable {
         table
     }
 
+    /// All routes, in no order.
+    pub(crate) fn routes(&self) -> impl Iterator<Item = &Route> {
+        self.nodes.iter().filter_map(|node| node.route.as_deref())
+    }
+
     fn root(&mut self, method: &str) -> usize {
         if let Some((_, root)) = self.roots.iter().find(|(known, _)| known == method) {
             return *root;

@@ -31,6 +31,15 @@ pub(crate) fn denied(denial: &policy::Denial) -> Response<Body> {
 /// beside us and can do something about it.
 pub(crate) fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Display) -> Response<Body> {
     tracing::info!(service, %cause, status = status.as_u16(), "request failed");
+    let mut response = json(status, failure(status, service));
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+/// What the caller hears of a failure.
+pub(crate) fn failure(status: StatusCode, service: &str) -> String {
     let error = match status {
         StatusCode::FORBIDDEN => "denied",
         StatusCode::BAD_REQUEST => "bad_request",
@@ -38,10 +47,5 @@ pub(crate) fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Di
         StatusCode::BAD_GATEWAY => "bad_gateway",
         _ => "unavailable",
     };
-    let body = serde_json::json!({ "error": error, "service": service });
-    let mut response = json(status, body.to_string());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-    }
-    response
+    serde_json::json!({ "error": error, "service": service }).to_string()
 }

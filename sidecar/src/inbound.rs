@@ -55,7 +55,7 @@ pub struct Inbound {
     pub(crate) sampler: Sampler,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
-    pub(crate) receipts: Receipts,
+    pub(crate) receipts: Arc<Receipts>,
     pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: Option<Arc<AccessLog>>,
     pub(crate) tcp: Arc<TcpInbound>,
@@ -440,7 +440,7 @@ impl Held {
     }
 }
 
-fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
+pub(crate) fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
     match verdict {
         Verdict::Permit(permit) => Ok(permit),
         Verdict::Deny(denial) => denial.audited(),
@@ -457,7 +457,7 @@ fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {
 }
 
 /// Objects, joined by commas.
-struct Listed<'a>(&'a [ObjectRef]);
+pub(crate) struct Listed<'a>(pub(crate) &'a [ObjectRef]);
 
 impl Display for Listed<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {

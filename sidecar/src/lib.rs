@@ -15,6 +15,7 @@
 //! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`http1`] | plain HTTP/1.1 at both ends: the server that local apps talk to, the client to the app |
+//! | [`ext_authz`] | the same decisions for whoever keeps Envoy: its external authorization as a server |
 //! | [`headers`] | what must never pass from one hop to the next |
 //! | [`traffic`] | which endpoint, how often, how long: balancing, ejection, breaking, retries, timeouts |
 //! | [`access`] | a line of JSON a request |
@@ -31,6 +32,7 @@ pub mod capture;
 pub mod correlate;
 pub mod detect;
 mod entities;
+pub mod ext_authz;
 pub mod hbone;
 pub mod headers;
 pub mod http1;

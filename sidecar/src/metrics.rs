@@ -32,6 +32,8 @@ pub enum Direction {
     Inbound,
     /// From the app to the mesh.
     Outbound,
+    /// Decided for another proxy, which forwards.
+    ExtAuthz,
 }
 
 impl Direction {
@@ -40,6 +42,7 @@ impl Direction {
         match self {
             Self::Inbound => "inbound",
             Self::Outbound => "outbound",
+            Self::ExtAuthz => "ext_authz",
         }
     }
 }

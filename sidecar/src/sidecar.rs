@@ -19,6 +19,7 @@ use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
 use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
 use crate::correlate::Correlator;
+use crate::ext_authz::{self, ExtAuthzConfig, Shared};
 use crate::inbound::Inbound;
 use crate::live::Registry;
 use crate::metrics::Metrics;
@@ -39,6 +40,9 @@ pub struct SidecarConfig {
     pub id: SpiffeId,
     /// The door to the app; a sidecar of a program that only calls others has none.
     pub inbound: Option<InboundConfig>,
+    /// The same decisions for Envoys. Where there is an inbound half too, it is of the same service, and
+    /// its policy and its memory of tokens serve both.
+    pub ext_authz: Option<ExtAuthzConfig>,
     /// One loopback listener a called service.
     pub calls: Vec<Call>,
     /// Connections that the kernel brings although they were meant for others.
@@ -107,7 +111,7 @@ pub enum SidecarError {
 /// A running sidecar.
 #[derive(Debug)]
 pub struct Sidecar {
-    /// What the inbound half decides by, if there is one.
+    /// What is decided by, if anything is.
     policy: Option<Arc<ArcSwap<ServicePolicy>>>,
     /// What is open, to be judged again by another policy.
     live: Arc<Registry>,
@@ -136,14 +140,31 @@ impl Sidecar {
         let most = config.budget.connections(Limits::default().max_connections);
         let limits = Limits { max_connections: most, overload: Some(overload), ..Limits::default() };
         let spans = Arc::new(Spans::new(Arc::clone(&random)));
+        let receipts = Arc::new(Receipts::new(Arc::clone(&random)));
         let live = Registry::new(clock.clone());
         let (front, calls) = (scope.part(), scope.part());
         drain_in_order(front.clone(), calls.clone(), scope);
-        let policy =
-            config.inbound.as_ref().map(|inbound| Arc::new(ArcSwap::from(Arc::clone(&inbound.policy))));
-        if let (Some(config_in), Some(policy)) = (config.inbound, &policy) {
-            let InboundConfig { service, listener, app, app_protocol, gateways, request_timeout, .. } =
-                config_in;
+        let begun = match (&config.inbound, &config.ext_authz) {
+            (Some(inbound), _) => Some((&inbound.policy, &inbound.gateways)),
+            (None, Some(ext_authz)) => Some((&ext_authz.policy, &ext_authz.gateways)),
+            (None, None) => None,
+        };
+        let shared = begun.map(|(policy, gateways)| Shared {
+            policy: Arc::new(ArcSwap::from(Arc::clone(policy))),
+            verifier: Arc::new(Verifier::new(gateways.clone())),
+            source: source.clone(),
+            recorder: Arc::clone(&recorder),
+            metrics: Arc::clone(&metrics),
+            clock: clock.clone(),
+            receipts: Arc::clone(&receipts),
+            spans: Arc::clone(&spans),
+        });
+        let policy = shared.as_ref().map(|shared| Arc::clone(&shared.policy));
+        if let (Some(asked), Some(shared)) = (config.ext_authz, &shared) {
+            ext_authz::start(asked, config.id.clone(), shared.clone(), config.access_log.clone(), &front)?;
+        }
+        if let (Some(config_in), Some(Shared { policy, verifier, .. })) = (config.inbound, &shared) {
+            let InboundConfig { service, listener, app, app_protocol, request_timeout, .. } = config_in;
             let tcp = TcpInbound::new(TcpInboundConfig {
                 service: service.clone(),
                 id: config.id.clone(),
@@ -162,7 +183,7 @@ impl Sidecar {
                 service,
                 id: config.id.clone(),
                 policy: Arc::clone(policy),
-                verifier: Arc::new(Verifier::new(gateways)),
+                verifier: Arc::clone(verifier),
                 app: App::new(app, app_protocol, request_timeout, clock.clone(), scope)?,
                 correlator: Arc::clone(&correlator),
                 source: source.clone(),
@@ -170,7 +191,7 @@ impl Sidecar {
                 sampler: Sampler::default(),
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
-                receipts: Receipts::new(Arc::clone(&random)),
+                receipts: Arc::clone(&receipts),
                 spans: Arc::clone(&spans),
                 access_log: config.access_log.clone(),
             };
@@ -239,7 +260,7 @@ impl Sidecar {
 
     /// Puts another policy in force. A request that is under way is judged by the one it began with, a plain
     /// connection again by this one.
-    /// A sidecar without an inbound half decides nothing and drops it.
+    /// A sidecar that decides nothing drops it.
     pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
         if let Some(in_force) = &self.policy {
             in_force.store(Arc::clone(&policy));

@@ -209,6 +209,7 @@ impl World {
                 gateways: vec![id("/palisade/gateway")],
                 request_timeout: Duration::from_secs(10),
             }),
+            ext_authz: None,
             calls: Vec::new(),
             capture: CaptureConfig::default(),
             admin: Some(admin),
@@ -807,6 +808,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             gateways: vec![id("/palisade/gateway")],
             request_timeout: Duration::from_secs(10),
         }),
+        ext_authz: None,
         calls: vec![Call {
             listener: calls,
             upstream: UpstreamConfig {

@@ -630,6 +630,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             gateways: Vec::new(),
             request_timeout: Duration::from_secs(10),
         }),
+        ext_authz: None,
         calls: Vec::new(),
         capture: CaptureConfig::default(),
         admin: None,

@@ -20,7 +20,7 @@ use identity::clock::SharedClock;
 use identity::workload_api::SECURITY_HEADER;
 use identity::workload_api::proto;
 use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use identity::{Scope, TrustDomain, X509Svid};
+use identity::{Scope, TrustDomain, X509Svid, socket};
 
 use super::attest::{AttestError, Attestor, Process, Unattested};
 use super::authority_header::AnyAuthority;
@@ -28,10 +28,10 @@ use super::decisions::Queue;
 use super::refusal::{RefusalReason, Refusals};
 use super::rotation::Svids;
 use super::upstream::HostView;
+use crate::control;
 use crate::pb::mesh as pb;
 use crate::pb::mesh::mesh_server::{Mesh, MeshServer};
 use crate::transport::ACCEPT_PAUSE;
-use crate::{control, socket};
 
 /// Connections at once: a host's workloads, each with a few.
 const MAX_CONNECTIONS: usize = 4_096;

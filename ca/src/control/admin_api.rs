@@ -8,12 +8,13 @@ use axum::extract::{DefaultBodyLimit, Path as Segment, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use identity::socket;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
 use super::{ControlError, ControlHandle, Entry, JoinTokenError, StoreError};
 use crate::model::DecisionQuery;
-use crate::{socket, state};
+use crate::state;
 
 /// Permissions of the socket: the owner alone.
 const SOCKET_MODE: u32 = 0o600;

@@ -14,7 +14,6 @@ use identity::Scope;
 use identity::clock::SharedClock;
 use policy::ServicePolicy;
 use sidecar::access::{AccessLog, AccessTarget};
-use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
@@ -219,13 +218,6 @@ fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) 
     }
 }
 
-fn protocol(protocol: mesh::AppProtocol) -> AppProtocol {
-    match protocol {
-        mesh::AppProtocol::Http1 => AppProtocol::Http1,
-        mesh::AppProtocol::H2c => AppProtocol::H2c,
-    }
-}
-
 /// Where apps that know of no sidecar dial those whom `service` calls.
 fn addresses(service: &Service, mesh: &Mesh) -> impl Iterator<Item = (String, Vec<SocketAddr>)> {
     service.calls.keys().map(|callee| {
@@ -280,11 +272,12 @@ fn configure(
             service: name.to_owned(),
             listener: inbound,
             app: service.app,
-            app_protocol: protocol(service.app_protocol),
+            app_protocol: service.app_protocol.into(),
             policy,
             gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
             request_timeout: service.request_timeout,
         }),
+        ext_authz: None,
         calls,
         capture: CaptureConfig::default(),
         admin: Some(admin),

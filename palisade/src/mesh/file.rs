@@ -327,6 +327,15 @@ pub(crate) struct LimitsSection {
     pub(crate) memory: Option<Text>,
 }
 
+impl From<AppProtocol> for sidecar::app::AppProtocol {
+    fn from(written: AppProtocol) -> Self {
+        match written {
+            AppProtocol::Http1 => Self::Http1,
+            AppProtocol::H2c => Self::H2c,
+        }
+    }
+}
+
 /// Logs and metrics.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

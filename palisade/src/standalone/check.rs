@@ -10,10 +10,11 @@ use identity::pem::IdentityFiles;
 use identity::{SpiffeId, TrustDomain};
 use policy::Problem;
 use sidecar::access::AccessTarget;
+use sidecar::ext_authz::{Door, EntitiesConfig};
 use toml::Spanned;
 
-use super::file::{InboundSection, OutboundSection, SidecarFile, TelemetrySection};
-use super::{Inbound, Outbound, Standalone};
+use super::file::{ExtAuthzSection, InboundSection, OutboundSection, SidecarFile, TelemetrySection};
+use super::{Decided, ExtAuthz, Inbound, Outbound, Standalone};
 use crate::mesh::check::MAX_TIMEOUT;
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
@@ -24,6 +25,8 @@ use crate::mesh::{AppProtocol, ServiceName};
 const MAX_WORKERS: u32 = 1024;
 /// How long an answer may take where nothing is said.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the app may take to tell attributes where nothing is said: Envoy waits for the decision meanwhile.
+const ENTITIES_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a drain may take where nothing is said.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -40,7 +43,8 @@ pub(super) fn standalone(
 
 impl Check<'_> {
     fn standalone(&mut self, sections: SidecarFile) -> Option<Standalone> {
-        let SidecarFile { identity, trust, inbound, outbound, capture, admin, telemetry, limits } = sections;
+        let SidecarFile { identity, trust, inbound, ext_authz, outbound, capture, admin, telemetry, limits } =
+            sections;
         let mut domains = Vec::new();
         for (domain, roots) in &trust {
             let roots = self.existing(roots);
@@ -58,11 +62,18 @@ impl Check<'_> {
             bundle: self.existing(&identity.bundle),
             trust: domains,
         };
-        if !self.declared.contains("inbound") && !self.declared.contains("outbound") {
-            let problem = Problem::file(self.file, "there is neither [inbound] nor [outbound.NAME] to serve");
-            self.problems.push(problem.hint("add one; `palisade config example --sidecar` shows both"));
+        if !["inbound", "ext_authz", "outbound"].iter().any(|section| self.declared.contains(*section)) {
+            let message = "there is neither [inbound], [ext_authz] nor [outbound.NAME] to serve";
+            let problem = Problem::file(self.file, message);
+            self.problems.push(problem.hint("add one; `palisade config example --sidecar` shows them"));
+        }
+        if let (Some(_), Some(asked)) = (&inbound, &ext_authz) {
+            let hint = "a service has its door here or an Envoy before it: leave out one of them";
+            let message = "there are both [inbound] and [ext_authz]";
+            self.report(&asked.listen, message.to_owned(), Some(hint.into()));
         }
         let inbound = inbound.as_ref().map(|section| self.inbound(section));
+        let ext_authz = ext_authz.as_ref().map(|section| self.ext_authz(section));
         let mut calls = BTreeMap::new();
         for (name, section) in &outbound {
             let call = self.outbound(name.get_ref(), section);
@@ -86,6 +97,7 @@ impl Check<'_> {
             file: self.file.to_owned(),
             identity,
             inbound: inbound.flatten(),
+            ext_authz: ext_authz.flatten(),
             outbound: calls,
             capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),
@@ -100,29 +112,52 @@ impl Check<'_> {
     fn inbound(&mut self, section: &InboundSection) -> Option<Inbound> {
         let listen = self.bind(Some(&section.listen), "", "inbound's listen", Reach::Any);
         let app = self.bind(Some(&section.app), "", "the app", Reach::Loopback);
-        let service = match ServiceName::new(section.service.get_ref()) {
-            Ok(service) => Some(service),
-            Err(message) => {
-                self.report(&section.service, message, None);
-                None
-            }
-        };
-        let policies = self.path(&section.policies);
-        if !policies.is_dir() {
-            let message = format!("there is no directory `{}`", section.policies.get_ref());
-            let hint = "a relative path starts at this file's own directory; without policies every request is refused";
-            self.report(&section.policies, message, Some(hint.into()));
-        }
-        let gateways = section.gateways.iter().filter_map(|text| self.spiffe_id(text)).collect();
+        let decided = self.decided(&section.service, &section.policies, &section.gateways);
         Some(Inbound {
             listen: listen?,
             app: app?,
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
-            service: service?,
-            policies,
-            gateways,
+            decided: decided?,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })
+    }
+
+    fn ext_authz(&mut self, section: &ExtAuthzSection) -> Option<ExtAuthz> {
+        let callers = section.callers.iter().filter_map(|text| self.spiffe_id(text)).collect();
+        let door = match Door::new(section.listen.get_ref(), callers) {
+            Ok(door) => Some(door),
+            Err(error) => {
+                let hint = "for example unix:/run/palisade/authz.sock";
+                self.report(&section.listen, error.to_string(), Some(hint.into()));
+                None
+            }
+        };
+        let decided = self.decided(&section.service, &section.policies, &section.gateways);
+        let app = section.entities_address.as_ref();
+        let app = app.map(|app| self.bind(Some(app), "", "the app", Reach::Loopback));
+        let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
+        let timeout = self.duration(section.entities_timeout.as_ref(), ENTITIES_TIMEOUT, timeouts)?;
+        let protocol = section.app_protocol.unwrap_or(AppProtocol::Http1).into();
+        let entities = app.flatten().map(|app| EntitiesConfig { app, protocol, timeout });
+        Some(ExtAuthz { door: door?, decided: decided?, entities })
+    }
+
+    fn decided(&mut self, service: &Text, policies: &Text, gateways: &[Text]) -> Option<Decided> {
+        let name = match ServiceName::new(service.get_ref()) {
+            Ok(name) => Some(name),
+            Err(message) => {
+                self.report(service, message, None);
+                None
+            }
+        };
+        let directory = self.path(policies);
+        if !directory.is_dir() {
+            let message = format!("there is no directory `{}`", policies.get_ref());
+            let hint = "a relative path starts at this file's own directory; without policies every request is refused";
+            self.report(policies, message, Some(hint.into()));
+        }
+        let gateways = gateways.iter().filter_map(|text| self.spiffe_id(text)).collect();
+        Some(Decided { service: name?, policies: directory, gateways })
     }
 
     fn outbound(&mut self, name: &str, section: &OutboundSection) -> Option<Outbound> {

@@ -24,6 +24,7 @@ pub(crate) struct SidecarFile {
     #[schemars(with = "BTreeMap<String, String>", example = serde_json::json!({"partner.example": "certs/partner.crt"}))]
     pub(crate) trust: BTreeMap<Text, Text>,
     pub(crate) inbound: Option<InboundSection>,
+    pub(crate) ext_authz: Option<ExtAuthzSection>,
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, OutboundSection>")]
     pub(crate) outbound: BTreeMap<Spanned<String>, OutboundSection>,
@@ -42,6 +43,7 @@ impl Reference for SidecarFile {
         ("identity", ""),
         ("trust", ""),
         ("inbound", ""),
+        ("ext_authz", ""),
         ("outbound", "backend"),
         ("capture", ""),
         ("admin", ""),
@@ -91,6 +93,41 @@ pub(crate) struct InboundSection {
     /// The longest that the app may take to answer. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+}
+
+/// The same decisions for an Envoy that stays before the app, in place of the mTLS door: its ext_authz filter
+/// asks here, by gRPC. The README of the sidecar has the Envoy configuration that this rests on.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ExtAuthzSection {
+    /// Where Envoy asks: unix:/PATH (its owner and group may), or an address, loopback unless callers are
+    /// named.
+    #[schemars(with = "String", example = &"unix:/run/palisade/authz.sock")]
+    pub(crate) listen: Text,
+    /// The SPIFFE IDs that may ask, by mTLS. Default: none named, whoever reaches the address may.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["spiffe://mesh.test/ns/default/sa/envoy"])]
+    pub(crate) callers: Vec<Text>,
+    /// The directory of policies.
+    #[schemars(with = "String", example = &"policies")]
+    pub(crate) policies: Text,
+    /// The service's name: its policies are services/NAME in that directory.
+    #[schemars(with = "String", example = &"backend")]
+    pub(crate) service: Text,
+    /// The SPIFFE IDs at which transaction tokens may begin. Default: none, no request carries a user.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["spiffe://mesh.test/ns/default/sa/gateway"])]
+    pub(crate) gateways: Vec<Text>,
+    /// Where the app tells its objects' attributes, loopback only. Default: nowhere, routes whose
+    /// attributes come from "entities" are denied.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:18080")]
+    pub(crate) entities_address: Option<Text>,
+    /// What the app speaks there: http1, or h2c (HTTP/2 without TLS). Default: http1.
+    #[schemars(example = &"http1")]
+    pub(crate) app_protocol: Option<AppProtocol>,
+    /// The longest that the app may take to tell them. Default: 1s.
+    #[schemars(with = "Option<String>", example = &"1s")]
+    pub(crate) entities_timeout: Option<Text>,
 }
 
 /// A service that the app calls.

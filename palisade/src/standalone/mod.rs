@@ -17,6 +17,7 @@ use identity::SpiffeId;
 use identity::pem::IdentityFiles;
 use policy::Problem;
 use sidecar::access::AccessTarget;
+use sidecar::ext_authz::{Door, EntitiesConfig};
 
 use crate::mesh::load;
 use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
@@ -29,6 +30,8 @@ pub(crate) struct Standalone {
     pub(crate) file: PathBuf,
     pub(crate) identity: IdentityFiles,
     pub(crate) inbound: Option<Inbound>,
+    /// INVARIANT: none where there is `inbound`.
+    pub(crate) ext_authz: Option<ExtAuthz>,
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
     pub(crate) capture: Option<Capture>,
     pub(crate) admin: Option<SocketAddr>,
@@ -47,10 +50,24 @@ pub(crate) struct Inbound {
     pub(crate) listen: SocketAddr,
     pub(crate) app: SocketAddr,
     pub(crate) app_protocol: AppProtocol,
+    pub(crate) decided: Decided,
+    pub(crate) request_timeout: Duration,
+}
+
+/// `[ext_authz]`
+#[derive(Debug, Clone)]
+pub(crate) struct ExtAuthz {
+    pub(crate) door: Door,
+    pub(crate) decided: Decided,
+    pub(crate) entities: Option<EntitiesConfig>,
+}
+
+/// What is decided by.
+#[derive(Debug, Clone)]
+pub(crate) struct Decided {
     pub(crate) service: ServiceName,
     pub(crate) policies: PathBuf,
     pub(crate) gateways: Vec<SpiffeId>,
-    pub(crate) request_timeout: Duration,
 }
 
 /// `[outbound.NAME]`
@@ -66,6 +83,12 @@ pub(crate) struct Outbound {
 }
 
 impl Standalone {
+    /// What it decides by, if it decides.
+    pub(crate) fn decided(&self) -> Option<&Decided> {
+        let inbound = self.inbound.as_ref().map(|inbound| &inbound.decided);
+        inbound.or(self.ext_authz.as_ref().map(|asked| &asked.decided))
+    }
+
     /// Reads and checks `file`.
     pub(crate) fn load(file: &Path) -> Result<Self, Vec<Problem>> {
         let text = load::read::<SidecarFile>(file).map_err(|problem| vec![problem])?;
@@ -81,9 +104,11 @@ impl Standalone {
 /// What it does, in one line.
 impl fmt::Display for Standalone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inbound = self.inbound.iter().map(|inbound| format!("{} at {}", inbound.service, inbound.listen));
+        let inbound =
+            self.inbound.iter().map(|inbound| format!("{} at {}", inbound.decided.service, inbound.listen));
+        let asked = self.ext_authz.iter().map(|asked| format!("Envoys before {}", asked.decided.service));
         let calls = self.outbound.iter().map(|(name, call)| format!("calls to {name} at {}", call.listen));
-        f.write_str(&inbound.chain(calls).collect::<Vec<_>>().join(", "))
+        f.write_str(&inbound.chain(asked).chain(calls).collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -179,7 +204,7 @@ mod tests {
         let policies =
             policy::Policies::load(&shipped.join("policies"), &TrustDomain::new("mesh.test").unwrap());
         let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
-        assert!(policies.service(door.service.as_str()).is_some());
+        assert!(policies.service(door.decided.service.as_str()).is_some());
     }
 
     #[test]
@@ -192,7 +217,16 @@ mod tests {
             let problems = Standalone::parse(&format!("{identity}{rest}"), &file).unwrap_err();
             problems.iter().map(|problem| format!("{}: {problem}\n", problem.line)).collect()
         };
-        assert!(refused("").contains("neither [inbound] nor [outbound.NAME]"));
+        assert!(refused("").contains("neither [inbound], [ext_authz] nor [outbound.NAME]"));
+        let decided = "policies = \"policies\"\nservice = \"backend\"\n";
+        let asked = |listen: &str| refused(&format!("[ext_authz]\nlisten = \"{listen}\"\n{decided}"));
+        assert!(asked("0.0.0.0:9").contains("name the SPIFFE IDs that may ask"));
+        assert!(asked("unix:relative").contains("neither unix:/PATH"));
+        let door = format!("[inbound]\nlisten = \"127.0.0.1:1\"\napp = \"127.0.0.1:2\"\n{decided}");
+        let both = format!("{door}[ext_authz]\nlisten = \"127.0.0.1:3\"\n{decided}");
+        assert!(
+            refused(&both).starts_with("10: ") && refused(&both).contains("both [inbound] and [ext_authz]")
+        );
         let call =
             "[outbound.backend]\nlisten = \"127.0.0.1:1\"\nid = \"spiffe://mesh.test/a\"\nendpoints = [";
         assert!(refused(&format!("{call}]\n")).contains("nowhere"));

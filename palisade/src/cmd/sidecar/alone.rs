@@ -8,12 +8,13 @@ use std::time::Duration;
 use identity::pem::Followed;
 use identity::{Scope, SpiffeId, SystemClock, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
+use sidecar::ext_authz::{self, ExtAuthzConfig};
 use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
 use super::succession::Succession;
-use super::{access_log, captured, protocol, replace_policy};
+use super::{access_log, captured, replace_policy};
 use crate::Global;
 use crate::cmd::config;
 use crate::failure::Failure;
@@ -23,7 +24,7 @@ use crate::mesh::ServiceName;
 use crate::readiness::{Awaited, Readiness};
 use crate::rlimits;
 use crate::serve::Started;
-use crate::standalone::{Inbound, Outbound, Standalone};
+use crate::standalone::{Decided, Outbound, Standalone};
 use crate::workload::{no_policy, not_started};
 
 /// The sidecar of a sidecar.toml, read. Its identity is in files, which are followed once it starts.
@@ -89,8 +90,8 @@ impl Alone {
             if let Some(access) = &access {
                 access.reopen();
             }
-            match &standalone.inbound {
-                Some(inbound) => replace_policy(&reloaded, policy(inbound, &trust_domain)),
+            match standalone.decided() {
+                Some(decided) => replace_policy(&reloaded, policy(decided, &trust_domain)),
                 None => "serves; files read again".to_owned(),
             }
         }))
@@ -118,14 +119,34 @@ fn configure(
     let inbound = match &standalone.inbound {
         None => None,
         Some(inbound) => Some(InboundConfig {
-            service: inbound.service.to_string(),
+            service: inbound.decided.service.to_string(),
             listener: listeners.tcp("inbound", "the sidecar", "[inbound] listen", inbound.listen)?,
             app: inbound.app,
-            app_protocol: protocol(inbound.app_protocol),
-            policy: policy(inbound, id.trust_domain())?,
-            gateways: inbound.gateways.clone(),
+            app_protocol: inbound.app_protocol.into(),
+            policy: policy(&inbound.decided, id.trust_domain())?,
+            gateways: inbound.decided.gateways.clone(),
             request_timeout: inbound.request_timeout,
         }),
+    };
+    let ext_authz = match &standalone.ext_authz {
+        None => None,
+        Some(asked) => {
+            let policy = policy(&asked.decided, id.trust_domain())?;
+            for sentence in ext_authz::undecidable(&policy, asked.entities.is_some()) {
+                tracing::warn!("{sentence}");
+            }
+            let door = asked.door.clone().bind().map_err(|error| {
+                Failure::new(format!("{}: [ext_authz] cannot listen", standalone.file.display()))
+                    .because(&error)
+            })?;
+            Some(ExtAuthzConfig {
+                service: asked.decided.service.to_string(),
+                policy,
+                gateways: asked.decided.gateways.clone(),
+                door,
+                entities: asked.entities.clone(),
+            })
+        }
     };
     let admin = match standalone.admin {
         None => None,
@@ -138,6 +159,7 @@ fn configure(
     Ok(SidecarConfig {
         id,
         inbound,
+        ext_authz,
         calls,
         capture,
         admin,
@@ -150,9 +172,9 @@ fn configure(
 }
 
 /// The policy as it is on disk now.
-fn policy(inbound: &Inbound, trust_domain: &TrustDomain) -> Result<Arc<ServicePolicy>, Failure> {
-    let policies = Policies::load(&inbound.policies, trust_domain)
-        .map_err(|problems| Failure::problems(&inbound.policies.display().to_string(), problems.0))?;
-    let service = inbound.service.as_str();
-    policies.service(service).ok_or_else(|| no_policy(&inbound.policies, service))
+fn policy(decided: &Decided, trust_domain: &TrustDomain) -> Result<Arc<ServicePolicy>, Failure> {
+    let policies = Policies::load(&decided.policies, trust_domain)
+        .map_err(|problems| Failure::problems(&decided.policies.display().to_string(), problems.0))?;
+    let service = decided.service.as_str();
+    policies.service(service).ok_or_else(|| no_policy(&decided.policies, service))
 }

@@ -9,7 +9,7 @@ use thiserror::Error;
 use tokio::net::UnixListener;
 
 /// Longest path that a socket's address holds, less the closing zero (`sun_path`, unix(7)).
-pub(crate) const MAX_SOCKET_PATH_BYTES: usize = 107;
+pub const MAX_SOCKET_PATH_BYTES: usize = 107;
 
 /// Why a socket could not be bound.
 #[derive(Debug, Error)]
@@ -35,7 +35,10 @@ pub enum SocketError {
 }
 
 /// Binds `path` with the permissions `mode`. A socket that a dead process left behind is removed.
-pub(crate) fn bind(path: &Path, mode: u32) -> Result<UnixListener, SocketError> {
+///
+/// # Errors
+/// A path that is too long, in use, or not a socket; whatever else the system says.
+pub fn bind(path: &Path, mode: u32) -> Result<UnixListener, SocketError> {
     if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         return Err(SocketError::TooLong(path.to_owned()));
     }
@@ -60,7 +63,7 @@ pub(crate) fn bind(path: &Path, mode: u32) -> Result<UnixListener, SocketError> 
 }
 
 /// Removes a socket of ours at the end; that it is gone already is fine.
-pub(crate) fn remove(path: &Path) {
+pub fn remove(path: &Path) {
     match fs::remove_file(path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
