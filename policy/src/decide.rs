@@ -1,13 +1,13 @@
 //! Decisions: a caller, an action, objects with attributes, and the verdict with its receipt.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cedar_policy::{Effect, EntityUid, Policy, PolicyId, PolicySet};
 use identity::TrustDomain;
 
 use crate::engine::Engine;
-use crate::explain::{self, Scope};
+use crate::explain::{self, Conjunct, Scope};
 use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
@@ -30,6 +30,8 @@ pub(crate) struct PolicyEntry {
     pub(crate) rule: Rule,
     pub(crate) effect: PolicyEffect,
     pub(crate) scope: Scope,
+    /// Its conditions as an explanation needs them, from the first on.
+    pub(crate) clauses: OnceLock<Result<Vec<Conjunct>, String>>,
 }
 
 static NO_RULE: Rule = Rule::Absent;

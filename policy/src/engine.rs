@@ -1,5 +1,5 @@
 //! Decisions without Cedar, for the policies and requests that are ordinary: an [`Index`] finds the policies that
-//! can be about a request, and their conditions were compiled to an [`Expr`](expr::Expr) when they were loaded.
+//! can be about a request, and their conditions were compiled to [`Expr`]s when they were loaded.
 //!
 //! `Shared::ask` says what every answer given here must be; `tests/` compares them, and so does production now
 //! and then.
@@ -16,7 +16,7 @@ use identity::txn::User;
 use smallvec::SmallVec;
 
 use self::compile::{Condition, Names};
-use self::expr::{Entity, Facts, Value};
+use self::expr::{Entity, Expr, Facts, Value};
 use self::index::Index;
 pub(crate) use self::index::Subject;
 use crate::decide::PolicyEntry;
@@ -46,6 +46,7 @@ pub(crate) type Values<'a> = SmallVec<[Option<Value<'a>>; 8]>;
 pub(crate) struct Engine {
     index: Index,
     rules: Vec<(PolicyEffect, Condition)>,
+    expressions: Vec<Expr>,
     /// The number of the type of workloads, of clients, of actions, and of each type of objects.
     workload: u32,
     client: u32,
@@ -66,8 +67,7 @@ impl Engine {
         let action = names.kind(&action.unwrap_or_default());
         let types = sorted(schema);
         let kinds = types.iter().map(|kind| names.kind(&kind.name.to_string())).collect();
-        let rules: Vec<_> =
-            entries.iter().map(|entry| (entry.effect, names.compile(&entry.policy))).collect();
+        let rules = entries.iter().map(|entry| (entry.effect, names.compile(&entry.policy))).collect();
         let place = |kind: &ObjectType, name: &String| kind.attributes.keys().position(|known| known == name);
         let places = types
             .iter()
@@ -80,7 +80,8 @@ impl Engine {
             }
         }
         let index = Index::new(schema, entries);
-        Self { index, rules, workload, client, action, kinds, places, taken }
+        let expressions = names.expressions;
+        Self { index, rules, expressions, workload, client, action, kinds, places, taken }
     }
 
     /// A request in numbers. Without an object: whatever it may turn out to be.
@@ -132,6 +133,7 @@ impl Engine {
         };
         let user: Option<&User> = caller.user.as_deref();
         let facts = Facts {
+            expressions: &self.expressions,
             principal,
             workload,
             action: Entity { kind: self.action, id: action.uid.id().unescaped() },
@@ -152,7 +154,7 @@ impl Engine {
             let (effect, condition) = self.rules.get(entry)?;
             let holds = match condition {
                 Condition::Always => Ok(true),
-                Condition::If(condition) => condition.holds(&facts),
+                Condition::If(condition) => facts.hold(*condition),
                 Condition::Cedar => return None,
             };
             match (holds, effect) {

@@ -184,14 +184,14 @@ fn mismatch(part: ScopePart, wants: &str, has: &str) -> Mismatch {
 
 /// What becomes of a policy whose scope fits.
 fn conditions(entry: &PolicyEntry, question: &Question) -> PolicyOutcome {
-    let clauses = match clauses(entry) {
+    let clauses = match entry.clauses.get_or_init(|| clauses(&entry.policy)) {
         Ok(clauses) => clauses,
-        Err(error) => return PolicyOutcome::Error { clause: None, error: shown(&error) },
+        Err(error) => return PolicyOutcome::Error { clause: None, error: shown(error) },
     };
     for clause in clauses {
-        match holds(&clause, question) {
+        match holds(clause, question) {
             Ok(true) => {}
-            Ok(false) => return PolicyOutcome::Condition(failed(&clause, question)),
+            Ok(false) => return PolicyOutcome::Condition(failed(clause, question)),
             Err(error) => return PolicyOutcome::Error { clause: Some(clause.text()), error: shown(&error) },
         }
     }
@@ -199,29 +199,64 @@ fn conditions(entry: &PolicyEntry, question: &Question) -> PolicyOutcome {
 }
 
 /// One conjunct of a policy's conditions.
-struct Conjunct {
-    expression: Expr,
+#[derive(Debug, Clone)]
+pub(crate) struct Conjunct {
+    whole: Term,
     /// Of an `unless`: it must not hold.
     negated: bool,
+    /// Both sides of a comparison, as far as a value tells something.
+    sides: Vec<Term>,
+}
+
+/// An expression, written and as Cedar evaluates it.
+#[derive(Debug, Clone)]
+struct Term {
+    text: String,
+    expression: Result<Expression, String>,
 }
 
 impl Conjunct {
+    fn new(expression: &Expr, negated: bool) -> Self {
+        let sides = match expression {
+            // A literal is its own value, and both sides of `&&` or `||` are clauses, not values.
+            Expr::BinaryOp { left, right, .. } => {
+                let tells =
+                    [left, right].into_iter().filter(|side| !matches!(side.as_ref(), Expr::Literal(_)));
+                tells.map(|side| Term::new(side)).collect()
+            }
+            _ => Vec::new(),
+        };
+        Self { whole: Term::new(expression), negated, sides }
+    }
+
     fn text(&self) -> String {
-        let text = shown(&self.expression.to_string());
+        let text = shown(&self.whole.text);
         if self.negated { format!("unless {{ {text} }}") } else { text }
     }
 }
 
-/// A policy's conditions, `&&` taken apart, in the order Cedar evaluates them.
-fn clauses(entry: &PolicyEntry) -> Result<Vec<Conjunct>, String> {
-    let syntax = entry.policy.to_pst().map_err(|error| error.to_string())?;
+impl Term {
+    fn new(expression: &Expr) -> Self {
+        let text = expression.to_string();
+        let expression = Expression::from_str(&text).map_err(|error| error.to_string());
+        Self { text, expression }
+    }
+
+    fn evaluate(&self, question: &Question) -> Result<EvalResult, String> {
+        let expression = self.expression.as_ref().map_err(Clone::clone)?;
+        eval_expression(&question.request, &question.entities, expression).map_err(|error| error.to_string())
+    }
+}
+
+/// A policy's conditions, `&&` taken apart, in the order Cedar evaluates them. Parsing takes longer than all the
+/// rest of a denial, and those who are denied choose how many there are: a policy keeps them.
+fn clauses(policy: &Policy) -> Result<Vec<Conjunct>, String> {
+    let syntax = policy.to_pst().map_err(|error| error.to_string())?;
     let mut conjuncts = Vec::new();
     for clause in syntax.body().clauses() {
         match clause {
             Clause::When(expression) => take_apart(expression, &mut conjuncts),
-            Clause::Unless(expression) => {
-                conjuncts.push(Conjunct { expression: expression.as_ref().clone(), negated: true });
-            }
+            Clause::Unless(expression) => conjuncts.push(Conjunct::new(expression, true)),
         }
     }
     Ok(conjuncts)
@@ -233,17 +268,12 @@ fn take_apart(expression: &Expr, into: &mut Vec<Conjunct>) {
             take_apart(left, into);
             take_apart(right, into);
         }
-        whole => into.push(Conjunct { expression: whole.clone(), negated: false }),
+        whole => into.push(Conjunct::new(whole, false)),
     }
 }
 
-fn evaluate(expression: &Expr, question: &Question) -> Result<EvalResult, String> {
-    let expression = Expression::from_str(&expression.to_string()).map_err(|error| error.to_string())?;
-    eval_expression(&question.request, &question.entities, &expression).map_err(|error| error.to_string())
-}
-
 fn holds(conjunct: &Conjunct, question: &Question) -> Result<bool, String> {
-    match evaluate(&conjunct.expression, question)? {
+    match conjunct.whole.evaluate(question)? {
         EvalResult::Bool(value) => Ok(value != conjunct.negated),
         other => Err(format!("it is {other}, not true or false")),
     }
@@ -251,15 +281,11 @@ fn holds(conjunct: &Conjunct, question: &Question) -> Result<bool, String> {
 
 fn failed(conjunct: &Conjunct, question: &Question) -> FailedClause {
     let mut values = Vec::new();
-    if let Expr::BinaryOp { left, right, .. } = &conjunct.expression {
-        for side in [left, right] {
-            // A literal is its own value, and both sides of `&&` or `||` are clauses, not values.
-            let tells = !matches!(side.as_ref(), Expr::Literal(_));
-            if let (true, Ok(value)) = (tells, evaluate(side, question))
-                && !matches!(value, EvalResult::Bool(_))
-            {
-                values.push((shown(&side.to_string()), shown(&value.to_string())));
-            }
+    for side in &conjunct.sides {
+        if let Ok(value) = side.evaluate(question)
+            && !matches!(value, EvalResult::Bool(_))
+        {
+            values.push((shown(&side.text), shown(&value.to_string())));
         }
     }
     FailedClause { clause: conjunct.text(), values }

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
 use identity::{SpiffeId, TrustDomain};
@@ -378,6 +378,7 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
             line,
             effect: policy.effect().into(),
             scope: Scope::of(policy),
+            clauses: OnceLock::new(),
         });
     }
     entries

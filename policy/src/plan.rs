@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use smallvec::SmallVec;
 use smol_str::{SmolStr, SmolStrBuilder};
 
 use crate::map::{Claim, Source};
@@ -15,11 +16,11 @@ pub(crate) struct Plan {
     /// Every place that names an object or tells an attribute, once.
     places: Vec<Place>,
     /// Where each of them is found.
-    pub(crate) taken: Vec<Taken>,
+    pub(crate) taken: SmallVec<[Taken; 2]>,
     /// The ids of the objects.
-    pub(crate) ids: Vec<Id>,
+    pub(crate) ids: SmallVec<[Id; 1]>,
     /// Who tells each attribute of the objects' type, in the type's order.
-    pub(crate) attributes: Vec<Told>,
+    pub(crate) attributes: SmallVec<[Told; 2]>,
 }
 
 /// Where a value of a request is found.
@@ -46,7 +47,7 @@ pub(crate) enum Told {
 
 /// The id of an object, with places by number.
 #[derive(Debug, Clone)]
-pub(crate) struct Id(Vec<IdPiece>);
+pub(crate) struct Id(SmallVec<[IdPiece; 1]>);
 
 #[derive(Debug, Clone)]
 enum IdPiece {
@@ -63,8 +64,12 @@ impl Plan {
         kind: &ObjectType,
         sources: &BTreeMap<String, (Source, AttributeType)>,
     ) -> Self {
-        let mut plan =
-            Self { places: Vec::new(), taken: Vec::new(), ids: Vec::new(), attributes: Vec::new() };
+        let mut plan = Self {
+            places: Vec::new(),
+            taken: SmallVec::new(),
+            ids: SmallVec::new(),
+            attributes: SmallVec::new(),
+        };
         let mut number = |place: &Place| {
             plan.places.iter().position(|known| known == place).unwrap_or_else(|| {
                 plan.taken.push(match place {

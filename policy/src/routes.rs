@@ -1,11 +1,12 @@
 //! Which route a request belongs to: the same few steps for one route or two thousand.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashMapExt as _};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
 use http::{HeaderMap, Method, Version};
 use smallvec::SmallVec;
+use smol_str::SmolStr;
 
 use crate::body::BodyRule;
 use crate::map::Route;
@@ -45,11 +46,44 @@ pub(crate) struct RouteTable {
 /// What may follow after the segments that lead here.
 #[derive(Debug, Default)]
 struct Node {
-    literals: HashMap<String, usize>,
+    literals: Literals,
     /// One a type at most.
-    captures: Vec<(CaptureType, usize)>,
+    captures: SmallVec<[(CaptureType, usize); 1]>,
     /// The route that ends here.
     route: Option<Arc<Route>>,
+}
+
+/// Nodes by the literal that leads to them. Most nodes have one, which then needs no table.
+#[derive(Debug, Default)]
+enum Literals {
+    #[default]
+    None,
+    One(SmolStr, usize),
+    /// Filled when the map is loaded: what is asked for is never put there, so a fast hash does.
+    Many(HashMap<SmolStr, usize>),
+}
+
+impl Literals {
+    fn get(&self, segment: &str) -> Option<usize> {
+        match self {
+            Self::None => None,
+            Self::One(known, child) => (known == segment).then_some(*child),
+            Self::Many(children) => children.get(segment).copied(),
+        }
+    }
+
+    fn insert(&mut self, segment: &str, child: usize) {
+        match self {
+            Self::None => *self = Self::One(segment.into(), child),
+            Self::One(known, first) => {
+                let mut children = HashMap::new();
+                children.insert(std::mem::take(known), *first);
+                children.insert(segment.into(), child);
+                *self = Self::Many(children);
+            }
+            Self::Many(children) => drop(children.insert(segment.into(), child)),
+        }
+    }
 }
 
 impl RouteTable {
@@ -87,7 +121,7 @@ impl RouteTable {
 
     fn child(&mut self, at: usize, segment: &Segment) -> usize {
         let known = self.nodes.get(at).and_then(|node| match segment {
-            Segment::Literal(text) => node.literals.get(text).copied(),
+            Segment::Literal(text) => node.literals.get(text),
             Segment::Capture { kind, .. } => {
                 node.captures.iter().find(|(known, _)| known == kind).map(|(_, child)| *child)
             }
@@ -98,7 +132,7 @@ impl RouteTable {
         let child = self.grow();
         if let Some(node) = self.nodes.get_mut(at) {
             match segment {
-                Segment::Literal(text) => drop(node.literals.insert(text.clone(), child)),
+                Segment::Literal(text) => node.literals.insert(text, child),
                 Segment::Capture { kind, .. } => node.captures.push((*kind, child)),
             }
         }
@@ -150,8 +184,8 @@ impl RouteTable {
     fn descend<'p>(&self, at: usize, path: &[&'p str], captured: &mut Segments<'p>) -> Option<&Arc<Route>> {
         let node = self.nodes.get(at)?;
         let Some((segment, rest)) = path.split_first() else { return node.route.as_ref() };
-        if let Some(child) = node.literals.get(*segment)
-            && let Some(route) = self.descend(*child, rest, captured)
+        if let Some(child) = node.literals.get(segment)
+            && let Some(route) = self.descend(child, rest, captured)
         {
             return Some(route);
         }

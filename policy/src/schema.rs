@@ -48,7 +48,7 @@ pub(crate) struct ServiceSchema {
     pub(crate) schema: Schema,
     pub(crate) namespace: String,
     pub(crate) actions: BTreeMap<String, Action>,
-    pub(crate) types: HashMap<String, ObjectType>,
+    pub(crate) types: foldhash::HashMap<String, ObjectType>,
     /// The action hierarchy, which `action in …` needs in every request.
     pub(crate) action_entities: Entities,
     pub(crate) principals: PrincipalTypes,
@@ -130,7 +130,7 @@ pub(crate) fn link(
 
     let mut problems = Problems::default();
     let mut actions: BTreeMap<String, Action> = BTreeMap::new();
-    let mut types: HashMap<String, ObjectType> = HashMap::new();
+    let mut types: foldhash::HashMap<String, ObjectType> = foldhash::HashMap::default();
     for uid in schema.actions().filter(|uid| uid.type_name().namespace() == namespace) {
         check_action(mesh, own, &schema, uid, &mut problems);
         let objects: HashSet<String> =

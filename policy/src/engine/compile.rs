@@ -1,4 +1,4 @@
-//! From a policy's conditions to an [`Expr`]; what has no place in one is left to Cedar.
+//! From a policy's conditions to [`Expr`]s; what has no place in one is left to Cedar.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cedar_policy::pst::{self, BinaryOp, Clause, PatternElem, UnaryOp, Var};
 use cedar_policy::{EntityUid, Policy};
 
-use super::expr::{Expr, Literal, Pattern, UserMember};
+use super::expr::{Expr, Literal, Node, Pattern, UserMember};
 use crate::schema::ServiceSchema;
 
 /// Deepest nesting that is compiled: evaluation recurses, and Cedar watches its own stack.
@@ -24,11 +24,11 @@ const USER_MEMBERS: [(&str, UserMember); 6] = [
 ];
 
 /// How a policy's conditions are evaluated.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Condition {
     /// There are none.
     Always,
-    If(Box<Expr>),
+    If(Node),
     /// By Cedar.
     Cedar,
 }
@@ -40,11 +40,19 @@ pub(crate) struct Names<'a> {
     kinds: HashMap<String, u32>,
     /// The attributes of objects that conditions name.
     pub(crate) attributes: Vec<String>,
+    pub(crate) expressions: Vec<Expr>,
+    known: HashMap<Expr, Node>,
 }
 
 impl<'a> Names<'a> {
     pub(crate) fn new(schema: &'a ServiceSchema) -> Self {
-        Self { schema, kinds: HashMap::new(), attributes: Vec::new() }
+        Self {
+            schema,
+            kinds: HashMap::new(),
+            attributes: Vec::new(),
+            expressions: Vec::new(),
+            known: HashMap::new(),
+        }
     }
 
     /// The number of an entity type.
@@ -66,73 +74,106 @@ impl<'a> Names<'a> {
 
     /// Conditions in the order in which Cedar evaluates them; all must hold.
     pub(crate) fn compile(&mut self, policy: &Policy) -> Condition {
-        let Ok(syntax) = policy.to_pst() else { return Condition::Cedar };
-        let mut whole: Option<Expr> = None;
-        // From the last to the first, so that the first is evaluated first and the nesting stays flat.
-        for clause in syntax.body().clauses().iter().rev() {
+        // From the tree that Cedar evaluates; `to_pst` would parse the text again.
+        let Ok(syntax) = pst::Policy::try_from(policy.as_ref().clone()) else { return Condition::Cedar };
+        let mut whole: Option<Node> = None;
+        for clause in syntax.body().clauses() {
             let compiled = match clause {
                 Clause::When(condition) => self.expression(condition, 0),
-                Clause::Unless(condition) => {
-                    self.expression(condition, 0).map(|inner| Expr::Not(Box::new(inner)))
-                }
+                Clause::Unless(condition) => self.negated(condition, 0),
             };
             let Some(compiled) = compiled else { return Condition::Cedar };
-            whole = Some(match whole {
-                None => compiled,
-                Some(rest) => Expr::And(Box::new((compiled, rest))),
-            });
+            whole = Some(whole.map_or(compiled, |before| self.node(Expr::And(before, compiled))));
         }
-        whole.map_or(Condition::Always, |whole| Condition::If(Box::new(whole)))
+        whole.map_or(Condition::Always, Condition::If)
+    }
+
+    fn node(&mut self, expression: Expr) -> Node {
+        if let Some(known) = self.known.get(&expression) {
+            return *known;
+        }
+        // Files of 16 MiB do not hold so many.
+        let node = Node::try_from(self.expressions.len()).unwrap_or(Node::MAX);
+        self.known.insert(expression.clone(), node);
+        self.expressions.push(expression);
+        node
+    }
+
+    fn negated(&mut self, expression: &pst::Expr, depth: usize) -> Option<Node> {
+        let inner = self.expression(expression, depth)?;
+        Some(self.node(Expr::Not(inner)))
     }
 
     /// `None` for what is left to Cedar.
-    fn expression(&mut self, expression: &pst::Expr, depth: usize) -> Option<Expr> {
+    fn expression(&mut self, expression: &pst::Expr, depth: usize) -> Option<Node> {
         if depth > MAX_DEPTH {
             return None;
         }
         let depth = depth + 1;
-        match expression {
-            pst::Expr::Literal(literal) => Some(Expr::Literal(self.literal(literal)?)),
-            pst::Expr::Set(elements) => self.literals(elements).map(Expr::Literals),
-            pst::Expr::Var(Var::Principal) => Some(Expr::Principal),
-            pst::Expr::Var(Var::Action) => Some(Expr::Action),
-            pst::Expr::Var(Var::Resource) => Some(Expr::Resource),
-            pst::Expr::GetAttr { expr, attr } => self.member(expr, attr),
+        let compiled = match expression {
+            pst::Expr::Literal(literal) => Expr::Literal(self.literal(literal)?),
+            pst::Expr::Set(elements) => Expr::Literals(self.literals(elements)?),
+            pst::Expr::Var(Var::Principal) => Expr::Principal,
+            pst::Expr::Var(Var::Action) => Expr::Action,
+            pst::Expr::Var(Var::Resource) => Expr::Resource,
+            pst::Expr::GetAttr { expr, attr } => self.member(expr, attr)?,
             pst::Expr::HasAttr { expr, attrs } => {
                 let attrs: Vec<&str> = attrs.iter().map(|attr| attr.as_str()).collect();
-                self.has(expr, &attrs)
+                self.has(expr, &attrs)?
             }
             pst::Expr::UnaryOp { op, expr } => {
-                let inner = Box::new(self.expression(expr, depth)?);
+                let inner = self.expression(expr, depth)?;
                 match op {
-                    UnaryOp::Not => Some(Expr::Not(inner)),
-                    UnaryOp::Neg => Some(Expr::Negate(inner)),
-                    UnaryOp::IsEmpty => Some(Expr::IsEmpty(inner)),
-                    _ => None,
+                    UnaryOp::Not => Expr::Not(inner),
+                    UnaryOp::Neg => Expr::Negate(inner),
+                    UnaryOp::IsEmpty => Expr::IsEmpty(inner),
+                    _ => return None,
                 }
             }
-            pst::Expr::BinaryOp { op: BinaryOp::In, left, right } => self.membership(left, right, depth),
+            pst::Expr::BinaryOp { op: BinaryOp::In, left, right } => self.membership(left, right, depth)?,
             pst::Expr::BinaryOp { op, left, right } => {
-                let sides = Box::new((self.expression(left, depth)?, self.expression(right, depth)?));
-                binary(*op, sides)
+                let (left, right) = (self.expression(left, depth)?, self.expression(right, depth)?);
+                self.binary(*op, left, right)?
             }
             pst::Expr::Like { expr, pattern } => {
-                let text = self.expression(expr, depth)?;
-                Some(Expr::Like(Box::new((text, pattern_of(pattern)))))
+                Expr::Like(self.expression(expr, depth)?, pattern_of(pattern))
             }
             pst::Expr::Is { expr, entity_type, in_expr } => {
-                let entity = Box::new(self.expression(expr, depth)?);
-                let is = Expr::Is(entity, self.kind(&entity_type.to_string()));
+                let is = Expr::Is(self.expression(expr, depth)?, self.kind(&entity_type.to_string()));
                 match in_expr {
-                    None => Some(is),
-                    Some(other) => Some(Expr::And(Box::new((is, self.membership(expr, other, depth)?)))),
+                    None => is,
+                    Some(other) => {
+                        let within = self.membership(expr, other, depth)?;
+                        Expr::And(self.node(is), self.node(within))
+                    }
                 }
             }
-            pst::Expr::IfThenElse { cond, then_expr, else_expr } => Some(Expr::If(Box::new((
+            pst::Expr::IfThenElse { cond, then_expr, else_expr } => Expr::If(
                 self.expression(cond, depth)?,
                 self.expression(then_expr, depth)?,
                 self.expression(else_expr, depth)?,
-            )))),
+            ),
+            _ => return None,
+        };
+        Some(self.node(compiled))
+    }
+
+    fn binary(&mut self, op: BinaryOp, left: Node, right: Node) -> Option<Expr> {
+        match op {
+            BinaryOp::And => Some(Expr::And(left, right)),
+            BinaryOp::Or => Some(Expr::Or(left, right)),
+            BinaryOp::Eq => Some(Expr::Equal(left, right)),
+            BinaryOp::NotEq => Some(Expr::Not(self.node(Expr::Equal(left, right)))),
+            BinaryOp::Less => Some(Expr::Less(left, right)),
+            BinaryOp::LessEq => Some(Expr::LessOrEqual(left, right)),
+            BinaryOp::Greater => Some(Expr::Not(self.node(Expr::LessOrEqual(left, right)))),
+            BinaryOp::GreaterEq => Some(Expr::Not(self.node(Expr::Less(left, right)))),
+            BinaryOp::Add => Some(Expr::Add(left, right)),
+            BinaryOp::Sub => Some(Expr::Subtract(left, right)),
+            BinaryOp::Mul => Some(Expr::Multiply(left, right)),
+            BinaryOp::Contains => Some(Expr::Contains(left, right)),
+            BinaryOp::ContainsAll => Some(Expr::ContainsAll(left, right)),
+            BinaryOp::ContainsAny => Some(Expr::ContainsAny(left, right)),
             _ => None,
         }
     }
@@ -183,8 +224,8 @@ impl<'a> Names<'a> {
             (pst::Expr::Var(Var::Resource), [name]) => Some(Expr::HasAttribute(self.attribute(name))),
             (pst::Expr::Var(Var::Context), ["user"]) => Some(Expr::HasUser),
             (pst::Expr::Var(Var::Context), ["user", name]) => {
-                let known = Expr::UserHas(user_member(name).is_some());
-                Some(Expr::And(Box::new((Expr::HasUser, known))))
+                let (user, known) = (self.node(Expr::HasUser), Expr::UserHas(user_member(name).is_some()));
+                Some(Expr::And(user, self.node(known)))
             }
             (pst::Expr::Var(Var::Context), ["chain" | "now"]) => Some(Expr::Literal(Literal::Bool(true))),
             (of, [name]) if is_user(of) => Some(Expr::UserHas(user_member(name).is_some())),
@@ -196,8 +237,7 @@ impl<'a> Names<'a> {
     fn membership(&mut self, left: &pst::Expr, right: &pst::Expr, depth: usize) -> Option<Expr> {
         match left {
             pst::Expr::Var(Var::Principal | Var::Resource) => {
-                let sides = (self.expression(left, depth)?, self.expression(right, depth)?);
-                Some(Expr::In(Box::new(sides)))
+                Some(Expr::In(self.expression(left, depth)?, self.expression(right, depth)?))
             }
             pst::Expr::Var(Var::Action) => {
                 let groups: Vec<EntityUid> = match right {
@@ -217,27 +257,6 @@ impl<'a> Names<'a> {
             }
             _ => None,
         }
-    }
-}
-
-fn binary(op: BinaryOp, sides: Box<(Expr, Expr)>) -> Option<Expr> {
-    let not = |inner: Expr| Expr::Not(Box::new(inner));
-    match op {
-        BinaryOp::And => Some(Expr::And(sides)),
-        BinaryOp::Or => Some(Expr::Or(sides)),
-        BinaryOp::Eq => Some(Expr::Equal(sides)),
-        BinaryOp::NotEq => Some(not(Expr::Equal(sides))),
-        BinaryOp::Less => Some(Expr::Less(sides)),
-        BinaryOp::LessEq => Some(Expr::LessOrEqual(sides)),
-        BinaryOp::Greater => Some(not(Expr::LessOrEqual(sides))),
-        BinaryOp::GreaterEq => Some(not(Expr::Less(sides))),
-        BinaryOp::Add => Some(Expr::Add(sides)),
-        BinaryOp::Sub => Some(Expr::Subtract(sides)),
-        BinaryOp::Mul => Some(Expr::Multiply(sides)),
-        BinaryOp::Contains => Some(Expr::Contains(sides)),
-        BinaryOp::ContainsAll => Some(Expr::ContainsAll(sides)),
-        BinaryOp::ContainsAny => Some(Expr::ContainsAny(sides)),
-        _ => None,
     }
 }
 

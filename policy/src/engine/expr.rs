@@ -1,4 +1,4 @@
-//! Conditions as small trees over the values that every request has: Cedar's semantics for the operators that
+//! Conditions as small expressions over the values that every request has: Cedar's semantics for the operators that
 //! ordinary policies are made of.
 //!
 //! Both sides of an operator are evaluated, `&&`, `||` and `if` excepted; a value of the wrong type, a missing
@@ -55,7 +55,7 @@ pub(crate) enum Elements<'a> {
 }
 
 /// A scalar that a policy states.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Literal {
     Bool(bool),
     Long(i64),
@@ -66,6 +66,8 @@ pub(crate) enum Literal {
 /// Everything that a condition can look at.
 #[derive(Debug)]
 pub(crate) struct Facts<'a> {
+    /// Of all policies.
+    pub(crate) expressions: &'a [Expr],
     pub(crate) principal: Entity<'a>,
     /// `None` for a client, which has no attributes.
     pub(crate) workload: Option<&'a SpiffeId>,
@@ -84,7 +86,7 @@ pub(crate) struct Facts<'a> {
 }
 
 /// A member of `context.user`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum UserMember {
     Id,
     Issuer,
@@ -94,8 +96,13 @@ pub(crate) enum UserMember {
     AuthTime,
 }
 
+/// The place of an expression among all of a service's. Each stands there once, after its parts, whatever the
+/// number of policies that say it: what they have in common stays in the cache, and what a policy has for itself
+/// stands together.
+pub(crate) type Node = u32;
+
 /// A condition or a part of one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Expr {
     Literal(Literal),
     Literals(Box<[Literal]>),
@@ -118,138 +125,138 @@ pub(crate) enum Expr {
     UserHas(bool),
     Chain,
     Now,
-    Not(Box<Expr>),
-    Negate(Box<Expr>),
-    IsEmpty(Box<Expr>),
-    Like(Box<(Expr, Pattern)>),
-    Is(Box<Expr>, u32),
-    And(Box<(Expr, Expr)>),
-    Or(Box<(Expr, Expr)>),
-    Equal(Box<(Expr, Expr)>),
-    Less(Box<(Expr, Expr)>),
-    LessOrEqual(Box<(Expr, Expr)>),
-    Add(Box<(Expr, Expr)>),
-    Subtract(Box<(Expr, Expr)>),
-    Multiply(Box<(Expr, Expr)>),
-    Contains(Box<(Expr, Expr)>),
-    ContainsAll(Box<(Expr, Expr)>),
-    ContainsAny(Box<(Expr, Expr)>),
+    Not(Node),
+    Negate(Node),
+    IsEmpty(Node),
+    Like(Node, Pattern),
+    Is(Node, u32),
+    And(Node, Node),
+    Or(Node, Node),
+    Equal(Node, Node),
+    Less(Node, Node),
+    LessOrEqual(Node, Node),
+    Add(Node, Node),
+    Subtract(Node, Node),
+    Multiply(Node, Node),
+    Contains(Node, Node),
+    ContainsAll(Node, Node),
+    ContainsAny(Node, Node),
     /// Of a principal or a resource, which have no ancestors.
-    In(Box<(Expr, Expr)>),
+    In(Node, Node),
     /// `action in …`, by the number of the action.
     ActionIn(Box<[bool]>),
-    If(Box<(Expr, Expr, Expr)>),
+    If(Node, Node, Node),
 }
 
-impl Expr {
+impl<'a> Facts<'a> {
     /// Whether a condition holds.
-    pub(crate) fn holds<'a>(&'a self, facts: &Facts<'a>) -> Result<bool, Failed> {
-        match self {
-            Self::And(sides) => Ok(sides.0.holds(facts)? && sides.1.holds(facts)?),
-            Self::Or(sides) => Ok(sides.0.holds(facts)? || sides.1.holds(facts)?),
-            Self::Not(inner) => Ok(!inner.holds(facts)?),
-            Self::If(parts) => {
-                if parts.0.holds(facts)? {
-                    parts.1.holds(facts)
-                } else {
-                    parts.2.holds(facts)
-                }
-            }
-            Self::Equal(sides) => Ok(sides.0.value(facts)?.equals(sides.1.value(facts)?)),
-            Self::Less(sides) => Ok(sides.0.long(facts)? < sides.1.long(facts)?),
-            Self::LessOrEqual(sides) => Ok(sides.0.long(facts)? <= sides.1.long(facts)?),
-            Self::Contains(sides) => {
-                let (set, value) = (sides.0.set(facts)?, sides.1.value(facts)?);
+    pub(crate) fn hold(&self, node: Node) -> Result<bool, Failed> {
+        match self.expression(node)? {
+            Expr::And(left, right) => Ok(self.hold(*left)? && self.hold(*right)?),
+            Expr::Or(left, right) => Ok(self.hold(*left)? || self.hold(*right)?),
+            Expr::Not(inner) => Ok(!self.hold(*inner)?),
+            Expr::If(test, yes, no) => self.hold(if self.hold(*test)? { *yes } else { *no }),
+            Expr::Equal(left, right) => Ok(self.value(*left)?.equals(self.value(*right)?)),
+            Expr::Less(left, right) => Ok(self.long(*left)? < self.long(*right)?),
+            Expr::LessOrEqual(left, right) => Ok(self.long(*left)? <= self.long(*right)?),
+            Expr::Contains(set, value) => {
+                let (set, value) = (self.set(*set)?, self.value(*value)?);
                 // No set of these has sets among its elements.
                 Ok(matches!(value, Value::Scalar(scalar) if set.contain(scalar)))
             }
-            Self::ContainsAll(sides) => Ok(sides.1.set(facts)?.are_all_in(sides.0.set(facts)?)),
-            Self::ContainsAny(sides) => Ok(sides.0.set(facts)?.meet(sides.1.set(facts)?)),
-            Self::IsEmpty(set) => Ok(set.set(facts)?.len() == 0),
-            Self::Like(like) => Ok(like.1.matches(like.0.text(facts)?)),
-            Self::Is(entity, kind) => Ok(entity.entity(facts)?.kind == *kind),
-            Self::In(sides) => sides.0.entity(facts)?.is_in(sides.1.value(facts)?),
-            Self::ActionIn(actions) => actions.get(facts.action_number).copied().ok_or(Failed),
-            Self::HasUser => Ok(facts.user.is_some()),
-            Self::UserHas(known) => facts.user.map(|_| *known).ok_or(Failed),
-            Self::IsDescribed => Ok(facts.workload.is_some()),
-            Self::HasAttribute(name) => Ok(facts.attribute(*name).is_some()),
-            other => match other.value(facts)? {
+            Expr::ContainsAll(set, others) => {
+                let set = self.set(*set)?;
+                Ok(self.set(*others)?.are_all_in(set))
+            }
+            Expr::ContainsAny(set, others) => {
+                let set = self.set(*set)?;
+                Ok(set.meet(self.set(*others)?))
+            }
+            Expr::IsEmpty(set) => Ok(self.set(*set)?.len() == 0),
+            Expr::Like(text, pattern) => Ok(pattern.matches(self.text(*text)?)),
+            Expr::Is(entity, kind) => Ok(self.entity(*entity)?.kind == *kind),
+            Expr::In(entity, others) => self.entity(*entity)?.is_in(self.value(*others)?),
+            Expr::ActionIn(actions) => actions.get(self.action_number).copied().ok_or(Failed),
+            Expr::HasUser => Ok(self.user.is_some()),
+            Expr::UserHas(known) => self.user.map(|_| *known).ok_or(Failed),
+            Expr::IsDescribed => Ok(self.workload.is_some()),
+            Expr::HasAttribute(name) => Ok(self.attribute(*name).is_some()),
+            _ => match self.value(node)? {
                 Value::Scalar(Scalar::Bool(holds)) => Ok(holds),
                 _ => Err(Failed),
             },
         }
     }
 
-    fn value<'a>(&'a self, facts: &Facts<'a>) -> Result<Value<'a>, Failed> {
+    fn value(&self, node: Node) -> Result<Value<'a>, Failed> {
         let text = |text: &'a str| Value::Scalar(Scalar::Text(text));
         let long = |number: i64| Value::Scalar(Scalar::Long(number));
         let checked = |number: Option<i64>| number.map(long).ok_or(Failed);
-        Ok(match self {
-            Self::Literal(literal) => Value::Scalar(literal.scalar()),
-            Self::Literals(literals) => Value::Set(Elements::Literals(literals)),
-            Self::Principal => Value::Scalar(Scalar::Entity(facts.principal)),
-            Self::Action => Value::Scalar(Scalar::Entity(facts.action)),
-            Self::Resource => Value::Scalar(Scalar::Entity(facts.resource)),
-            Self::Service => text(service_of(facts.workload.ok_or(Failed)?)),
-            Self::TrustDomain => text(facts.workload.ok_or(Failed)?.trust_domain().as_str()),
-            Self::Attribute(name) => facts.attribute(*name).ok_or(Failed)?,
-            Self::User(member) => {
-                let user = facts.user.ok_or(Failed)?;
+        Ok(match self.expression(node)? {
+            Expr::Literal(literal) => Value::Scalar(literal.scalar()),
+            Expr::Literals(literals) => Value::Set(Elements::Literals(literals)),
+            Expr::Principal => Value::Scalar(Scalar::Entity(self.principal)),
+            Expr::Action => Value::Scalar(Scalar::Entity(self.action)),
+            Expr::Resource => Value::Scalar(Scalar::Entity(self.resource)),
+            Expr::Service => text(service_of(self.workload.ok_or(Failed)?)),
+            Expr::TrustDomain => text(self.workload.ok_or(Failed)?.trust_domain().as_str()),
+            Expr::Attribute(name) => self.attribute(*name).ok_or(Failed)?,
+            Expr::User(member) => {
+                let user = self.user.ok_or(Failed)?;
                 match member {
                     UserMember::Id => text(&user.id),
                     UserMember::Issuer => text(&user.issuer),
                     UserMember::Client => text(&user.client),
                     UserMember::Scopes => Value::Set(Elements::Texts(&user.scopes)),
                     UserMember::Groups => Value::Set(Elements::Texts(&user.groups)),
-                    UserMember::AuthTime => long(facts.auth_time),
+                    UserMember::AuthTime => long(self.auth_time),
                 }
             }
-            Self::Chain => Value::Set(Elements::Ids(facts.chain)),
-            Self::Now => long(facts.now),
-            Self::Negate(inner) => return checked(inner.long(facts)?.checked_neg()),
-            Self::Add(sides) => return checked(sides.0.long(facts)?.checked_add(sides.1.long(facts)?)),
-            Self::Subtract(sides) => return checked(sides.0.long(facts)?.checked_sub(sides.1.long(facts)?)),
-            Self::Multiply(sides) => return checked(sides.0.long(facts)?.checked_mul(sides.1.long(facts)?)),
-            Self::If(parts) => {
-                return if parts.0.holds(facts)? { parts.1.value(facts) } else { parts.2.value(facts) };
-            }
-            other => Value::Scalar(Scalar::Bool(other.holds(facts)?)),
+            Expr::Chain => Value::Set(Elements::Ids(self.chain)),
+            Expr::Now => long(self.now),
+            Expr::Negate(inner) => return checked(self.long(*inner)?.checked_neg()),
+            Expr::Add(left, right) => return checked(self.long(*left)?.checked_add(self.long(*right)?)),
+            Expr::Subtract(left, right) => return checked(self.long(*left)?.checked_sub(self.long(*right)?)),
+            Expr::Multiply(left, right) => return checked(self.long(*left)?.checked_mul(self.long(*right)?)),
+            Expr::If(test, yes, no) => return self.value(if self.hold(*test)? { *yes } else { *no }),
+            _ => Value::Scalar(Scalar::Bool(self.hold(node)?)),
         })
     }
 
-    fn long(&self, facts: &Facts<'_>) -> Result<i64, Failed> {
-        match self.value(facts)? {
+    fn long(&self, node: Node) -> Result<i64, Failed> {
+        match self.value(node)? {
             Value::Scalar(Scalar::Long(number)) => Ok(number),
             _ => Err(Failed),
         }
     }
 
-    fn text<'a>(&'a self, facts: &Facts<'a>) -> Result<&'a str, Failed> {
-        match self.value(facts)? {
+    fn text(&self, node: Node) -> Result<&'a str, Failed> {
+        match self.value(node)? {
             Value::Scalar(Scalar::Text(text)) => Ok(text),
             _ => Err(Failed),
         }
     }
 
-    fn set<'a>(&'a self, facts: &Facts<'a>) -> Result<Elements<'a>, Failed> {
-        match self.value(facts)? {
+    fn set(&self, node: Node) -> Result<Elements<'a>, Failed> {
+        match self.value(node)? {
             Value::Set(elements) => Ok(elements),
             Value::Scalar(_) => Err(Failed),
         }
     }
 
-    fn entity<'a>(&'a self, facts: &Facts<'a>) -> Result<Entity<'a>, Failed> {
-        match self.value(facts)? {
+    fn entity(&self, node: Node) -> Result<Entity<'a>, Failed> {
+        match self.value(node)? {
             Value::Scalar(Scalar::Entity(entity)) => Ok(entity),
             _ => Err(Failed),
         }
     }
-}
 
-impl<'a> Facts<'a> {
     fn attribute(&self, name: usize) -> Option<Value<'a>> {
         *self.attributes.get((*self.places.get(name)?)?)?
+    }
+
+    fn expression(&self, node: Node) -> Result<&'a Expr, Failed> {
+        self.expressions.get(node as usize).ok_or(Failed)
     }
 }
 
@@ -369,7 +376,7 @@ impl<'a> Elements<'a> {
 }
 
 /// A pattern of `like`: what stands before, between and behind its `*`s.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Pattern(Box<[Box<str>]>);
 
 impl Pattern {

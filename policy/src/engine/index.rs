@@ -3,10 +3,14 @@
 //! Every policy stands under one key a listed action, made of what its scope asks for. A request has few keys:
 //! one for each shape that a scope can have (*this caller or any, this action or any, this object, this type or
 //! any*), and only the shapes that some policy has are looked up.
+//!
+//! The tables are filled when policies are loaded and never after: what callers send is looked up in them and never
+//! put there, so a fast hash does.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 
 use cedar_policy::{ActionConstraint, EntityTypeName, EntityUid, PrincipalConstraint, ResourceConstraint};
+use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
 
 use crate::decide::PolicyEntry;
 use crate::record::PolicyEffect;
