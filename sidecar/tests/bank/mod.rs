@@ -151,6 +151,7 @@ impl Bank {
             capture: sidecar::capture::CaptureConfig::default(),
             admin: None,
             access_log: None,
+            budget: sidecar::overload::Budget::default(),
         };
         let (source, random) = (authority.source("/service/accounts"), identity::random::system());
         Sidecar::start(config, source, Arc::clone(&records) as _, clock.clone(), random, &palisade).unwrap();
