@@ -76,10 +76,12 @@ impl World {
                 gateways: Vec::new(),
                 request_timeout: DEADLINE,
             }),
+            ext_authz: None,
             calls: Vec::new(),
             capture: CaptureConfig::default(),
             admin: None,
             access_log: None,
+            budget: sidecar::overload::Budget::default(),
         };
         let (recorder, random) = (Arc::new(NoRecorder), identity::random::system());
         Sidecar::start(config, source, recorder, clock.clone(), random, &scope).unwrap();
