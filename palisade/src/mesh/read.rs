@@ -121,7 +121,9 @@ impl Check<'_> {
             complain(format!("{what}: {} cannot be dialled", address.ip()), hint.into());
             return None;
         }
-        let clash = |bound: &&Bound| bound.host == host && overlap(bound.address, address);
+        // The same app may be named where it is served and where it is asked.
+        let clash =
+            |bound: &&Bound| bound.host == host && overlap(bound.address, address) && bound.what != what;
         if let Some(other) = self.bound.iter().find(clash).map(|bound| bound.what.clone()) {
             let message = format!("{address} is used twice: {other} and {what}");
             let hint = "give each its own port".to_owned();

@@ -67,13 +67,15 @@ impl Check<'_> {
             let problem = Problem::file(self.file, message);
             self.problems.push(problem.hint("add one; `palisade config example --sidecar` shows them"));
         }
-        if let (Some(_), Some(asked)) = (&inbound, &ext_authz) {
-            let hint = "a service has its door here or an Envoy before it: leave out one of them";
-            let message = "there are both [inbound] and [ext_authz]";
-            self.report(&asked.listen, message.to_owned(), Some(hint.into()));
-        }
         let inbound = inbound.as_ref().map(|section| self.inbound(section));
-        let ext_authz = ext_authz.as_ref().map(|section| self.ext_authz(section));
+        let asked = ext_authz.as_ref().map(|section| self.ext_authz(section));
+        if let (Some(Some(inbound)), Some(Some(asked)), Some(section)) = (&inbound, &asked, &ext_authz)
+            && inbound.decided != asked.decided
+        {
+            let message =
+                "[inbound] and [ext_authz] decide for one service, by the same policies and gateways";
+            self.report(&section.service, message.to_owned(), None);
+        }
         let mut calls = BTreeMap::new();
         for (name, section) in &outbound {
             let call = self.outbound(name.get_ref(), section);
@@ -97,7 +99,7 @@ impl Check<'_> {
             file: self.file.to_owned(),
             identity,
             inbound: inbound.flatten(),
-            ext_authz: ext_authz.flatten(),
+            ext_authz: asked.flatten(),
             outbound: calls,
             capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),

@@ -95,14 +95,15 @@ pub(crate) struct InboundSection {
     pub(crate) request_timeout: Option<Text>,
 }
 
-/// The same decisions for an Envoy that stays before the app, in place of the mTLS door: its ext_authz filter
-/// asks here, by gRPC. The README of the sidecar has the Envoy configuration that this rests on.
+/// The same decisions for an Envoy that stays before the app: its ext_authz filter asks here, by gRPC. The
+/// README of the sidecar has the Envoy configuration that this rests on. Beside [inbound] it is of the same
+/// service and policies. Leave the section out where no Envoy asks.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ExtAuthzSection {
     /// Where Envoy asks: unix:/PATH (its owner and group may), or an address, loopback unless callers are
     /// named.
-    #[schemars(with = "String", example = &"unix:/run/palisade/authz.sock")]
+    #[schemars(with = "String", example = &"127.0.0.1:15609")]
     pub(crate) listen: Text,
     /// The SPIFFE IDs that may ask, by mTLS. Default: none named, whoever reaches the address may.
     #[serde(default)]

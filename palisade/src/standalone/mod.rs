@@ -30,7 +30,7 @@ pub(crate) struct Standalone {
     pub(crate) file: PathBuf,
     pub(crate) identity: IdentityFiles,
     pub(crate) inbound: Option<Inbound>,
-    /// INVARIANT: none where there is `inbound`.
+    /// INVARIANT: decides by the same as `inbound`, where there is one.
     pub(crate) ext_authz: Option<ExtAuthz>,
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
     pub(crate) capture: Option<Capture>,
@@ -63,7 +63,7 @@ pub(crate) struct ExtAuthz {
 }
 
 /// What is decided by.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Decided {
     pub(crate) service: ServiceName,
     pub(crate) policies: PathBuf,
@@ -171,7 +171,10 @@ mod tests {
         good(&sample, &file);
         let all = good(&all, &file);
         assert_eq!(all.identity.trust.len(), 1);
-        assert_eq!(all.to_string(), "backend at 127.0.0.1:15606, calls to backend at 127.0.0.1:15601");
+        assert_eq!(
+            all.to_string(),
+            "backend at 127.0.0.1:15606, Envoys before backend, calls to backend at 127.0.0.1:15601"
+        );
         assert_eq!(all.workers, NonZeroUsize::new(2));
     }
 
@@ -223,10 +226,9 @@ mod tests {
         assert!(asked("0.0.0.0:9").contains("name the SPIFFE IDs that may ask"));
         assert!(asked("unix:relative").contains("neither unix:/PATH"));
         let door = format!("[inbound]\nlisten = \"127.0.0.1:1\"\napp = \"127.0.0.1:2\"\n{decided}");
-        let both = format!("{door}[ext_authz]\nlisten = \"127.0.0.1:3\"\n{decided}");
-        assert!(
-            refused(&both).starts_with("10: ") && refused(&both).contains("both [inbound] and [ext_authz]")
-        );
+        let other = decided.replace("backend", "frontend");
+        let both = refused(&format!("{door}[ext_authz]\nlisten = \"127.0.0.1:3\"\n{other}"));
+        assert!(both.starts_with("13: ") && both.contains("decide for one service"), "{both}");
         let call =
             "[outbound.backend]\nlisten = \"127.0.0.1:1\"\nid = \"spiffe://mesh.test/a\"\nendpoints = [";
         assert!(refused(&format!("{call}]\n")).contains("nowhere"));
