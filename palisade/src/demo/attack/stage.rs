@@ -228,7 +228,9 @@ impl Stage {
     /// Judges an attack that should not have got past the handshake, by the record of its address.
     pub(in crate::demo) async fn judge_connection(&self, connection: Connection) -> anyhow::Result<Outcome> {
         let local = Some(connection.local.to_string());
-        let record = self.record(|record| record.peer_address == local).await?;
+        // The kernel gives a port out again: a request permitted earlier may have come from the same one.
+        let refused = |record: &DecisionRecord| record.verdict == policy::Outcome::Deny;
+        let record = self.record(|record| record.peer_address == local && refused(record)).await?;
         let (layer, rule) = named(record.as_ref());
         let stopped = connection.outcome.is_err() && rule == connection.expected_rule;
         Ok(Outcome {
