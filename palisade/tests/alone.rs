@@ -264,9 +264,9 @@ fn what_is_broken_changes_nothing_and_policies_change_when_told() {
     assert_eq!(get(stage.client, "/").0, 200);
     fs::write(stage.path("server.crt"), good).unwrap();
     server.hears("identity read again");
-    // Somebody else's identity, right in itself.
+    // Somebody else's identity, right in itself; met between certificate and key it is refused for that first.
     stage.issue("client", "/ns/default/sa/intruder");
-    assert!(client.hears("identity not replaced").contains("intruder"));
+    client.hears("names spiffe://mesh.test/ns/default/sa/intruder, and this process is");
     assert_eq!(get(stage.client, "/").0, 200);
 
     let rules = stage.path("policies/services/backend/backend.cedar");
