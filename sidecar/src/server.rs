@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, Either, Ready, ready};
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, Version};
 use hyper::body::Incoming;
@@ -270,13 +270,14 @@ async fn room_then_accept(listener: &TcpListener, limits: &Limits) -> io::Result
     listener.accept().await
 }
 
-/// `answer`, or the refusal of a request that there is no memory for.
-fn unless_overloaded<A>(limits: &Limits, answer: A) -> impl Future<Output = Response<Body>> + use<A>
+/// `answer`, or the refusal of a request that there is no memory for. No future of its own, which would hold room
+/// for `answer` twice.
+fn unless_overloaded<A>(limits: &Limits, answer: A) -> Either<Ready<Response<Body>>, A>
 where
     A: Future<Output = Response<Body>>,
 {
     let shed = limits.overload.as_ref().is_some_and(|overload| overload.shed());
-    async move { if shed { answer::unavailable("overloaded") } else { answer.await } }
+    if shed { Either::Left(ready(answer::unavailable("overloaded"))) } else { Either::Right(answer) }
 }
 
 async fn connection(
