@@ -8,6 +8,7 @@
 )]
 
 use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,7 +23,9 @@ use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use identity::Scope;
+use identity::clock::{ManualClock, SharedClock};
 use sidecar::http1::{Client, ClientError, Ended, HeadError, serve};
+use sidecar::overload::{self, Budget, Overload, Readings};
 use sidecar::server::Limits;
 use sidecar::{Body, BoxError, full};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -67,6 +70,14 @@ impl Server {
         F: Fn(Request<Body>) -> A + Clone + Send + 'static,
         A: Future<Output = Response<Body>> + Send + 'static,
     {
+        Self::within(Limits::default(), service).await
+    }
+
+    async fn within<F, A>(limits: Limits, service: F) -> Self
+    where
+        F: Fn(Request<Body>) -> A + Clone + Send + 'static,
+        A: Future<Output = Response<Body>> + Send + 'static,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (scope, ended) = (Scope::new(), Arc::new(Mutex::new(Vec::new())));
@@ -78,9 +89,10 @@ impl Server {
                     () = scope.draining() => return,
                 };
                 let (service, connections, ended) = (service.clone(), scope.clone(), Arc::clone(&ended));
+                let limits = limits.clone();
                 scope.spawn("connection", async move {
                     let (reader, writer) = stream.into_split();
-                    let how = serve(reader, writer, &Limits::default(), &connections, service).await;
+                    let how = serve(reader, writer, &limits, &connections, service).await;
                     ended.lock().unwrap().push(match how {
                         Ended::Closed => "closed".to_owned(),
                         Ended::Refused(error) => format!("{error:?}"),
@@ -516,6 +528,47 @@ async fn draining_ends_idle_connections_at_once_and_busy_ones_after_their_answer
     busy.read_to_string(&mut said).await.unwrap();
     assert!(said.contains("connection: close"), "{said}");
     server.scope.finished(Duration::from_secs(5)).await.unwrap();
+}
+
+/// A process with no descriptors left.
+struct Full;
+
+impl Readings for Full {
+    fn resident_bytes(&mut self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn descriptors(&mut self) -> io::Result<u64> {
+        Ok(1024)
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_for_want_of_descriptors_says_which_answer_is_its_last() {
+    let overload = Arc::new(Overload::default());
+    let limits = Limits { overload: Some(Arc::clone(&overload)), ..Limits::default() };
+    let server = Server::within(limits, async |_| status(StatusCode::OK)).await;
+    let mut kept = TcpStream::connect(server.address).await.unwrap();
+    let mut ask = async || {
+        kept.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert_ne!(kept.read_buf(&mut answer).await.unwrap(), 0, "closed without a word");
+        }
+        String::from_utf8(answer).unwrap()
+    };
+    assert!(!ask().await.contains("connection: close"));
+    let clock = ManualClock::at(Duration::from_secs(1));
+    let budget = Budget { memory_bytes: None, descriptors: Some(1024) };
+    overload::watch(overload, budget, Full, Arc::clone(&clock) as SharedClock, &server.scope);
+    for _ in 0..1000 {
+        clock.advance(Duration::from_secs(1));
+        if ask().await.contains("connection: close") {
+            server.scope.drain();
+            return server.scope.finished(Duration::from_secs(5)).await.unwrap();
+        }
+    }
+    panic!("the connection was never relieved");
 }
 
 #[tokio::test]

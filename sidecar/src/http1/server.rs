@@ -3,6 +3,7 @@
 use std::io::{self, Cursor};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -76,9 +77,10 @@ where
     F: FnMut(Request<Body>) -> A,
     A: Future<Output = Response<Body>>,
 {
-    let mut leaving = pin!(leaving(limits, scope));
+    let leaves = AtomicBool::new(false);
+    let mut leaving = pin!(leaving(limits, scope, &leaves));
     let mut reader = Reader::new(reader, FIRST_READ_BYTES);
-    let mut client = Client { writer, out: Outgoing::default(), limits, scope };
+    let mut client = Client { writer, out: Outgoing::default(), limits, scope, leaves: &leaves };
     let mut fresh = true;
     loop {
         let head = match client.head(&mut reader, leaving.as_mut(), fresh).await {
@@ -105,12 +107,14 @@ where
     }
 }
 
-/// Completes when a connection that is idle has to end.
-async fn leaving(limits: &Limits, scope: &Scope) {
+/// Completes when a connection that is idle has to end. `leaves` is set a moment before, so that the answer to
+/// a request that was on its way says that it is the last.
+async fn leaving(limits: &Limits, scope: &Scope, leaves: &AtomicBool) {
     tokio::select! {
         () = scope.draining() => {}
         () = relief(limits) => {}
     }
+    leaves.store(true, Ordering::Relaxed);
     // Boxed: connections that stay need not hold room for it.
     Box::pin(sleep(LAST_REQUEST_GRACE)).await;
 }
@@ -121,6 +125,7 @@ struct Client<'a, W> {
     out: Outgoing,
     limits: &'a Limits,
     scope: &'a Scope,
+    leaves: &'a AtomicBool,
 }
 
 /// What comes next on a connection.
@@ -274,7 +279,8 @@ impl<W: AsyncWrite + Unpin> Client<'_, W> {
             lent.0.answering();
         }
         let (parts, body) = response.into_parts();
-        let close = close || unread || self.scope.is_draining();
+        let leaves = self.leaves.load(Ordering::Relaxed) || self.scope.is_draining();
+        let close = close || unread || leaves;
         let more = self.out.response(&parts, body, head_only, close);
         drop(parts);
         if !self.flush(reader.as_mut().ok()).await {
