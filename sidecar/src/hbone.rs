@@ -27,9 +27,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use crate::BoxError;
+use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
 use crate::live::Kind;
 use crate::server::RefusedConnection;
-use crate::tcp::accept::accept_all;
 use crate::tcp::inbound::{Origin, Stop};
 use crate::tcp::{Side, Stream, TcpInbound};
 
@@ -87,12 +87,18 @@ impl Hbone {
     /// Accepts until `scope` drains; tunnels that are open go on. Returns at once.
     pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
         let (this, inside) = (Arc::clone(self), scope.clone());
-        let serve = move |stream, remote| {
-            let (this, scope) = (Arc::clone(&this), inside.clone());
-            async move { this.connection(stream, remote, &scope).await }
-        };
-        let accepting = accept_all("hbone connection", listener, self.clock.clone(), scope.clone(), serve);
-        scope.spawn_critical("hbone", accepting);
+        let (max_connections, clock) = (MAX_CONNECTIONS, self.clock.clone());
+        let accepting = Accepting { max_connections, overload: None, clock, scope: scope.clone() };
+        scope.spawn_critical("hbone", async move {
+            let serve = |(stream, remote), slot| {
+                let (this, scope) = (Arc::clone(&this), inside.clone());
+                async move {
+                    let _slot: Slot = slot;
+                    this.connection(stream, remote, &scope).await;
+                }
+            };
+            accepting.serve_each("hbone connection", &listener, serve).await;
+        });
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream, remote: SocketAddr, scope: &Scope) {

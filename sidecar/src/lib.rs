@@ -22,6 +22,7 @@
 //! | [`overload`] | refusing early what memory and descriptors do not suffice for |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 
+mod accept;
 pub mod access;
 pub mod admin;
 mod answer;

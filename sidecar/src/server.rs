@@ -23,10 +23,10 @@ use identity::tls::ALPN_H2;
 use identity::{Peer, Scope};
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
 use crate::hbone::{HttpTunnels, Tunnel};
 use crate::overload::Overload;
 use crate::tcp::ALPN_TCP;
@@ -34,9 +34,6 @@ use crate::{Body, Buffered, answer, http1, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
-/// How long to wait before accepting again when the process is out of file descriptors: long enough for
-/// some connection to end, short enough that nobody notices.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// How long a connection whose peer's certificate has expired may take to finish its last requests.
 const EXPIRY_GRACE: Duration = Duration::from_secs(5);
 
@@ -68,7 +65,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_connections: 10_000,
+            max_connections: MAX_CONNECTIONS,
             handshake_timeout: Duration::from_secs(5),
             header_timeout: Duration::from_secs(30),
             // Room for a transaction token of eight links beside ordinary headers.
@@ -78,6 +75,14 @@ impl Default for Limits {
             ping_interval: Duration::from_secs(20),
             overload: None,
         }
+    }
+}
+
+impl Limits {
+    /// Accepting within them, until `scope` drains.
+    pub(crate) fn accepting(&self, clock: &SharedClock, scope: &Scope) -> Accepting {
+        let (max_connections, overload) = (self.max_connections, self.overload.clone());
+        Accepting { max_connections, overload, clock: clock.clone(), scope: scope.clone() }
     }
 }
 
@@ -191,7 +196,19 @@ pub fn serve(
 ) {
     let listen =
         Listen { tls: tls.map(TlsAcceptor::from), limits: Arc::new(limits), clock, scope: scope.clone() };
-    scope.spawn_critical(name, accept_loop(listener, listen, handler));
+    let accepting = listen.limits.accepting(&listen.clock, scope);
+    scope.spawn_critical(name, async move {
+        let serve = |(stream, remote), slot| {
+            let (listen, handler) = (listen.clone(), Arc::clone(&handler));
+            async move {
+                let _slot: Slot = slot;
+                if let Err(refused) = connection(stream, remote, &listen, &handler).await {
+                    handler.refused(remote, &refused);
+                }
+            }
+        };
+        accepting.serve_each("connection", &listener, serve).await;
+    });
 }
 
 /// Serves connections that are accepted elsewhere as those of a listener are.
@@ -228,46 +245,6 @@ struct Listen {
     limits: Arc<Limits>,
     clock: SharedClock,
     scope: Scope,
-}
-
-async fn accept_loop(listener: TcpListener, listen: Listen, handler: Arc<impl Handler>) {
-    let slots = Arc::new(Semaphore::new(listen.limits.max_connections));
-    loop {
-        let slot = tokio::select! {
-            slot = Arc::clone(&slots).acquire_owned() => slot,
-            () = listen.scope.draining() => return,
-        };
-        // The semaphore is never closed; if it were, nothing could be accepted any more.
-        let Ok(slot) = slot else { return };
-        let accepted = tokio::select! {
-            accepted = room_then_accept(&listener, &listen.limits) => accepted,
-            () = listen.scope.draining() => return,
-        };
-        let (stream, remote) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, or a connection that was gone before we took it: go on.
-                tracing::warn!(%error, "accept failed");
-                listen.clock.sleep(ACCEPT_BACKOFF).await;
-                continue;
-            }
-        };
-        let (listen, handler) = (listen.clone(), Arc::clone(&handler));
-        listen.scope.clone().spawn("connection", async move {
-            let _slot = slot;
-            if let Err(refused) = connection(stream, remote, &listen, &handler).await {
-                handler.refused(remote, &refused);
-            }
-        });
-    }
-}
-
-/// While descriptors are scarce, connections wait in the kernel's backlog.
-async fn room_then_accept(listener: &TcpListener, limits: &Limits) -> io::Result<(TcpStream, SocketAddr)> {
-    if let Some(overload) = &limits.overload {
-        overload.room().await;
-    }
-    listener.accept().await
 }
 
 /// `answer`, or the refusal of a request that there is no memory for. No future of its own, which would hold room

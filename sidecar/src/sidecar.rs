@@ -202,8 +202,8 @@ impl Sidecar {
             if let Some(captured) = config.capture.inbound {
                 let tls = Some(Arc::clone(&tls));
                 let door = Door::new(tls, limits.clone(), &front, clock.clone(), Arc::clone(&inbound));
-                let (metrics, clock) = (Arc::clone(&metrics), clock.clone());
-                capture::serve::serve_inbound(captured, app.port(), door, metrics, clock, &front);
+                let accepting = limits.accepting(&clock, &front);
+                capture::serve::serve_inbound(captured, app.port(), door, Arc::clone(&metrics), accepting);
             }
             server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), inbound);
         } else if config.capture.inbound.is_some() {
@@ -245,8 +245,8 @@ impl Sidecar {
                 .map(tokio::net::TcpListener::local_addr)
                 .collect::<io::Result<Vec<_>>>()?;
             let destinations = Destinations::new(known, own, egress);
-            let (metrics, clock) = (Arc::clone(&metrics), clock.clone());
-            capture::serve::serve_outbound(listener, destinations, names, metrics, clock, &calls);
+            let accepting = limits.accepting(&clock, &calls);
+            capture::serve::serve_outbound(listener, destinations, names, Arc::clone(&metrics), accepting);
         }
 
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);

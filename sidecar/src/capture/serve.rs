@@ -1,70 +1,72 @@
 //! Serving what the kernel brings: to whom each connection goes is decided when it arrives.
 
-use std::net::Ipv4Addr;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
-
-use identity::Scope;
-use identity::clock::SharedClock;
-use tokio::sync::Semaphore;
 
 use super::outside::{NotCarried, Outside};
 use super::{AcceptError, Captured, Destinations, InboundListener, OutboundListener, Refused, Route};
+use crate::accept::{Accept, Accepting, Slot};
 use crate::metrics::Metrics;
 use crate::server::{Door, Handler};
 use crate::tcp::{Side as _, Stream};
 use crate::traffic::egress::AllowList;
 
-/// Connections of one listener; more wait in the kernel's backlog.
-const MAX_CONNECTIONS: usize = 10_000;
-/// How long to wait before accepting again when the process is out of file descriptors.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-
 /// Serves what the app dials: its calls by `destinations`, everything else by the egress rules there and by
-/// `names`. Runs as a critical task of `scope`, until that drains.
+/// `names`. Runs as a critical task of the scope, until that drains.
 pub(crate) fn serve_outbound<H: Handler>(
     listener: OutboundListener,
     destinations: Destinations<Arc<Door<H>>>,
     names: AllowList,
     metrics: Arc<Metrics>,
-    clock: SharedClock,
-    scope: &Scope,
+    accepting: Accepting,
 ) {
-    let outside = Outside::new(names, clock.clone(), scope.clone());
-    let outbound = Arc::new(Dialled { destinations, outside, metrics: Arc::clone(&metrics) });
-    let accepting =
-        accept_all(Listener::Outbound(listener), metrics, clock, scope.clone(), move |captured| {
+    let scope = accepting.scope.clone();
+    let outside = Outside::new(names, accepting.clock.clone(), scope.clone());
+    let outbound = Arc::new(Dialled { destinations, outside, metrics });
+    scope.spawn_critical("captured outbound", async move {
+        let serve = |taken: Taken, slot| {
             let outbound = Arc::clone(&outbound);
-            async move { outbound.serve(captured).await }
-        });
-    scope.spawn_critical("captured outbound", accepting);
+            async move {
+                let _slot: Slot = slot;
+                match taken {
+                    Ok(captured) => outbound.serve(captured).await,
+                    Err((source, refused)) => refuse(&outbound.metrics, source, &refused),
+                }
+            }
+        };
+        accepting.serve_each("captured connection", &listener, serve).await;
+    });
 }
 
 /// Serves what strangers dial: as a connection to the mTLS listener, if it is meant for the app's `port`. Runs as
-/// a critical task of `scope`, until that drains.
+/// a critical task of the scope, until that drains.
 pub(crate) fn serve_inbound<H: Handler>(
     listener: InboundListener,
     port: u16,
     door: Arc<Door<H>>,
     metrics: Arc<Metrics>,
-    clock: SharedClock,
-    scope: &Scope,
+    accepting: Accepting,
 ) {
-    let counted = Arc::clone(&metrics);
-    let accepting = accept_all(Listener::Inbound(listener), metrics, clock, scope.clone(), move |captured| {
-        let (door, metrics) = (Arc::clone(&door), Arc::clone(&counted));
-        async move {
-            let Captured { stream, source, destination } = captured;
-            if destination.port() == port {
-                door.serve(stream, source).await;
-            } else {
-                refuse(&metrics, source, &Refused::NoApp(destination));
-                Stream::new(stream).abort();
+    accepting.scope.clone().spawn_critical("captured inbound", async move {
+        let serve = |taken: Taken, slot| {
+            let (door, metrics) = (Arc::clone(&door), Arc::clone(&metrics));
+            async move {
+                let _slot: Slot = slot;
+                match taken {
+                    Ok(Captured { stream, source, destination }) if destination.port() == port => {
+                        door.serve(stream, source).await;
+                    }
+                    Ok(Captured { stream, source, destination }) => {
+                        refuse(&metrics, source, &Refused::NoApp(destination));
+                        Stream::new(stream).abort();
+                    }
+                    Err((source, refused)) => refuse(&metrics, source, &refused),
+                }
             }
-        }
+        };
+        accepting.serve_each("captured connection", &listener, serve).await;
     });
-    scope.spawn_critical("captured inbound", accepting);
 }
 
 /// What the app dialled, and where that goes.
@@ -105,56 +107,29 @@ fn refuse(metrics: &Metrics, source: SocketAddr, refused: &Refused) {
     tracing::info!(%source, rule = refused.rule(), reason = %refused, "captured connection refused");
 }
 
-enum Listener {
-    Outbound(OutboundListener),
-    Inbound(InboundListener),
-}
+/// A captured connection, or why it goes no further.
+type Taken = Result<Captured, (SocketAddr, Refused)>;
 
-impl Listener {
-    async fn accept(&self) -> Result<Captured, AcceptError> {
-        match self {
-            Self::Outbound(listener) => listener.accept().await,
-            Self::Inbound(listener) => listener.accept().await,
-        }
+fn taken(accepted: Result<Captured, AcceptError>) -> io::Result<Taken> {
+    match accepted {
+        Ok(captured) => Ok(Ok(captured)),
+        Err(AcceptError::Refused { source_address, refused }) => Ok(Err((source_address, refused))),
+        Err(AcceptError::Accept(error)) => Err(error),
     }
 }
 
-async fn accept_all<F>(
-    listener: Listener,
-    metrics: Arc<Metrics>,
-    clock: SharedClock,
-    scope: Scope,
-    serve: impl Fn(Captured) -> F,
-) where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let slot = tokio::select! {
-            slot = Arc::clone(&slots).acquire_owned() => slot,
-            () = scope.draining() => return,
-        };
-        // The semaphore is never closed; if it were, nothing could be accepted any more.
-        let Ok(slot) = slot else { return };
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = scope.draining() => return,
-        };
-        match accepted {
-            Ok(captured) => {
-                let serving = serve(captured);
-                scope.spawn("captured connection", async move {
-                    let _slot = slot;
-                    serving.await;
-                });
-            }
-            Err(AcceptError::Refused { source_address, refused }) => {
-                refuse(&metrics, source_address, &refused)
-            }
-            Err(AcceptError::Accept(error)) => {
-                tracing::warn!(%error, "accept failed");
-                clock.sleep(ACCEPT_BACKOFF).await;
-            }
-        }
+impl Accept for OutboundListener {
+    type Accepted = Taken;
+
+    async fn accept(&self) -> io::Result<Taken> {
+        taken(Self::accept(self).await)
+    }
+}
+
+impl Accept for InboundListener {
+    type Accepted = Taken;
+
+    async fn accept(&self) -> io::Result<Taken> {
+        taken(Self::accept(self).await)
     }
 }

@@ -19,10 +19,11 @@ use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
+use crate::accept::{Accept, Accepting, Slot};
 use crate::metrics::Metrics;
 
 /// Connections at once: an Envoy opens one a worker thread.
@@ -31,8 +32,6 @@ const MAX_CONNECTIONS: usize = 256;
 const ACCEPT_QUEUE: usize = 16;
 /// Longest TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Wait after a failed accept (out of file descriptors, mostly), so that the loop neither dies nor spins.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The socket's owner and group may ask: put Envoy's user into the group.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -148,58 +147,24 @@ impl BoundDoor {
         };
         let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
         let admission = Arc::new(Admission { tls, callers: self.callers, clock, metrics });
-        scope
-            .spawn_critical("ext_authz accept loop", accept(self.listener, admission, sender, scope.clone()));
+        let (clock, scope) = (admission.clock.clone(), scope.clone());
+        let accepting =
+            Accepting { max_connections: MAX_CONNECTIONS, overload: None, clock, scope: scope.clone() };
+        scope.spawn_critical("ext_authz accept loop", async move {
+            let serve = |stream, slot| Arc::clone(&admission).bring(stream, slot, sender.clone());
+            accepting.serve_each("ext_authz connection", &self.listener, serve).await;
+            if let Listener::Unix(_, path) = &self.listener {
+                socket::remove(path);
+            }
+        });
         Ok(receiver)
     }
 }
 
-async fn accept(
-    listener: Listener,
-    admission: Arc<Admission>,
-    sender: mpsc::Sender<io::Result<Connection>>,
-    scope: Scope,
-) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let next = async {
-            let slot = Arc::clone(&slots).acquire_owned().await.map_err(io::Error::other)?;
-            Ok::<_, io::Error>((listener.next().await?, slot))
-        };
-        let accepted = tokio::select! {
-            accepted = next => accepted,
-            () = scope.draining() => break,
-        };
-        let (stream, slot) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "accept failed");
-                admission.clock.sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let (admission, sender) = (Arc::clone(&admission), sender.clone());
-        scope.spawn("ext_authz connection", async move {
-            let admitted = tokio::select! {
-                admitted = admission.admit(stream, slot) => admitted,
-                () = admission.clock.sleep(HANDSHAKE_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
-            };
-            match admitted {
-                // A closed queue means that the server is stopping.
-                Ok(connection) => {
-                    let _stopping = sender.send(Ok(connection)).await.is_err();
-                }
-                Err(error) => tracing::info!(%error, "no connection to ext_authz"),
-            }
-        });
-    }
-    if let Listener::Unix(_, path) = &listener {
-        socket::remove(path);
-    }
-}
+impl Accept for Listener {
+    type Accepted = Box<dyn Stream>;
 
-impl Listener {
-    async fn next(&self) -> io::Result<Box<dyn Stream>> {
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
         match self {
             Self::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
             Self::Tcp(listener) => {
@@ -220,7 +185,27 @@ struct Admission {
 }
 
 impl Admission {
-    async fn admit(&self, stream: Box<dyn Stream>, slot: OwnedSemaphorePermit) -> io::Result<Connection> {
+    /// Gives one connection to the server, if it may ask.
+    async fn bring(
+        self: Arc<Self>,
+        stream: Box<dyn Stream>,
+        slot: Slot,
+        server: mpsc::Sender<io::Result<Connection>>,
+    ) {
+        let admitted = tokio::select! {
+            admitted = self.admit(stream, slot) => admitted,
+            () = self.clock.sleep(HANDSHAKE_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        match admitted {
+            // A closed queue means that the server is stopping.
+            Ok(connection) => {
+                let _stopping = server.send(Ok(connection)).await.is_err();
+            }
+            Err(error) => tracing::info!(%error, "no connection to ext_authz"),
+        }
+    }
+
+    async fn admit(&self, stream: Box<dyn Stream>, slot: Slot) -> io::Result<Connection> {
         let Some(tls) = &self.tls else {
             return Ok(Connection { stream, over: Box::pin(std::future::pending()), _slot: slot });
         };
@@ -252,7 +237,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 pub(super) struct Connection {
     stream: Box<dyn Stream>,
     over: BoxFuture<'static, ()>,
-    _slot: OwnedSemaphorePermit,
+    _slot: Slot,
 }
 
 impl Connected for Connection {

@@ -10,7 +10,6 @@
 //! | [`stream`] | a TCP stream whose buffer exists only while bytes are in it |
 //! | [`stats`] | counters for `/metrics` |
 
-pub(crate) mod accept;
 pub mod copy;
 pub mod frame;
 pub mod inbound;

@@ -10,12 +10,12 @@ use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 
-use super::accept::accept_all;
 use super::copy::{CopyError, End, Side as _, both_ways};
 use super::frame::{OpenFrame, Session, SessionError, Status};
 use super::pool::{Pool, PoolError, Ready};
 use super::stats::{SessionEnd, TcpStats};
 use super::stream::Stream;
+use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
 use crate::live::Traffic;
 use crate::metrics::Direction;
 
@@ -74,12 +74,18 @@ impl TcpOutbound {
     /// Accepts until `scope` drains; sessions that are open go on. Returns at once.
     pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
         let (this, clock) = (Arc::clone(self), self.clock.clone());
-        let serve = move |stream, remote| {
-            let this = Arc::clone(&this);
-            async move { this.carry(stream, remote).await }
-        };
-        let accepting = accept_all("outbound tcp connection", listener, clock, scope.clone(), serve);
-        scope.spawn_critical("outbound tcp", accepting);
+        let accepting =
+            Accepting { max_connections: MAX_CONNECTIONS, overload: None, clock, scope: scope.clone() };
+        scope.spawn_critical("outbound tcp", async move {
+            let serve = |(stream, remote), slot| {
+                let this = Arc::clone(&this);
+                async move {
+                    let _slot: Slot = slot;
+                    this.carry(stream, remote).await;
+                }
+            };
+            accepting.serve_each("outbound tcp connection", &listener, serve).await;
+        });
         scope.spawn_critical("tcp pool", Arc::clone(&self.pool).keep(scope.clone()));
     }
 
