@@ -25,6 +25,8 @@ use identity::{BundleSet, IdentitySource, Scope, SpiffeId, TrustDomain, X509Svid
 use policy::{NoRecorder, Policies};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
+use sidecar::traffic::config::{Retries, Traffic};
+use sidecar::traffic::random::Dice;
 use sidecar::upstream::{Upstream, UpstreamConfig};
 use sidecar::{InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -93,13 +95,18 @@ impl World {
     }
 
     fn upstream(&self, source: IdentitySource) -> Arc<Upstream> {
+        self.steered(Traffic::default(), source)
+    }
+
+    fn steered(&self, traffic: Traffic, source: IdentitySource) -> Arc<Upstream> {
         let config = UpstreamConfig {
             service: "backend".into(),
             id: id(BACKEND),
             endpoints: vec![self.inbound],
             response_timeout: DEADLINE,
         };
-        Upstream::new(config, source, self.clock.clone(), &self.scope).unwrap()
+        let dice = Dice::seeded(17);
+        Upstream::steered(config, traffic, dice, source, self.clock.clone(), &self.scope).unwrap()
     }
 
     async fn end(self) {
@@ -207,5 +214,40 @@ async fn a_peer_s_connection_closes_when_its_certificate_expires_and_not_before(
     clock.advance(Duration::from_secs(11));
     let ended = tokio::time::timeout(DEADLINE, stream.read(&mut some)).await.expect("it stays open");
     assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn calls_survive_clocks_that_jump_and_what_a_wrong_time_refuses_is_well_when_it_is_right() {
+    let now = SystemClock.now();
+    let (earlier, later) =
+        (|seconds| now - Duration::from_secs(seconds), |seconds| now + Duration::from_secs(seconds));
+    let clock = ManualClock::at(now);
+    let world = World::new(clock.clone()).await;
+    let source =
+        IdentitySource::fixed(world.authority.issue(CLIENT), BundleSet::new([world.authority.bundle()]));
+    // Without retries, whose pauses would wait for a clock that stands.
+    let once = Traffic { retries: Retries { max: 0, ..Retries::default() }, ..Traffic::default() };
+    let fresh = || world.steered(once.clone(), source.clone());
+    let kept = fresh();
+    // Within what certificates allow, forth and back, over kept connections and new ones.
+    for time in [now, later(1200), earlier(30), later(1500), later(3), later(1700), now] {
+        clock.set(time);
+        assert_eq!(call(&kept).await, 200, "{time:?}");
+        assert_eq!(call(&fresh()).await, 200, "{time:?}");
+    }
+    // A day ahead nobody has a valid certificate any more; a day back nobody has one yet.
+    const DAY: u64 = 24 * 3600;
+    clock.set(later(DAY));
+    assert_eq!(call(&kept).await, 503);
+    assert_eq!(call(&fresh()).await, 503);
+    clock.set(now);
+    assert_eq!(call(&kept).await, 200);
+    clock.set(earlier(DAY));
+    assert_eq!(call(&fresh()).await, 503);
+    clock.set(now);
+    assert_eq!(call(&fresh()).await, 200);
+    assert_eq!(call(&kept).await, 200);
+    drop(kept);
     world.end().await;
 }
