@@ -49,7 +49,7 @@ fn what_the_app_dials_reaches_the_sidecar_which_knows_whom_it_was_meant_for() {
         assert_eq!(left.dial(SIDECAR, to), format!("direct from {from}"));
         let dialled = left.within(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(Egress::connect(to, None)).unwrap().peer_addr().unwrap()
+            runtime.block_on(Egress::connect(to)).unwrap().peer_addr().unwrap()
         });
         assert_eq!(dialled, to);
     }

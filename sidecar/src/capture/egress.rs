@@ -6,9 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use nix::sys::socket::{setsockopt, sockopt};
 use thiserror::Error;
-use tokio::net::{TcpSocket, TcpStream, UdpSocket};
+use tokio::net::{TcpStream, UdpSocket};
 
 use super::Refused;
 
@@ -36,16 +35,13 @@ impl Egress {
 
     /// Dials an allowed `destination` for the app.
     ///
-    /// `mark` is put on the socket where the rules know the sidecar's own traffic by mark (`--sidecar-mark`)
-    /// instead of by user; that takes CAP_NET_ADMIN or CAP_NET_RAW.
-    ///
     /// An address of this host is refused: what listens there is a neighbour of the app, and the rules let
     /// the sidecar's user pass where they would stop the app.
-    pub async fn connect(destination: SocketAddr, mark: Option<u32>) -> Result<TcpStream, EgressError> {
+    pub async fn connect(destination: SocketAddr) -> Result<TcpStream, EgressError> {
         if is_own_address(destination).await.map_err(EgressError::Connect)? {
             return Err(EgressError::Refused(Refused::OwnHost(destination)));
         }
-        connect(destination, mark).await.map_err(EgressError::Connect)
+        TcpStream::connect(destination).await.map_err(EgressError::Connect)
     }
 }
 
@@ -58,14 +54,6 @@ pub enum EgressError {
     /// It does not answer.
     #[error("cannot connect: {0}")]
     Connect(#[source] io::Error),
-}
-
-async fn connect(destination: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
-    let socket = if destination.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
-    if let Some(mark) = mark {
-        setsockopt(&socket, sockopt::Mark, &mark)?;
-    }
-    socket.connect(destination).await
 }
 
 /// Whether the kernel would deliver to this host itself. Connecting a datagram socket asks the routing table
@@ -199,7 +187,7 @@ mod tests {
         let mut dialled = vec![address, SocketAddr::from(([0, 0, 0, 0], address.port()))];
         dialled.push(SocketAddr::from(([127, 1, 2, 3], address.port())));
         for address in dialled {
-            let Err(EgressError::Refused(refused)) = Egress::connect(address, None).await else {
+            let Err(EgressError::Refused(refused)) = Egress::connect(address).await else {
                 panic!("{address} was dialled")
             };
             assert_eq!(refused.rule(), "egress.own_host");

@@ -195,7 +195,7 @@ impl Outside {
 
     async fn connect(&self, address: SocketAddr) -> Result<TcpStream, NotCarried> {
         tokio::select! {
-            connected = Egress::connect(address, None) => Ok(connected?),
+            connected = Egress::connect(address) => Ok(connected?),
             () = self.clock.sleep(CONNECT_TIMEOUT) => {
                 Err(NotCarried::Failed(format!("{address} does not answer within {CONNECT_TIMEOUT:?}")))
             }

@@ -59,9 +59,6 @@ fn outbound(rules: &mut Rules, plan: &Plan, port: u16) {
     // A socket that nobody owns any more matches none of these, and is captured.
     rules.each("meta skuid", plan.uid, "return comment \"the sidecar's own\"");
     rules.each("meta skgid", plan.gid, "return comment \"the sidecar's own\"");
-    if let Some(mark) = plan.sidecar_mark {
-        rules.line(format_args!("meta mark {mark:#x} return comment \"the sidecar's own\""));
-    }
     rules.each("meta skuid", &plan.exclude_uids, "return");
     for cgroup in &plan.exclude_cgroups {
         let (level, path) = (cgroup.level, &cgroup.nft_path);

@@ -10,7 +10,6 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::ruleset::MARK;
 use crate::failure::Failure;
 
 /// A comment of nftables holds so many bytes, and each option is kept in one.
@@ -38,9 +37,6 @@ pub(crate) struct Wanted {
     /// The group that the sidecar runs as, where that tells it from others.
     #[arg(long, value_name = "GROUP")]
     pub(crate) gid: Option<String>,
-    /// The mark that the sidecar puts on its own connections (SO_MARK), decimal or 0x….
-    #[arg(long, value_name = "MARK")]
-    pub(crate) sidecar_mark: Option<String>,
     /// The sidecar's port for other sidecars: not captured.
     #[arg(long, value_name = "PORT")]
     pub(crate) mesh_port: Option<NonZeroU16>,
@@ -102,7 +98,6 @@ pub(super) struct Plan {
     pub(super) inbound_port: Option<u16>,
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,
-    pub(super) sidecar_mark: Option<u32>,
     pub(super) mesh_port: Option<u16>,
     pub(super) admin_port: Option<u16>,
     pub(super) app_uids: BTreeSet<u32>,
@@ -137,7 +132,6 @@ impl Plan {
             inbound_port: wanted.inbound_port.map(NonZeroU16::get),
             uid: wanted.uid.as_deref().map(user).transpose()?,
             gid: wanted.gid.as_deref().map(group).transpose()?,
-            sidecar_mark: wanted.sidecar_mark.as_deref().map(mark).transpose()?,
             mesh_port: wanted.mesh_port.map(NonZeroU16::get),
             admin_port: wanted.admin_port.map(NonZeroU16::get),
             app_uids: wanted.app_uids.iter().map(|name| user(name)).collect::<Result<_, _>>()?,
@@ -181,7 +175,6 @@ impl Plan {
         say(&mut words, "inbound-port", self.inbound_port);
         say(&mut words, "uid", self.uid);
         say(&mut words, "gid", self.gid);
-        say(&mut words, "sidecar-mark", self.sidecar_mark);
         say(&mut words, "mesh-port", self.mesh_port);
         say(&mut words, "admin-port", self.admin_port);
         say(&mut words, "app-uid", &self.app_uids);
@@ -230,20 +223,16 @@ impl Plan {
                 "the sidecar tells them apart by it",
             );
         }
-        let known = self.uid.is_some() || self.gid.is_some() || self.sidecar_mark.is_some();
+        let known = self.uid.is_some() || self.gid.is_some();
         if self.outbound_port.is_some() && !known {
             return wrong(
                 "nothing tells the sidecar's own connections from the app's: they would come back to it for ever",
-                "say what it runs as: --uid USER, or --gid GROUP, or --sidecar-mark MARK",
+                "say what it runs as: --uid USER, or --gid GROUP",
             );
         }
         if let Some(uid) = self.uid.filter(|uid| self.app_uids.contains(uid)) {
             return Err(Failure::usage(format!("app and sidecar are both said to run as user {uid}"))
                 .hint("what the app dials could not be told from what the sidecar dials: give each a user"));
-        }
-        if self.sidecar_mark.is_some_and(|mark| mark & MARK != 0) {
-            return Err(Failure::usage(format!("--sidecar-mark may not use the bit {MARK:#x}"))
-                .hint("captured inbound connections are marked with it"));
         }
         if let Some(port) = self.inbound_port.filter(|port| self.app_ports.contains(port)) {
             return Err(Failure::usage(format!(
@@ -301,20 +290,6 @@ fn id(
             if kind == "user" { "passwd" } else { kind }
         ))),
         Err(error) => Err(Failure::new(format!("cannot look up the {kind} `{name}`")).because(&error)),
-    }
-}
-
-fn mark(text: &str) -> Result<u32, Failure> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    match parsed {
-        Ok(mark) if mark != 0 => Ok(mark),
-        _ => {
-            Err(Failure::usage(format!("`{text}` is no mark"))
-                .hint("a mark is a number from 1 to 0xffffffff"))
-        }
     }
 }
 
@@ -404,8 +379,6 @@ mod tests {
         assert!(refused(same_port).contains("the same port"));
         let same_user = Wanted { app_uids: vec!["990".to_owned()], ..outbound() };
         assert!(refused(same_user).contains("both said to run as user 990"));
-        let our_bit = Wanted { sidecar_mark: Some(format!("{:#x}", MARK | 1)), ..outbound() };
-        assert!(refused(our_bit).contains("may not use the bit"));
         let unknown_app = Wanted { guard_loopback: true, ..outbound() };
         assert!(refused(unknown_app).contains("who the app is"));
         let nobody = Wanted { exclude_uids: vec!["no such user".to_owned()], ..outbound() };
@@ -449,7 +422,6 @@ mod tests {
             ports in proptest::collection::vec(1u16.., 4..12),
             uids in proptest::collection::vec(1000u32.., 0..4),
             addresses in proptest::collection::vec((any::<u128>(), 0u8..=128, any::<bool>()), 0..4),
-            mark in proptest::option::of(1u32..MARK),
             flags: [bool; 3],
         ) -> Wanted {
             let port = |index: usize| ports.get(index).copied().and_then(NonZeroU16::new);
@@ -466,7 +438,6 @@ mod tests {
             Wanted {
                 outbound_port: port(0), inbound_port: port(1), mesh_port: port(2), admin_port: port(3),
                 uid: Some("990".to_owned()), gid: names.first().cloned(),
-                sidecar_mark: mark.map(|mark| format!("{mark:#x}")),
                 app_uids: names.clone(), exclude_uids: names,
                 app_ports: rest.clone(), call_ports: rest.clone(),
                 exclude_outbound_ports: rest.clone(), exclude_inbound_ports: rest,
