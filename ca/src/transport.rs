@@ -2,21 +2,17 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
 use identity::clock::SharedClock;
+use identity::served::Served;
 use identity::{BundleSet, IdentitySource, Peer, Scope, SpiffeId, tls};
 
 /// Longest TLS handshake; a client that needs longer is stuck or means no good.
@@ -47,51 +43,7 @@ pub(crate) struct Caller {
 
 /// A TLS connection whose handshake is done. It fails when its time is over: that of the peer's
 /// certificate, or [`JOINING_TIMEOUT`] for a peer without one.
-pub(crate) struct TlsConnection {
-    stream: TlsStream<TcpStream>,
-    caller: Caller,
-    over: BoxFuture<'static, ()>,
-    _slot: OwnedSemaphorePermit,
-}
-
-impl Connected for TlsConnection {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Caller {
-        self.caller.clone()
-    }
-}
-
-impl AsyncRead for TlsConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.over.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for TlsConnection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
+pub(crate) type TlsConnection = Served<TlsStream<TcpStream>, Caller>;
 
 /// Accepts TLS connections until the scope drains. Each handshake is a task of its own, so that a slow
 /// client holds up nobody.
@@ -157,7 +109,7 @@ async fn handshake(
         Some(Err(error)) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
     };
     let life = peer.as_ref().map_or(JOINING_TIMEOUT, |peer| peer.not_after().saturating_sub(clock.now()));
-    Ok(TlsConnection { stream, caller: Caller { peer, address }, over: clock.sleep(life), _slot: slot })
+    Ok(Served::new(stream, Caller { peer, address }, slot).until(clock.sleep(life)))
 }
 
 /// A channel to control that presents the node's identity of the moment and accepts only `expected`.

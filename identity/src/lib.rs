@@ -30,6 +30,7 @@ pub mod peer;
 pub mod pem;
 pub mod random;
 pub mod scope;
+pub mod served;
 pub mod socket;
 pub mod source;
 pub mod svid;

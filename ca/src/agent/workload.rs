@@ -5,18 +5,16 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::Stream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
 use identity::clock::SharedClock;
+use identity::served::Served;
 use identity::workload_api::SECURITY_HEADER;
 use identity::workload_api::proto;
 use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
@@ -66,48 +64,7 @@ pub(super) struct Local {
 type Attested = Arc<Result<Process, Unattested>>;
 
 /// A connection whose peer has been looked at.
-pub(super) struct LocalConnection {
-    stream: AnyAuthority<UnixStream>,
-    attested: Attested,
-    _slot: tokio::sync::OwnedSemaphorePermit,
-    _user: UserSlot,
-}
-
-impl Connected for LocalConnection {
-    type ConnectInfo = Attested;
-
-    fn connect_info(&self) -> Attested {
-        Arc::clone(&self.attested)
-    }
-}
-
-impl AsyncRead for LocalConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for LocalConnection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
+type LocalConnection = Served<AnyAuthority<UnixStream>, Attested>;
 
 /// What each user has open.
 #[derive(Debug, Default, Clone)]
@@ -196,17 +153,13 @@ pub(super) fn accept(
                         .unwrap_or(Err(AttestError::Proc)),
                     Err(error) => Err(error),
                 };
-                let connection = LocalConnection {
-                    stream: AnyAuthority::new(stream),
-                    attested: Arc::new(outcome.map_err(|error| Unattested {
-                        error,
-                        pid: peer.and_then(|peer| peer.pid()),
-                        uid: peer.map(|peer| peer.uid()),
-                        gid: peer.map(|peer| peer.gid()),
-                    })),
-                    _slot: slot,
-                    _user: user,
-                };
+                let attested = Arc::new(outcome.map_err(|error| Unattested {
+                    error,
+                    pid: peer.and_then(|peer| peer.pid()),
+                    uid: peer.map(|peer| peer.uid()),
+                    gid: peer.map(|peer| peer.gid()),
+                }));
+                let connection = Served::new(AnyAuthority::new(stream), attested, (slot, user));
                 drop((turn, own_turn));
                 // A closed queue means that the server is stopping.
                 let _stopping = sender.send(Ok(connection)).await.is_err();

@@ -6,22 +6,19 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use identity::clock::SharedClock;
+use identity::served::Served;
 use identity::socket::{self, SocketError};
 use identity::tls::{self, ALPN_H2, ClientAuth};
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
-use tonic::transport::server::Connected;
 
 use crate::accept::{Accept, Accepting, Slot};
 use crate::metrics::Metrics;
@@ -207,7 +204,7 @@ impl Admission {
 
     async fn admit(&self, stream: Box<dyn Stream>, slot: Slot) -> io::Result<Connection> {
         let Some(tls) = &self.tls else {
-            return Ok(Connection { stream, over: Box::pin(std::future::pending()), _slot: slot });
+            return Ok(Served::new(stream, (), slot));
         };
         let refused = |rule, error| {
             self.metrics.refused_connection(rule);
@@ -225,57 +222,16 @@ impl Admission {
             return Err(refused("ext_authz.caller", error));
         }
         let over = self.clock.sleep(peer.not_after().saturating_sub(self.clock.now()));
-        Ok(Connection { stream: Box::new(stream), over, _slot: slot })
+        Ok(Served::new(Box::new(stream) as Box<dyn Stream>, (), slot).until(over))
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 /// A connection that may ask. It fails when the certificate it was let in by ends.
-pub(super) struct Connection {
-    stream: Box<dyn Stream>,
-    over: BoxFuture<'static, ()>,
-    _slot: Slot,
-}
-
-impl Connected for Connection {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.over.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
+pub(super) type Connection = Served<Box<dyn Stream>, ()>;
 
 #[cfg(test)]
 mod tests {
