@@ -250,7 +250,7 @@ fn operator(dice: &mut Dice, depth: u64) -> String {
     match dice.below(22) {
         0..=2 => format!("({} && {})", bools.0, bools.1),
         3 | 4 => format!("({} || {})", bools.0, bools.1),
-        5 => format!("(!{})", bools.0),
+        5 => format!("(!({}))", bools.0), // Cedar reads no `!-1`
         6 => format!("({} {compare} {})", bools.0, bools.1),
         7..=9 => format!("({} {} {})", longs.0, dice.pick(&["<", "<=", ">", ">=", "==", "!="]), longs.1),
         10 | 11 => format!("({} {compare} {})", texts.0, texts.1),
