@@ -1,27 +1,27 @@
 //! Accepting connections: limits, handshakes, draining. Shared by the sidecar's listeners, its admin
 //! port and the gateway's front door.
 
-use std::fmt::Display;
+use std::fmt::{Debug, Display};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Either, Ready, ready};
-use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response, Version};
+use http::HeaderValue;
+use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
 use identity::clock::SharedClock;
 use identity::tls::ALPN_H2;
 use identity::{Peer, Scope};
 use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -296,7 +296,6 @@ async fn connection(
         }
     };
     let protocol = session.alpn_protocol();
-    let (http2, multiplexed) = (protocol == Some(ALPN_H2), protocol == Some(mux::ALPN));
     if protocol == Some(ALPN_TCP) {
         if let Some(peer) = peer {
             // Boxed: connections that carry requests need not hold room for it.
@@ -305,10 +304,13 @@ async fn connection(
         return Ok(());
     }
     let connection = Connection::new(peer, remote);
-    if multiplexed {
+    if protocol == Some(mux::ALPN) {
         exchanges(stream, connection, listen, handler).await;
+    } else if protocol == Some(ALPN_H2) {
+        Box::pin(streams(TokioIo::new(stream), Arc::new(connection), listen, handler)).await;
     } else {
-        requests(TokioIo::new(stream), connection, Some(http2), listen, handler).await;
+        let (reader, writer) = tokio::io::split(stream);
+        Box::pin(requests(reader, writer, connection, listen, handler)).await;
     }
     Ok(())
 }
@@ -331,25 +333,47 @@ impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
     fn serve(self: Arc<Self>, stream: Tunnel, peer: Peer, remote: SocketAddr) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let connection = Connection::new(Some(peer), remote);
-            requests(TokioIo::new(stream), connection, None, &self.listen, &self.handler).await;
+            let (reader, writer) = tokio::io::split(stream);
+            requests(reader, writer, connection, &self.listen, &self.handler).await;
         })
     }
 }
 
 /// Serves an app or a person on this machine: HTTP/1.1, or HTTP/2 by prior knowledge, as gRPC clients speak it.
 async fn plain(stream: TcpStream, remote: SocketAddr, listen: &Listen, handler: &Arc<impl Handler>) {
-    let connection = Arc::new(Connection::new(None, remote));
     let (reader, writer) = stream.into_split();
+    requests(reader, writer, Connection::new(None, remote), listen, handler).await;
+}
+
+/// Serves requests over HTTP/1.1, or over HTTP/2 where that is what the connection begins with, until the connection
+/// ends, the scope drains, or the peer's certificate expires.
+async fn requests<R, W>(
+    reader: R,
+    writer: W,
+    connection: Connection,
+    listen: &Listen,
+    handler: &Arc<impl Handler>,
+) where
+    R: AsyncRead + Debug + Unpin + Send + 'static,
+    W: AsyncWrite + Debug + Unpin + Send + 'static,
+{
+    let (over, cut) =
+        (expiry(&connection, listen, Duration::ZERO), expiry(&connection, listen, EXPIRY_GRACE));
+    let connection = Arc::new(connection);
     let answer = |request| {
         unless_overloaded(&listen.limits, Arc::clone(handler).handle(Arc::clone(&connection), request))
     };
-    match http1::serve(reader, writer, &listen.limits, &listen.scope, answer).await {
+    let serving = http1::serve(reader, writer, &listen.limits, &listen.scope, over, answer);
+    let ended = tokio::select! {
+        ended = serving => ended,
+        () = cut => return,
+    };
+    match ended {
         http1::Ended::Closed => {}
         http1::Ended::Http2(unread) => {
-            let connection = Connection::new(None, remote);
-            Box::pin(requests(TokioIo::new(unread), connection, Some(true), listen, handler)).await;
+            Box::pin(streams(TokioIo::new(unread), connection, listen, handler)).await
         }
-        ended => tracing::debug!(%remote, ?ended, "connection ended"),
+        ended => tracing::debug!(remote = %connection.remote, ?ended, "connection ended"),
     }
 }
 
@@ -373,16 +397,8 @@ async fn exchanges(
 /// Completes when a connection may take no more requests: with the bound for those under way where the peer's
 /// certificate has expired, without one while draining, where whoever joins the scope holds the bound.
 fn leaving(connection: &Connection, listen: &Listen) -> impl Future<Output = Option<Duration>> + use<> {
-    let expires = connection.peer.as_ref().map(Peer::not_after);
-    let left = expires.map(|at| at.saturating_sub(listen.clock.now()));
-    let (clock, scope) = (listen.clock.clone(), listen.scope.clone());
+    let (expired, scope) = (expiry(connection, listen, Duration::ZERO), listen.scope.clone());
     async move {
-        let expired = async {
-            match left {
-                Some(left) => clock.sleep(left).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             () = expired => {
                 tracing::info!("the peer's certificate has expired; no more requests on this connection");
@@ -393,46 +409,34 @@ fn leaving(connection: &Connection, listen: &Listen) -> impl Future<Output = Opt
     }
 }
 
-/// Serves requests until the connection ends, the scope drains, or the peer's certificate expires.
-async fn requests<S>(
-    stream: S,
-    connection: Connection,
-    http2: Option<bool>,
-    listen: &Listen,
-    handler: &Arc<impl Handler>,
-) where
-    S: Read + Write + Unpin + Send + 'static,
-{
-    let builder = http_builder(&listen.limits, http2, &listen.scope);
-    let mut leaving = pin!(leaving(&connection, listen));
-    let connection = Arc::new(connection);
-    let left = Arc::new(AtomicBool::new(false));
-    let service = service_fn(|request: Request<Incoming>| {
-        let http1 = request.version() < Version::HTTP_2;
-        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
-        let answer = unless_overloaded(&listen.limits, answer);
-        let left = Arc::clone(&left);
-        answer.map(move |mut answer| {
-            // The one way to tell an HTTP/1.1 client that its next request needs another connection.
-            if http1 && left.load(Ordering::Relaxed) {
-                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            Ok::<_, std::convert::Infallible>(answer)
-        })
-    });
-    let mut serving = pin!(builder.serve_connection(stream, service));
-    let bound = tokio::select! {
-        outcome = serving.as_mut() => return log_end(outcome),
-        bound = leaving.as_mut() => bound,
-        () = relief(&listen.limits) => None,
-    };
-    left.store(true, Ordering::Relaxed);
-    if http2 != Some(true) {
-        tokio::select! {
-            outcome = serving.as_mut() => return log_end(outcome),
-            () = listen.clock.sleep(LAST_REQUEST_GRACE) => {}
+/// Completes so long after the peer's certificate has expired; never where the peer has none.
+fn expiry(connection: &Connection, listen: &Listen, after: Duration) -> impl Future<Output = ()> + use<> {
+    let expires = connection.peer.as_ref().map(|peer| peer.not_after().saturating_add(after));
+    let clock = listen.clock.clone();
+    async move {
+        match expires {
+            Some(expires) => clock.sleep(expires.saturating_sub(clock.now())).await,
+            None => std::future::pending().await,
         }
     }
+}
+
+/// Serves HTTP/2 until the connection ends, the scope drains, or the peer's certificate expires.
+async fn streams<S>(stream: S, connection: Arc<Connection>, listen: &Listen, handler: &Arc<impl Handler>)
+where
+    S: Read + Write + Unpin + Send + 'static,
+{
+    let leaving = leaving(&connection, listen);
+    let service = service_fn(|request: Request<Incoming>| {
+        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
+        unless_overloaded(&listen.limits, answer).map(Ok::<_, std::convert::Infallible>)
+    });
+    let mut serving = pin!(http2(&listen.limits, &listen.scope).serve_connection(stream, service));
+    let bound = tokio::select! {
+        outcome = serving.as_mut() => return log_end(outcome),
+        bound = leaving => bound,
+        () = relief(&listen.limits) => None,
+    };
     serving.as_mut().graceful_shutdown();
     tokio::select! {
         outcome = serving => log_end(outcome),
@@ -460,17 +464,9 @@ fn log_end(outcome: Result<(), impl Display>) {
     }
 }
 
-fn http_builder(limits: &Limits, http2: Option<bool>, scope: &Scope) -> auto::Builder<ScopeExecutor> {
-    let mut builder = auto::Builder::new(ScopeExecutor(scope.clone()));
+fn http2(limits: &Limits, scope: &Scope) -> http2::Builder<ScopeExecutor> {
+    let mut builder = http2::Builder::new(ScopeExecutor(scope.clone()));
     builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_buf_size(limits.max_header_bytes)
-        .max_headers(limits.max_headers)
-        .half_close(false);
-    builder
-        .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
         .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
@@ -478,11 +474,7 @@ fn http_builder(limits: &Limits, http2: Option<bool>, scope: &Scope) -> auto::Bu
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .keep_alive_interval(limits.ping_interval)
         .keep_alive_timeout(limits.ping_interval);
-    match http2 {
-        Some(true) => builder.http2_only(),
-        Some(false) => builder.http1_only(),
-        None => builder,
-    }
+    builder
 }
 
 /// Runs hyper's helper tasks inside a scope.

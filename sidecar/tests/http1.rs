@@ -8,6 +8,7 @@
 )]
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -92,7 +93,7 @@ impl Server {
                 let limits = limits.clone();
                 scope.spawn("connection", async move {
                     let (reader, writer) = stream.into_split();
-                    let how = serve(reader, writer, &limits, &connections, service).await;
+                    let how = serve(reader, writer, &limits, &connections, pending(), service).await;
                     ended.lock().unwrap().push(match how {
                         Ended::Closed => "closed".to_owned(),
                         Ended::Refused(error) => format!("{error:?}"),
@@ -579,7 +580,8 @@ async fn http2_by_prior_knowledge_is_handed_on_unread() {
     let serving = scope.clone();
     scope.spawn("server", async move {
         let (reader, writer) = listener.accept().await.unwrap().0.into_split();
-        let Ended::Http2(stream) = serve(reader, writer, &Limits::default(), &serving, echo).await else {
+        let Ended::Http2(stream) = serve(reader, writer, &Limits::default(), &serving, pending(), echo).await
+        else {
             panic!("not HTTP/2");
         };
         let service = hyper::service::service_fn(|_: Request<Incoming>| async {

@@ -4,6 +4,7 @@
 //! is listed, in its ClientHello or in the `Host` of each of its requests, and is brought to the address that *we*
 //! find under that name: what it dialled is its word alone.
 
+use std::future::pending;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -206,7 +207,7 @@ impl Outside {
     async fn requests(self: &Arc<Self>, stream: Stream, destination: SocketAddr) {
         let limits = Limits::default();
         let (reader, writer) = tokio::io::split(stream);
-        let ended = http1::serve(reader, writer, &limits, &self.scope, |request| {
+        let ended = http1::serve(reader, writer, &limits, &self.scope, pending(), |request| {
             let this = Arc::clone(self);
             async move {
                 let outcome = this.forward(request, destination).await;

@@ -53,7 +53,8 @@ pub enum Ended<R, W> {
     Http2(Unread<R, W>),
 }
 
-/// Serves requests on a connection until it ends; after `scope` drains, until it has been idle for a moment.
+/// Serves requests on a connection until it ends; after `scope` drains or `over` completes, until it has been
+/// idle for a moment.
 ///
 /// The answers of that time say `Connection: close`, so that no request is lost to a connection that ends.
 /// `service` is called with one request at a time, and its answer is written before the next is looked at.
@@ -69,6 +70,7 @@ pub async fn serve<R, W, F, A>(
     writer: W,
     limits: &Limits,
     scope: &Scope,
+    over: impl Future<Output = ()>,
     mut service: F,
 ) -> Ended<R, W>
 where
@@ -78,7 +80,7 @@ where
     A: Future<Output = Response<Body>>,
 {
     let leaves = AtomicBool::new(false);
-    let mut leaving = pin!(leaving(limits, scope, &leaves));
+    let mut leaving = pin!(leaving(limits, scope, over, &leaves));
     let mut reader = Reader::new(reader, FIRST_READ_BYTES);
     let mut client = Client { writer, out: Outgoing::default(), limits, scope, leaves: &leaves };
     let mut fresh = true;
@@ -109,10 +111,11 @@ where
 
 /// Completes when a connection that is idle has to end. `leaves` is set a moment before, so that the answer to
 /// a request that was on its way says that it is the last.
-async fn leaving(limits: &Limits, scope: &Scope, leaves: &AtomicBool) {
+async fn leaving(limits: &Limits, scope: &Scope, over: impl Future<Output = ()>, leaves: &AtomicBool) {
     tokio::select! {
         () = scope.draining() => {}
         () = relief(limits) => {}
+        () = over => {}
     }
     leaves.store(true, Ordering::Relaxed);
     // Boxed: connections that stay need not hold room for it.
