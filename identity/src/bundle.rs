@@ -34,6 +34,15 @@ pub struct TrustBundle {
     anchors: Vec<TrustAnchor<'static>>,
 }
 
+impl PartialEq for TrustBundle {
+    fn eq(&self, other: &Self) -> bool {
+        // All else is made of these.
+        (&self.trust_domain, &self.authorities) == (&other.trust_domain, &other.authorities)
+    }
+}
+
+impl Eq for TrustBundle {}
+
 impl TrustBundle {
     /// A bundle of these authorities.
     pub fn new(
@@ -95,7 +104,7 @@ impl TrustBundle {
 
 /// One bundle a trust domain, never pooled: a leaf is verified with its own domain's bundle only
 /// (SPIFFE Federation §7.3).
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BundleSet(BTreeMap<TrustDomain, Arc<TrustBundle>>);
 
 impl BundleSet {

@@ -59,6 +59,8 @@ pub(crate) struct Route {
     pub(crate) attributes: BTreeMap<String, (Source, AttributeType)>,
     pub(crate) query: Vec<String>,
     pub(crate) body: BodyRule,
+    /// The one protocol that a connection may be upgraded to.
+    pub(crate) upgrade: Option<String>,
     pub(crate) members: Members,
     pub(crate) plan: Plan,
 }
@@ -125,6 +127,7 @@ struct Draft {
     body: Option<Vec<(At<String>, At<String>)>>,
     body_type: Option<At<String>>,
     body_max_bytes: Option<At<usize>>,
+    upgrade: Option<At<String>>,
 }
 
 /// Parses and resolves a map. `None` and at least one problem more if something is wrong.
@@ -261,8 +264,17 @@ impl Reader<'_> {
     }
 
     fn draft(&mut self, item: &Spanned<DeValue<'_>>) -> Option<Draft> {
-        const KNOWN: [&str; 8] =
-            ["match", "action", "object", "attributes", "query", "body", "body_type", "body_max_bytes"];
+        const KNOWN: [&str; 9] = [
+            "match",
+            "action",
+            "object",
+            "attributes",
+            "query",
+            "body",
+            "body_type",
+            "body_max_bytes",
+            "upgrade",
+        ];
         let Some(table) = item.get_ref().as_table() else {
             self.say(item.span(), "a route is a table").hint("write [[route]]");
             return None;
@@ -278,6 +290,7 @@ impl Reader<'_> {
                 "body" => draft.body = Some(self.string_table(value)),
                 "body_type" => draft.body_type = self.string(value),
                 "body_max_bytes" => draft.body_max_bytes = self.size(value),
+                "upgrade" => draft.upgrade = self.string(value),
                 other => self.unknown_key(other, key.span(), &KNOWN),
             }
         }
@@ -332,6 +345,7 @@ impl Reader<'_> {
         let (method, path, template) = self.matching(&draft)?;
         let action = self.action(&draft, schema);
         let (body, members) = self.body(&draft, &method);
+        self.check_upgrade(&draft, &method);
         let query = self.query(&draft);
         let places = Places { path: &path, query: &query, members: &members };
         let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
@@ -341,7 +355,8 @@ impl Reader<'_> {
         (self.problems.0.len() == before).then_some(())?;
         let plan = Plan::new(&path, &query, &objects, object_type, &attributes);
         let kind = kind.into();
-        Some(Route { template, method, path, action, kind, attributes, query, body, members, plan })
+        let upgrade = draft.upgrade.map(|protocol| protocol.value);
+        Some(Route { template, method, path, action, kind, attributes, query, body, upgrade, members, plan })
     }
 
     fn matching(&mut self, draft: &Draft) -> Option<(String, PathTemplate, String)> {
@@ -450,6 +465,28 @@ impl Reader<'_> {
             }
         }
         (rule, members)
+    }
+
+    /// What follows an upgrade is judged no further: the route must say so, and its object must be known before.
+    fn check_upgrade(&mut self, draft: &Draft, method: &str) {
+        let Some(At { value, span }) = &draft.upgrade else { return };
+        let is_token =
+            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.' | b'_' | b'/');
+        if value.is_empty() || !value.bytes().all(is_token) {
+            self.say(span.clone(), format!("`{value}` is not the name of a protocol"))
+                .hint("one name in lower case, such as \"websocket\"");
+        } else if value.starts_with("h2") || value.starts_with("http") || value.starts_with("tls") {
+            // Requests within the upgraded connection would meet no policy.
+            self.say(span.clone(), format!("`{value}` would carry requests that nobody judges"))
+                .hint("HTTP/2 is spoken without an upgrade");
+        }
+        if method != "GET" {
+            self.say(span.clone(), format!("an upgrade begins with GET, not with {method}"));
+        }
+        if draft.attributes.iter().any(|(_, source)| source.value.starts_with("response:")) {
+            self.say(span.clone(), "an answer that upgrades holds no attributes")
+                .hint("take them from the path or from \"entities\"");
+        }
     }
 
     fn objects(

@@ -121,6 +121,12 @@ impl Mapped {
         self.route.body
     }
 
+    /// The protocol that the route lets a connection be upgraded to, in lower case. What is said in it is
+    /// judged no further.
+    pub fn upgrade(&self) -> Option<&str> {
+        self.route.upgrade.as_deref()
+    }
+
     /// The request with its whole body read. Does nothing for a route that does not look at bodies.
     ///
     /// # Errors

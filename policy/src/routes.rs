@@ -352,6 +352,7 @@ mod tests {
             attributes: BTreeMap::new(),
             query: Vec::new(),
             body: BodyRule::None,
+            upgrade: None,
             members: BTreeMap::new(),
         }
     }

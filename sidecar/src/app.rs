@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::{CONNECTION, UPGRADE};
 use http::uri::{Authority, Scheme};
 use http::{Request, Response, StatusCode, Uri, Version};
 use http_body::{Frame, SizeHint};
@@ -140,6 +141,9 @@ fn absolute(mut request: Request<Body>, authority: &Authority) -> Result<Request
     uri.authority = Some(authority.clone());
     uri.path_and_query = Some(request.uri().path_and_query().cloned().ok_or(AppError::Target)?);
     *request.uri_mut() = Uri::from_parts(uri).map_err(|_| AppError::Target)?;
+    // An offer to upgrade may be left aside; HTTP/2 has none (RFC 9113 §8.6).
+    request.headers_mut().remove(UPGRADE);
+    request.headers_mut().remove(CONNECTION);
     *request.version_mut() = Version::HTTP_2;
     Ok(request)
 }

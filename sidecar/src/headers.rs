@@ -6,7 +6,7 @@ use http::header::{
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
-use http::{Method, Version};
+use http::{Method, Response, StatusCode, Version};
 
 /// The verified user's id, as the app sees it: data for the app, never a credential.
 pub static FORWARDED_USER: HeaderName = HeaderName::from_static("x-forwarded-user");
@@ -123,10 +123,20 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     }
 }
 
-/// Refuses requests that two parsers could frame or route differently. Returns the rule that is broken.
+/// Refuses requests that two parsers could frame or route differently, and those for an upgrade. Returns the rule
+/// that is broken.
 ///
-/// hyper has already refused what is malformed on the wire; this refuses what it lets through.
+/// The wire's parsers have already refused what is malformed; this refuses what they let through.
 pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
+    match check_framing_of_upgrade(parts)? {
+        None => Ok(()),
+        Some(_) => Err("request.upgrade"),
+    }
+}
+
+/// As [`check_framing`], but a request may ask for an upgrade (RFC 9110 §7.8): to exactly one protocol, which is
+/// returned as it was spelt, and not to one that carries requests.
+pub fn check_framing_of_upgrade(parts: &Parts) -> Result<Option<HeaderValue>, &'static str> {
     let headers = &parts.headers;
     if !matches!(parts.version, Version::HTTP_11 | Version::HTTP_2) {
         return Err("request.http_version");
@@ -137,15 +147,55 @@ pub fn check_framing(parts: &Parts) -> Result<(), &'static str> {
     check_body_length(headers)?;
     check_authority(parts)?;
     check_connection(headers)?;
-    if headers.contains_key(UPGRADE) || headers.contains_key(&HTTP2_SETTINGS) {
-        return Err("request.upgrade");
-    }
+    let upgrade = check_upgrade(parts)?;
     let printable =
         |value: &HeaderValue| value.as_bytes().iter().all(|byte| matches!(byte, b'\t' | 0x20..=0x7e));
     if !headers.values().all(printable) {
         return Err("request.header_bytes");
     }
-    Ok(())
+    Ok(upgrade)
+}
+
+fn check_upgrade(parts: &Parts) -> Result<Option<HeaderValue>, &'static str> {
+    let headers = &parts.headers;
+    if headers.contains_key(&HTTP2_SETTINGS) {
+        return Err("request.upgrade");
+    }
+    let mut values = headers.get_all(UPGRADE).iter();
+    let Some(protocol) = values.next() else { return Ok(None) };
+    let is_token = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'/');
+    let name = protocol.as_bytes().to_ascii_lowercase();
+    let carries_requests = [b"h2".as_slice(), b"http", b"tls"].iter().any(|prefix| name.starts_with(prefix));
+    let asked = headers.get_all(CONNECTION).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+    let is_option = asked.map(<[u8]>::trim_ascii).any(|option| option.eq_ignore_ascii_case(b"upgrade"));
+    let has_body = headers.contains_key(CONTENT_LENGTH) || headers.contains_key(TRANSFER_ENCODING);
+    let good = values.next().is_none()
+        && !name.is_empty()
+        && name.iter().all(is_token)
+        && !carries_requests
+        && parts.version == Version::HTTP_11
+        && parts.method == Method::GET
+        && is_option
+        && !has_body;
+    if good { Ok(Some(protocol.clone())) } else { Err("request.upgrade") }
+}
+
+/// Asks the next hop for the upgrade that this one was asked for.
+pub fn ask_upgrade(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
+    if let Some(protocol) = upgrade {
+        headers.insert(UPGRADE, protocol.clone());
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+}
+
+/// Drops from an answer what belongs to one connection only. One that switches to the protocol that was asked for
+/// still names it.
+pub fn strip_answer(response: &mut Response<crate::Body>, upgrade: Option<&HeaderValue>) {
+    let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    strip_hop_by_hop(response.headers_mut());
+    if let (true, Some(protocol)) = (switches, upgrade) {
+        response.headers_mut().insert(UPGRADE, protocol.clone());
+    }
 }
 
 fn check_body_length(headers: &HeaderMap) -> Result<(), &'static str> {
@@ -323,6 +373,30 @@ mod tests {
         for (parts, rule) in cases {
             assert_eq!(check_framing(&parts), Err(rule), "{parts:?}");
         }
+    }
+
+    #[test]
+    fn an_upgrade_is_to_one_protocol_that_carries_no_requests() {
+        let asking = |change: fn(http::request::Builder) -> http::request::Builder| {
+            check_framing_of_upgrade(&parts(|b| change(b.header(HOST, "a").header(CONNECTION, "Upgrade"))))
+        };
+        let refused = Err("request.upgrade");
+        assert_eq!(
+            asking(|b| b.header(UPGRADE, "WebSocket")),
+            Ok(Some(HeaderValue::from_static("WebSocket")))
+        );
+        assert_eq!(asking(|b| b), Ok(None));
+        for other in ["h2c", "H2C", "h2", "HTTP/2.0", "TLS/1.0", "websocket, h2c", "a b", ""] {
+            let parts = parts(|b| b.header(HOST, "a").header(CONNECTION, "Upgrade").header(UPGRADE, other));
+            assert_eq!(check_framing_of_upgrade(&parts), refused, "{other}");
+        }
+        assert_eq!(asking(|b| b.header(UPGRADE, "websocket").header(UPGRADE, "h2c")), refused);
+        assert_eq!(asking(|b| b.header(UPGRADE, "websocket").header("http2-settings", "")), refused);
+        assert_eq!(asking(|b| b.header(UPGRADE, "websocket").method("POST")), refused);
+        assert_eq!(asking(|b| b.header(UPGRADE, "websocket").header(CONTENT_LENGTH, "0")), refused);
+        assert_eq!(asking(|b| b.header(UPGRADE, "websocket").version(Version::HTTP_2)), Err("request.host"));
+        let unconnected = parts(|b| b.header(HOST, "a").header(UPGRADE, "websocket"));
+        assert_eq!(check_framing_of_upgrade(&unconnected), refused);
     }
 
     #[test]

@@ -32,9 +32,11 @@ use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
 use crate::entities::Unanswered;
 use crate::headers::{self, TraceParent};
+use crate::live::{Facts, Kind};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
+use crate::streams::{Asked, Streams};
 use crate::tcp::TcpInbound;
 use crate::trace::Spans;
 use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
@@ -59,6 +61,7 @@ pub struct Inbound {
     pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: Option<Arc<AccessLog>>,
     pub(crate) tcp: Arc<TcpInbound>,
+    pub(crate) streams: Arc<Streams>,
 }
 
 /// How a request ended, for the log and the metrics.
@@ -222,10 +225,13 @@ impl Inbound {
         let identity = identity.ok_or(Stop::NotReady)?;
 
         // One request or several? What two parsers could read differently is refused unread.
-        if let Err(rule) = headers::check_framing(&parts) {
-            let refusal = Refusal::malformed(rule, "two parsers could read this request differently");
-            return Err(policy.refuse(None, refusal, &understood.occasion).into());
-        }
+        let upgrade = match headers::check_framing_of_upgrade(&parts) {
+            Ok(upgrade) => upgrade,
+            Err(rule) => {
+                let refusal = Refusal::malformed(rule, "two parsers could read this request differently");
+                return Err(policy.refuse(None, refusal, &understood.occasion).into());
+            }
+        };
 
         // Who is it, and for whom?
         let Some(peer) = &connection.peer else {
@@ -252,28 +258,37 @@ impl Inbound {
         if policy.mode() == Mode::Enforce {
             policy.screen(caller, &mapped, occasion)?;
         }
-        let (mapped, body) = self.body(mapped, &parts, body).await.map_err(refuse)?;
+        let (mapped, body) = match &upgrade {
+            // What the client says in the other protocol, once it is spoken.
+            Some(protocol) => (upgraded(mapped, protocol).map_err(refuse)?, Relay::body(body, None, ())),
+            None => self.body(mapped, &parts, body).await.map_err(refuse)?,
+        };
         let mapped = &*understood.mapped.insert(mapped);
 
         // From here on the app may be asked something, and its calls travel on the user's behalf.
         let span = self.spans.child(understood.trace);
         self.dress(&mut parts, connection, peer, chain.as_ref(), span);
+        headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
         let remembered = self.correlator.remember(span, chain);
 
         // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
         match mapped.attributes_from() {
             AttributeSource::Known => {
                 let permit = permitted(policy.decide(caller, mapped, &Attributes::none(), occasion))?;
-                let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
-                Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
+                let response =
+                    self.forward(&permit, Request::from_parts(parts, body), upgrade.as_ref()).await?;
+                let response = self.released(response, remembered, connection, &policy, understood);
+                Ok((response, permit))
             }
             AttributeSource::Entities => {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
                 let attributes = Box::pin(asked).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 understood.attributes = attributes;
-                let response = self.forward(&permit, Request::from_parts(parts, body)).await?;
-                Ok((response.map(|body| Relay::body(body, None, remembered)), permit))
+                let response =
+                    self.forward(&permit, Request::from_parts(parts, body), upgrade.as_ref()).await?;
+                let response = self.released(response, remembered, connection, &policy, understood);
+                Ok((response, permit))
             }
             AttributeSource::Response => {
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
@@ -350,10 +365,45 @@ impl Inbound {
     }
 
     /// Hands a permitted request to the app.
-    async fn forward(&self, _permit: &Permit, request: Request<Body>) -> Result<Response<Body>, AppError> {
+    async fn forward(
+        &self,
+        _permit: &Permit,
+        request: Request<Body>,
+        upgrade: Option<&HeaderValue>,
+    ) -> Result<Response<Body>, AppError> {
         let mut response = self.app.send(request).await?;
-        headers::strip_hop_by_hop(response.headers_mut());
+        headers::strip_answer(&mut response, upgrade);
         Ok(response)
+    }
+
+    /// An answer on its way to who may have it, for as long as they may.
+    fn released(
+        &self,
+        response: Response<Body>,
+        remembered: Remembered,
+        connection: &Connection,
+        policy: &Arc<ServicePolicy>,
+        understood: &Understood<'_>,
+    ) -> Response<Body> {
+        let Understood { occasion, caller: Some(caller), mapped: Some(mapped), attributes, .. } = understood
+        else {
+            return response;
+        };
+        let Some(peer) = connection.peer.as_ref().filter(|_| response.body().whole().is_none()) else {
+            return response;
+        };
+        let asked = Asked {
+            method: occasion.method.to_owned(),
+            target: occasion.target.to_owned(),
+            transaction: occasion.transaction.clone(),
+            trace_id: occasion.trace_id,
+            caller: caller.clone(),
+            mapped: mapped.clone(),
+            attributes: attributes.clone(),
+        };
+        let facts =
+            Facts { kind: Kind::Stream, peer: peer.clone(), remote: connection.remote, since: occasion.now };
+        response.map(|body| self.streams.watch(Relay::body(body, None, remembered), facts, policy, asked))
     }
 
     /// Asks the app for a safe request's answer and holds it: whose object it is stands inside.
@@ -454,6 +504,14 @@ fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {
         chain: chain.map(|chain| Arc::clone(chain.hops())).unwrap_or_default(),
         address: Some(remote),
     }
+}
+
+/// An upgrade is to what the route lets it be to: nobody judges what is said afterwards.
+pub(crate) fn upgraded(mapped: Mapped, protocol: &HeaderValue) -> Result<Mapped, Refusal> {
+    let named =
+        mapped.upgrade().is_some_and(|named| protocol.as_bytes().eq_ignore_ascii_case(named.as_bytes()));
+    let refusal = || Refusal::malformed("request.upgrade", "the map names no such `upgrade` for this route");
+    if named { Ok(mapped) } else { Err(refusal()) }
 }
 
 /// Objects, joined by commas.

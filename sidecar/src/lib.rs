@@ -47,6 +47,7 @@ pub mod proxy_protocol;
 mod sample;
 pub mod server;
 mod sidecar;
+mod streams;
 pub mod tcp;
 pub mod trace;
 pub mod traffic;

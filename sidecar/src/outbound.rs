@@ -103,7 +103,7 @@ impl Outbound {
         if !remote.ip().is_loopback() {
             return Err(CallError::NotLocal);
         }
-        headers::check_framing(&parts).map_err(CallError::Framing)?;
+        let upgrade = headers::check_framing_of_upgrade(&parts).map_err(CallError::Framing)?;
 
         // On whose behalf?
         let from = TraceParent::from_headers(&parts.headers);
@@ -124,10 +124,12 @@ impl Outbound {
             parts.headers.insert(&headers::TXN_TOKEN, self.extend(&chain, self.upstream.id(), binding)?);
         }
 
+        headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
+
         // Call on, over mTLS, to exactly the identity that was meant.
         let body = Relay::body(body, None, ());
         let mut response = self.upstream.send(Request::from_parts(parts, body)).await?;
-        headers::strip_hop_by_hop(response.headers_mut());
+        headers::strip_answer(&mut response, upgrade.as_ref());
         Ok(response)
     }
 

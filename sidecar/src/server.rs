@@ -20,6 +20,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::clock::SharedClock;
 use identity::tls::ALPN_H2;
 use identity::{Peer, Scope};
+use policy::ServicePolicy;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -28,14 +29,16 @@ use tokio_rustls::server::TlsStream;
 
 use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
 use crate::hbone::{HttpTunnels, Tunnel};
+use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::overload::Overload;
 use crate::tcp::ALPN_TCP;
 use crate::{Body, Buffered, answer, http1, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
-/// How long a connection whose peer's certificate has expired may take to finish its last requests.
-const EXPIRY_GRACE: Duration = Duration::from_secs(5);
+/// How long a connection whose peer's certificate has expired may take to finish its last requests: the peer has had
+/// half of the certificate's life to make another connection, with another one.
+const EXPIRY_GRACE: Duration = Duration::from_millis(500);
 
 /// What a connection that seems idle, or is shaking hands, gets when a drain begins: its client may be sending
 /// a request right now, which closing at once would lose.
@@ -60,6 +63,8 @@ pub struct Limits {
     pub ping_interval: Duration,
     /// Where to ask whether there is too much to do already; `None` never refuses for that.
     pub overload: Option<Arc<Overload>>,
+    /// Where connections of peers with an identity are kept while they are open; `None` is a place of its own.
+    pub live: Option<Arc<Registry>>,
 }
 
 impl Default for Limits {
@@ -74,6 +79,7 @@ impl Default for Limits {
             max_streams: 200,
             ping_interval: Duration::from_secs(20),
             overload: None,
+            live: None,
         }
     }
 }
@@ -194,8 +200,7 @@ pub fn serve(
     clock: SharedClock,
     handler: Arc<impl Handler>,
 ) {
-    let listen =
-        Listen { tls: tls.map(TlsAcceptor::from), limits: Arc::new(limits), clock, scope: scope.clone() };
+    let listen = Listen::new(tls, limits, scope, clock);
     let accepting = listen.limits.accepting(&listen.clock, scope);
     scope.spawn_critical(name, async move {
         let serve = |(stream, remote), slot| {
@@ -226,9 +231,7 @@ impl<H: Handler> Door<H> {
         clock: SharedClock,
         handler: Arc<H>,
     ) -> Arc<Self> {
-        let tls = tls.map(TlsAcceptor::from);
-        let listen = Listen { tls, limits: Arc::new(limits), clock, scope: scope.clone() };
-        Arc::new(Self { listen, handler })
+        Arc::new(Self { listen: Listen::new(tls, limits, scope, clock), handler })
     }
 
     /// Serves one connection, which counts as one from `remote`, to its end.
@@ -243,8 +246,38 @@ impl<H: Handler> Door<H> {
 struct Listen {
     tls: Option<TlsAcceptor>,
     limits: Arc<Limits>,
+    live: Arc<Registry>,
     clock: SharedClock,
     scope: Scope,
+}
+
+impl Listen {
+    fn new(tls: Option<Arc<ServerConfig>>, limits: Limits, scope: &Scope, clock: SharedClock) -> Self {
+        let live = limits.live.clone().unwrap_or_else(|| Registry::new(clock.clone()));
+        let (tls, limits) = (tls.map(TlsAcceptor::from), Arc::new(limits));
+        Self { tls, limits, live, clock, scope: scope.clone() }
+    }
+
+    /// Notes a connection whose peer has an identity.
+    fn register(&self, connection: &Connection) -> Option<Live> {
+        let Connection { peer, remote, .. } = connection;
+        let peer = peer.clone()?;
+        let facts = Facts { kind: Kind::Http, peer, remote: *remote, since: self.clock.now() };
+        Some(self.live.register(facts, Arc::new(Requests)))
+    }
+}
+
+/// A connection that carries requests: policies judge those.
+struct Requests;
+
+impl Judge for Requests {
+    fn judge(&self, _policy: &ServicePolicy) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn about(&self) -> String {
+        "requests".to_owned()
+    }
 }
 
 /// `answer`, or the refusal of a request that there is no memory for. No future of its own, which would hold room
@@ -324,8 +357,7 @@ pub struct TunnelledRequests<H> {
 impl<H: Handler> TunnelledRequests<H> {
     /// Hands them to `handler`, within `limits`, until `scope` drains.
     pub fn new(handler: Arc<H>, limits: Limits, scope: &Scope, clock: SharedClock) -> Arc<Self> {
-        let listen = Listen { tls: None, limits: Arc::new(limits), clock, scope: scope.clone() };
-        Arc::new(Self { listen, handler })
+        Arc::new(Self { listen: Listen::new(None, limits, scope, clock), handler })
     }
 }
 
@@ -357,8 +389,14 @@ async fn requests<R, W>(
     R: AsyncRead + Debug + Unpin + Send + 'static,
     W: AsyncWrite + Debug + Unpin + Send + 'static,
 {
-    let (over, cut) =
-        (expiry(&connection, listen, Duration::ZERO), expiry(&connection, listen, EXPIRY_GRACE));
+    let live = listen.register(&connection);
+    let over = async {
+        lost(live.as_ref()).await;
+    };
+    let cut = async {
+        let grace = lost(live.as_ref()).await;
+        listen.clock.sleep(grace).await;
+    };
     let connection = Arc::new(connection);
     let answer = |request| {
         unless_overloaded(&listen.limits, Arc::clone(handler).handle(Arc::clone(&connection), request))
@@ -394,31 +432,26 @@ async fn exchanges(
     log_end(mux::serve(stream, &listen.clock, &listen.scope, leaving, answer).await);
 }
 
-/// Completes when a connection may take no more requests: with the bound for those under way where the peer's
-/// certificate has expired, without one while draining, where whoever joins the scope holds the bound.
+/// Completes when a connection may take no more requests: with the bound for those under way where the peer is
+/// trusted no longer, without one while draining, where whoever joins the scope holds the bound.
 fn leaving(connection: &Connection, listen: &Listen) -> impl Future<Output = Option<Duration>> + use<> {
-    let (expired, scope) = (expiry(connection, listen, Duration::ZERO), listen.scope.clone());
+    let (live, scope) = (listen.register(connection), listen.scope.clone());
     async move {
         tokio::select! {
-            () = expired => {
-                tracing::info!("the peer's certificate has expired; no more requests on this connection");
-                Some(EXPIRY_GRACE)
-            }
+            grace = lost(live.as_ref()) => Some(grace),
             () = scope.draining() => None,
         }
     }
 }
 
-/// Completes so long after the peer's certificate has expired; never where the peer has none.
-fn expiry(connection: &Connection, listen: &Listen, after: Duration) -> impl Future<Output = ()> + use<> {
-    let expires = connection.peer.as_ref().map(|peer| peer.not_after().saturating_add(after));
-    let clock = listen.clock.clone();
-    async move {
-        match expires {
-            Some(expires) => clock.sleep(expires.saturating_sub(clock.now())).await,
-            None => std::future::pending().await,
-        }
-    }
+/// Completes when the peer is trusted no longer, with what requests under way still get; never for a peer without an
+/// identity.
+async fn lost(live: Option<&Live>) -> Duration {
+    let Some(live) = live else { return std::future::pending().await };
+    let closed = live.closed().await;
+    let Facts { peer, remote, .. } = live.facts();
+    tracing::info!(peer = %peer.id(), %remote, rule = closed.rule(), "no more requests on this connection");
+    if matches!(closed, Closed::Expired) { EXPIRY_GRACE } else { Duration::ZERO }
 }
 
 /// Serves HTTP/2 until the connection ends, the scope drains, or the peer's certificate expires.

@@ -28,6 +28,7 @@ use crate::outbound::Outbound;
 use crate::overload::{self, Budget, Overload, ProcReadings};
 use crate::sample::Sampler;
 use crate::server::{self, Door, Limits};
+use crate::streams::Streams;
 use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound};
 use crate::trace::{SharedRandom, Spans};
@@ -138,10 +139,15 @@ impl Sidecar {
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
         let most = config.budget.connections(Limits::default().max_connections);
-        let limits = Limits { max_connections: most, overload: Some(overload), ..Limits::default() };
+        let live = Registry::new(clock.clone());
+        let limits = Limits {
+            max_connections: most,
+            overload: Some(overload),
+            live: Some(Arc::clone(&live)),
+            ..Limits::default()
+        };
         let spans = Arc::new(Spans::new(Arc::clone(&random)));
         let receipts = Arc::new(Receipts::new(Arc::clone(&random)));
-        let live = Registry::new(clock.clone());
         let (front, calls) = (scope.part(), scope.part());
         drain_in_order(front.clone(), calls.clone(), scope);
         let begun = match (&config.inbound, &config.ext_authz) {
@@ -178,8 +184,17 @@ impl Sidecar {
                 random: Arc::clone(&random),
                 access_log: config.access_log.is_some(),
             });
+            let streams = Streams {
+                policy: Arc::clone(policy),
+                registry: Arc::clone(&live),
+                receipts: Arc::clone(&receipts),
+                recorder: Arc::clone(&recorder),
+                metrics: Arc::clone(&metrics),
+                clock: clock.clone(),
+            };
             let inbound = Inbound {
                 tcp,
+                streams: Arc::new(streams),
                 service,
                 id: config.id.clone(),
                 policy: Arc::clone(policy),
@@ -250,6 +265,7 @@ impl Sidecar {
         }
 
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);
+        watch_trust(source.clone(), Arc::clone(&live), clock.clone(), scope);
         if let Some(listener) = config.admin {
             let admin = Admin { id: config.id, source, metrics, clock: clock.clone(), scope: scope.clone() };
             let listener = tokio_listener(listener)?;
@@ -304,6 +320,32 @@ fn watch_rotations(mut source: IdentitySource, metrics: Arc<Metrics>, scope: &Sc
             }
             tokio::select! {
                 live = source.changed() => if !live {
+                    draining.draining().await;
+                    return;
+                },
+                () = draining.draining() => return,
+            }
+        }
+    });
+}
+
+/// Ends the connections of peers that new bundles do not vouch for: an authority or a trust domain that is gone takes
+/// with it what it had let in.
+fn watch_trust(mut source: IdentitySource, live: Arc<Registry>, clock: SharedClock, scope: &Scope) {
+    let draining = scope.clone();
+    let bundles = |source: &IdentitySource| source.current().map(|identity| Arc::clone(&identity.bundles));
+    let mut before = bundles(&source);
+    scope.spawn_critical("trust", async move {
+        loop {
+            let after = bundles(&source);
+            if let Some(after) = after.filter(|after| before.as_ref() != Some(after))
+                && before.replace(Arc::clone(&after)).is_some()
+            {
+                let now = clock.unix_time();
+                live.revoke(|peer| !peer.is_trusted(&after, now)).await;
+            }
+            tokio::select! {
+                more = source.changed() => if !more {
                     draining.draining().await;
                     return;
                 },

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HOST;
+use http::header::{CONNECTION, HOST, UPGRADE};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Request, Response, Uri, Version};
@@ -394,6 +394,9 @@ impl Upstream {
         head.uri = Uri::from_parts(uri).map_err(|_| UpstreamError::Target)?;
         head.version = Version::HTTP_2;
         head.headers.remove(HOST);
+        // An offer to upgrade may be left aside; HTTP/2 has none (RFC 9113 §8.6).
+        head.headers.remove(UPGRADE);
+        head.headers.remove(CONNECTION);
         Ok(head)
     }
 

@@ -478,16 +478,16 @@ async fn security_9_a_revoked_peer_s_connections_end() {
     stream.write_all(b"x").await.unwrap();
     assert_eq!(stream.read_u8().await.unwrap(), b'x');
     let serial = db.registry.list()[0].facts.peer.serial().to_owned();
-    db.registry.revoke(|peer| peer.serial() == "00");
+    db.registry.revoke(|peer| peer.serial() == "00").await;
     stream.write_all(b"y").await.unwrap();
     assert_eq!(stream.read_u8().await.unwrap(), b'y');
-    db.registry.revoke(|peer| peer.serial() == serial);
+    db.registry.revoke(|peer| peer.serial() == serial).await;
     assert_eq!(stream.read_u8().await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     // One that waits for its next session goes too.
     assert_eq!(web.ask(b"z").await.unwrap(), b"z");
     until("a connection waits", || db.registry.list().iter().any(|open| open.about == "ready for a session"))
         .await;
-    db.registry.revoke(|_| true);
+    db.registry.revoke(|_| true).await;
     until("it is gone", || db.registry.is_empty()).await;
 }
 

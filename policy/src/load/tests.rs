@@ -195,6 +195,14 @@ fn maps_with_mistakes_are_problems_with_a_place() {
         ),
         (route("body = { a = \"float\" }").replace("GET", "POST"), "6:14", "not a member type"),
         (route("body_type = \"xml\"").replace("GET", "POST"), "6:13", "does not fit"),
+        (route("upgrade = \"WebSocket\""), "6:11", "not the name of a protocol"),
+        (route("upgrade = \"h2c\""), "6:11", "nobody judges"),
+        (route("upgrade = \"websocket\"").replace("GET", "POST"), "6:11", "begins with GET"),
+        (
+            route("upgrade = \"websocket\"").replace("\"entities\"", "\"response:/x\""),
+            "6:11",
+            "holds no attributes",
+        ),
         (
             format!("{MAP}{}", MAP.replace("{id:int}", "{nr:slug}").replace("{id}", "{nr}")),
             "6:1",

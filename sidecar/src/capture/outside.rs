@@ -231,7 +231,7 @@ impl Outside {
         let bad = |rule: &str| {
             (StatusCode::BAD_REQUEST, NotCarried::Failed(format!("the request is refused: {rule}")))
         };
-        headers::check_framing(&parts).map_err(bad)?;
+        let upgrade = headers::check_framing_of_upgrade(&parts).map_err(bad)?;
         if parts.uri.authority().is_some() {
             return Err(bad("request.target"));
         }
@@ -244,6 +244,7 @@ impl Outside {
             self.first_elsewhere(&addresses).await.map_err(|error| (StatusCode::FORBIDDEN, error))?;
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
+        headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
         let client = http1::Client::new(address, &self.scope);
         let sent = tokio::select! {
             sent = client.send(Request::from_parts(parts, body)) => sent,
@@ -256,7 +257,7 @@ impl Outside {
                 if error.is_connect() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::BAD_GATEWAY };
             (status, NotCarried::Failed(error.to_string()))
         })?;
-        headers::strip_hop_by_hop(response.headers_mut());
+        headers::strip_answer(&mut response, upgrade.as_ref());
         Ok(response)
     }
 

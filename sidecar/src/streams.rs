@@ -1,0 +1,158 @@
+//! What goes on after its decision: answers that stream, and upgraded connections.
+//!
+//! The decision was about a moment. [`released`] keeps what it was taken from beside the answer, so that a policy
+//! that comes later judges it again, and ends the stream of whoever may have it no longer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::Request;
+use http_body::{Frame, SizeHint};
+use identity::clock::SharedClock;
+use policy::{
+    Attributes, BodyRule, Caller, Denial, Layer, Mapped, Occasion, Receipts, Recorder, ServicePolicy,
+};
+
+use crate::inbound::permitted;
+use crate::live::{Closed, Facts, Judge, Registry};
+use crate::metrics::Metrics;
+use crate::{Body, BoxError};
+
+/// What the streams of one listener need.
+pub(crate) struct Streams {
+    pub(crate) policy: Arc<ArcSwap<ServicePolicy>>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) receipts: Arc<Receipts>,
+    pub(crate) recorder: Arc<dyn Recorder>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: SharedClock,
+}
+
+/// A decision, as it was asked for.
+pub(crate) struct Asked {
+    pub(crate) method: String,
+    pub(crate) target: String,
+    pub(crate) transaction: Option<Arc<str>>,
+    pub(crate) trace_id: Option<u128>,
+    pub(crate) caller: Caller,
+    pub(crate) mapped: Mapped,
+    /// As they were: an object that has changed hands meanwhile is not asked for again.
+    pub(crate) attributes: Attributes,
+}
+
+impl Streams {
+    /// The body, which `decided` let out: it ends when another policy does not.
+    pub(crate) fn watch(
+        self: &Arc<Self>,
+        body: Body,
+        facts: Facts,
+        decided: &Arc<ServicePolicy>,
+        asked: Asked,
+    ) -> Body {
+        let question =
+            Arc::new(Question { asked, receipts: Arc::clone(&self.receipts), clock: self.clock.clone() });
+        let live = self.registry.register(facts, Arc::clone(&question) as Arc<dyn Judge>);
+        // One that came in between has not found it.
+        let now = self.policy.load_full();
+        let overtaken = if Arc::ptr_eq(&now, decided) { Ok(()) } else { question.judge(&now) };
+        let streams = Arc::clone(self);
+        let ended = Box::pin(async move {
+            match &overtaken {
+                Err(closed) => streams.ended(closed, &question),
+                Ok(()) => streams.ended(live.closed().await, &question),
+            }
+        });
+        Body::new(Watched { body, ended })
+    }
+
+    fn ended(&self, closed: &Closed, question: &Question) -> &'static str {
+        let Asked { method, target, caller, .. } = &question.asked;
+        let peer = &caller.principal;
+        tracing::info!(%peer, method, target, rule = closed.rule(), "a stream was ended");
+        if let Closed::Denied(denial) = closed {
+            self.metrics.denied(denial.rule().name().to_owned());
+            self.recorder.record(denial.record().clone());
+        }
+        "the stream may not go on"
+    }
+}
+
+/// A decision that can be asked for again.
+struct Question {
+    asked: Asked,
+    receipts: Arc<Receipts>,
+    clock: SharedClock,
+}
+
+impl Question {
+    fn decide(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<(), Denial> {
+        let Asked { method, target, caller, mapped, attributes, .. } = &self.asked;
+        let refuse = |refusal| policy.refuse(Some(caller), refusal, occasion);
+        let unreadable = || policy::Refusal::malformed("request.target", "the target cannot be read again");
+        // The new policy's own map says what it means, unless the body had a part in it, which is gone.
+        let mapped = if mapped.body() == BodyRule::None {
+            let request = Request::builder().method(method.as_str()).uri(target.as_str()).body(());
+            let (parts, ()) = request.map_err(|_| refuse(unreadable()))?.into_parts();
+            &policy.map(&parts).map_err(refuse)?
+        } else {
+            mapped
+        };
+        permitted(policy.decide(caller, mapped, attributes, occasion)).map(drop)
+    }
+}
+
+impl Judge for Question {
+    fn judge(&self, policy: &ServicePolicy) -> Result<(), Closed> {
+        // Without randomness nothing can be recorded so that it is found again.
+        let Ok(receipt) = self.receipts.draw() else { return Err(Closed::Unjudged) };
+        let occasion = Occasion {
+            receipt,
+            now: self.clock.now(),
+            layer: Layer::Sidecar,
+            method: &self.asked.method,
+            target: &self.asked.target,
+            transaction: self.asked.transaction.clone(),
+            trace_id: self.asked.trace_id,
+        };
+        self.decide(policy, &occasion).map_err(|denial| Closed::Denied(Box::new(denial)))
+    }
+
+    fn about(&self) -> String {
+        self.asked.mapped.route().to_owned()
+    }
+}
+
+/// A body that ends with an error when `ended` completes.
+struct Watched {
+    body: Body,
+    ended: BoxFuture<'static, &'static str>,
+}
+
+impl http_body::Body for Watched {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if let Poll::Ready(why) = self.ended.as_mut().poll(cx) {
+            self.ended = Box::pin(std::future::pending());
+            self.body = Body::empty();
+            return Poll::Ready(Some(Err(why.into())));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
