@@ -122,7 +122,7 @@ pub fn check_authority(
     check_key(&certificate)
 }
 
-fn parse_der<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, LeafError> {
+pub(crate) fn parse_der<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, LeafError> {
     if der.len() > MAX_CERTIFICATE_BYTES {
         return Err(LeafError::TooLarge);
     }
@@ -190,6 +190,6 @@ fn check_key(certificate: &X509Certificate<'_>) -> Result<(), LeafError> {
     }
 }
 
-fn since_epoch(seconds: i64) -> Duration {
+pub(crate) fn since_epoch(seconds: i64) -> Duration {
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }

@@ -9,6 +9,7 @@
 //! | [`id`] | [`TrustDomain`] and [`SpiffeId`], valid by construction |
 //! | [`svid`], [`bundle`] | a workload's certificate and key; the authorities of a trust domain |
 //! | [`leaf`] | the X509-SVID rules that a certificate must keep |
+//! | [`certificate`] | what a certificate says of itself, for people who look |
 //! | [`verify`], [`tls`] | rustls verifiers and configurations that follow a rotating identity |
 //! | [`source`] | where a process gets its own identity from, and hears of rotations |
 //! | [`workload_api`] | the SPIFFE Workload API: generated types and the client |
@@ -19,6 +20,7 @@
 //! | [`files`], [`socket`], [`hex`] | secret files and state directories; Unix sockets; hexadecimal |
 
 pub mod bundle;
+pub mod certificate;
 pub mod clock;
 pub mod files;
 pub mod hex;

@@ -118,6 +118,11 @@ impl ServicePolicy {
         routes
     }
 
+    /// Every policy: its id, its file and the line where it begins there, in the order of the files.
+    pub fn policies(&self) -> impl Iterator<Item = (&str, &str, usize)> {
+        self.shared.entries.iter().map(|entry| (&*entry.id, &*entry.file, entry.line))
+    }
+
     /// Whether any permit's scope could admit this: asked before the app is asked for attributes, so
     /// that a caller who could never be allowed reaches no code of the app at all.
     ///

@@ -1,4 +1,4 @@
-//! The admin port: `/ready`, `/live`, `/metrics`. Loopback only.
+//! The admin port: `/ready`, `/live`, `/metrics`, `/debug`. Loopback only.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId};
 
+use crate::debug::{self, Debug};
 use crate::metrics::Metrics;
 use crate::server::{Connection, Handler};
 use crate::{Body, answer, full};
@@ -18,14 +19,16 @@ pub struct Admin {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
     pub(crate) scope: Scope,
+    pub(crate) debug: Debug,
 }
 
 impl Handler for Admin {
-    async fn handle(self: Arc<Self>, _connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
+    async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         match (request.method(), request.uri().path()) {
             (&Method::GET, "/live") => answer::json(StatusCode::OK, r#"{"live":true}"#),
             (&Method::GET, "/ready") => self.ready(),
             (&Method::GET, "/metrics") => self.metrics(),
+            (&Method::GET, path) if debug::is_page(path) => self.debug.answer(connection.remote, &request),
             _ => answer::json(StatusCode::NOT_FOUND, r#"{"error":"not_found"}"#),
         }
     }

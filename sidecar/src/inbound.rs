@@ -30,6 +30,7 @@ use tokio_rustls::server::TlsStream;
 use crate::access::{AccessLog, Finished};
 use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
+use crate::debug::connections::Connections;
 use crate::entities::Unanswered;
 use crate::headers::{self, TraceParent};
 use crate::live::{Facts, Kind};
@@ -60,6 +61,7 @@ pub struct Inbound {
     pub(crate) receipts: Arc<Receipts>,
     pub(crate) spans: Arc<Spans>,
     pub(crate) access_log: Option<Arc<AccessLog>>,
+    pub(crate) connections: Arc<Connections>,
     pub(crate) tcp: Arc<TcpInbound>,
     pub(crate) streams: Arc<Streams>,
 }
@@ -135,6 +137,9 @@ impl Handler for Inbound {
 
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
+        if let Some(noted) = &connection.noted {
+            noted.count_request();
+        }
         let (method, target) = (request.method().clone(), request.uri().clone());
         let Ok(receipt) = self.receipts.draw() else {
             // Without randomness nothing can be recorded so that it is found again: answer nobody.
@@ -182,6 +187,10 @@ impl Handler for Inbound {
             log.write(&seen, now);
         }
         ended.response
+    }
+
+    fn connections(&self) -> Option<&Arc<Connections>> {
+        Some(&self.connections)
     }
 
     fn refused(&self, remote: SocketAddr, refused: &RefusedConnection) {

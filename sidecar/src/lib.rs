@@ -21,6 +21,7 @@
 //! | [`access`] | a line of JSON a request |
 //! | [`overload`] | refusing early what memory and descriptors do not suffice for |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
+//! | [`debug`] | `/debug`: what is open, where calls go, whose certificates, what is in force |
 
 mod accept;
 pub mod access;
@@ -31,6 +32,7 @@ mod body;
 mod buffered;
 pub mod capture;
 pub mod correlate;
+pub mod debug;
 pub mod detect;
 mod entities;
 pub mod ext_authz;

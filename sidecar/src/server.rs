@@ -28,6 +28,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
+use crate::debug::connections::{Connections, Noted};
 use crate::hbone::{HttpTunnels, Tunnel};
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::overload::Overload;
@@ -98,7 +99,7 @@ const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
 
 /// What is known of a connection before its first request.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Connection {
     /// Who the other end proved to be; `None` on listeners that do not ask.
     pub peer: Option<Peer>,
@@ -106,11 +107,20 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// What the app is told of the peer, made for the connection's first request.
     pub(crate) forwarded: OnceLock<Option<HeaderValue>>,
+    /// Where the handler's connections are noted.
+    pub(crate) noted: Option<Noted>,
 }
 
 impl Connection {
-    fn new(peer: Option<Peer>, remote: SocketAddr) -> Self {
-        Self { peer, remote, forwarded: OnceLock::new() }
+    pub(crate) fn new(peer: Option<Peer>, remote: SocketAddr) -> Self {
+        Self { peer, remote, forwarded: OnceLock::new(), noted: None }
+    }
+
+    /// The same, noted where `handler` wants it to be.
+    fn noted(self, protocol: &'static str, listen: &Listen, handler: &Arc<impl Handler>) -> Self {
+        let Some(peer) = &self.peer else { return self };
+        let note = |open: &Arc<Connections>| open.note(peer, self.remote, protocol, listen.clock.now());
+        Self { noted: handler.connections().map(note), ..self }
     }
 }
 
@@ -179,6 +189,11 @@ pub trait Handler: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send {
         let _nothing_to_serve_it = (stream, peer, remote, scope);
         std::future::ready(())
+    }
+
+    /// Where its connections are to be noted, if anywhere.
+    fn connections(&self) -> Option<&Arc<Connections>> {
+        None
     }
 
     /// Hears of a connection that was refused before any request.
@@ -329,6 +344,7 @@ async fn connection(
         }
     };
     let protocol = session.alpn_protocol();
+    let (multiplexed, http2) = (protocol == Some(mux::ALPN), protocol == Some(ALPN_H2));
     if protocol == Some(ALPN_TCP) {
         if let Some(peer) = peer {
             // Boxed: connections that carry requests need not hold room for it.
@@ -336,10 +352,17 @@ async fn connection(
         }
         return Ok(());
     }
-    let connection = Connection::new(peer, remote);
-    if protocol == Some(mux::ALPN) {
+    let spoken = if multiplexed {
+        "mux"
+    } else if http2 {
+        "http/2"
+    } else {
+        "http/1.1"
+    };
+    let connection = Connection::new(peer, remote).noted(spoken, listen, handler);
+    if multiplexed {
         exchanges(stream, connection, listen, handler).await;
-    } else if protocol == Some(ALPN_H2) {
+    } else if http2 {
         Box::pin(streams(TokioIo::new(stream), Arc::new(connection), listen, handler)).await;
     } else {
         let (reader, writer) = tokio::io::split(stream);
@@ -364,7 +387,7 @@ impl<H: Handler> TunnelledRequests<H> {
 impl<H: Handler> HttpTunnels for TunnelledRequests<H> {
     fn serve(self: Arc<Self>, stream: Tunnel, peer: Peer, remote: SocketAddr) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            let connection = Connection::new(Some(peer), remote);
+            let connection = Connection::new(Some(peer), remote).noted("hbone", &self.listen, &self.handler);
             let (reader, writer) = tokio::io::split(stream);
             requests(reader, writer, connection, &self.listen, &self.handler).await;
         })

@@ -19,6 +19,8 @@ use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
 use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
 use crate::correlate::Correlator;
+use crate::debug::connections::Connections;
+use crate::debug::{Debug, config as shown};
 use crate::ext_authz::{self, ExtAuthzConfig, Shared};
 use crate::inbound::Inbound;
 use crate::live::Registry;
@@ -129,7 +131,8 @@ impl Sidecar {
         random: SharedRandom,
         scope: &Scope,
     ) -> Result<Self, SidecarError> {
-        let correlator = Arc::new(Correlator::default());
+        let (correlator, connections) = (Arc::new(Correlator::default()), Arc::new(Connections::default()));
+        let in_force = shown::of(&config);
         let mut metrics = Metrics::default();
         let overload = Arc::new(Overload::default());
         overload.register(metrics.registry_mut());
@@ -209,6 +212,7 @@ impl Sidecar {
                 receipts: Arc::clone(&receipts),
                 spans: Arc::clone(&spans),
                 access_log: config.access_log.clone(),
+                connections: Arc::clone(&connections),
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
@@ -225,11 +229,12 @@ impl Sidecar {
             return Err(SidecarError::Capture("there is no app here for what others dial".to_owned()));
         }
 
-        let mut doors = HashMap::new();
+        let (mut doors, mut upstreams) = (HashMap::new(), Vec::new());
         for call in config.calls {
             let service = call.upstream.service.clone();
             let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), &calls)
                 .map_err(|source| SidecarError::Upstream { service, source })?;
+            upstreams.push(Arc::downgrade(&upstream));
             let outbound = Outbound {
                 upstream,
                 correlator: Arc::clone(&correlator),
@@ -267,7 +272,17 @@ impl Sidecar {
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);
         watch_trust(source.clone(), Arc::clone(&live), clock.clone(), scope);
         if let Some(listener) = config.admin {
-            let admin = Admin { id: config.id, source, metrics, clock: clock.clone(), scope: scope.clone() };
+            let debug = Debug {
+                source: source.clone(),
+                clock: clock.clone(),
+                connections,
+                live: Arc::clone(&live),
+                upstreams,
+                policy: policy.clone(),
+                config: in_force,
+            };
+            let (id, draining) = (config.id, scope.clone());
+            let admin = Admin { id, source, metrics, clock: clock.clone(), scope: draining, debug };
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }

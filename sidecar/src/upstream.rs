@@ -5,6 +5,8 @@
 //! under: after a rotation new requests go over new connections, and old ones end with their last
 //! request, so no request meets a closed door.
 
+mod look;
+
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -151,6 +153,8 @@ struct Pool {
 struct Pooled {
     link: Link,
     generation: u64,
+    /// In time since the Unix epoch.
+    since: Duration,
     _permit: Permit,
 }
 
@@ -416,7 +420,8 @@ impl Upstream {
         // Boxed, as all that happens seldom: a handshake's future is thousands of bytes, and what holds a
         // request's future is moved about with it.
         let link = Box::pin(self.dial(endpoint.address)).await.map_err(Unlinked::Dial)?;
-        pool.lock().push(Pooled { link: link.clone(), generation, _permit: permit });
+        let since = self.clock.now();
+        pool.lock().push(Pooled { link: link.clone(), generation, since, _permit: permit });
         Ok(link)
     }
 

@@ -84,6 +84,11 @@ impl Breaker {
         self.of(resource).0.load(Ordering::Relaxed)
     }
 
+    /// How many may be.
+    pub fn limit(&self, resource: Resource) -> u32 {
+        self.of(resource).1
+    }
+
     fn of(&self, resource: Resource) -> (&AtomicU32, u32) {
         match resource {
             Resource::Request => (&self.requests, self.limits.requests),

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 
@@ -116,6 +117,11 @@ impl<C> Member<C> {
     /// Whether this reason holds it back.
     pub fn is(&self, reason: Unavailable) -> bool {
         self.health.load(Ordering::Relaxed) & reason as u8 != 0
+    }
+
+    /// Until when it is ejected as an outlier, in time since the Unix epoch, if it is.
+    pub fn ejected_until(&self) -> Option<Duration> {
+        self.is(Unavailable::Ejected).then(|| self.record.ejected_until())
     }
 
     pub(super) fn is_on_probation(&self) -> bool {

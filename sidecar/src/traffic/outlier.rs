@@ -67,6 +67,11 @@ struct Sentence {
 }
 
 impl Record {
+    /// When the last ejection ends, or ended.
+    pub(super) fn ejected_until(&self) -> Duration {
+        self.sentence.lock().unwrap_or_else(PoisonError::into_inner).until
+    }
+
     fn end_streaks(&self) {
         for streak in [&self.connect, &self.gateway, &self.server] {
             // A store makes the line this core's own; most answers find nothing to end.
