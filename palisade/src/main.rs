@@ -86,6 +86,8 @@ enum Verb {
     Token(cmd::token::Args),
     /// Bring up the whole mesh with a bank behind it, or attack it.
     Demo(demo::Args),
+    /// Watch the requests of one sidecar as they end.
+    Tap(cmd::tap::Args),
     /// Fetch this process's own identity from the agent.
     Id(cmd::id::Args),
     /// Show hosts, identities and the authority.
@@ -128,6 +130,7 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
         Verb::Explain(args) => cmd::explain::run(args, global, printer),
         Verb::Token(args) => cmd::token::run(args, global, printer),
         Verb::Demo(args) => demo::run(args, global, printer),
+        Verb::Tap(args) => cmd::tap::run(args, global, printer),
         Verb::Id(args) => cmd::id::run(args, global, printer),
         Verb::Status(args) => cmd::status::run(args, global, printer),
         Verb::StartCommand(args) => Ok(cmd::run::start_command(args, printer)),

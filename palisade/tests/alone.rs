@@ -6,7 +6,8 @@
 mod stage;
 
 use std::fs;
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -116,4 +117,30 @@ fn nothing_starts_without_an_identity_that_is_whole() {
     refused("the private key does not fit the certificate");
     fs::remove_file(stage.path("server.key")).unwrap();
     refused("there is no file `server.key`");
+}
+
+#[test]
+fn a_tap_shows_denials_as_they_happen_and_ends_when_it_has_seen_enough() {
+    let stage = Stage::new();
+    let (server, client) = (stage.start("server"), stage.start("client"));
+    let mut tap = Command::new(env!("CARGO_BIN_EXE_palisade"))
+        .args(["tap", "--verdict", "deny", "--path", "/api/*", "-n", "2", "--config"])
+        .arg(stage.path("server.toml"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shown = BufReader::new(tap.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let heading = shown.next().unwrap();
+    assert!(heading.starts_with("time") && heading.contains("verdict"), "{heading}");
+    for target in ["/api/2m", "/", "/nothing", "/api/3m"] {
+        get(stage.client, target);
+    }
+    let shown: Vec<String> = shown.collect();
+    assert!(tap.wait().unwrap().success());
+    let request = |row: &'_ String| row.split("  ").find(|cell| cell.starts_with("GET ")).map(str::to_owned);
+    let requests: Vec<String> = shown.iter().filter_map(request).collect();
+    assert_eq!(requests, ["GET /api/2m", "GET /api/3m"], "{shown:#?}");
+    assert!(shown.iter().all(|row| row.contains("deny") && !row.contains('\u{1b}')), "{shown:#?}");
+    server.end();
+    client.end();
 }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 use identity::Scope;
 use identity::clock::SharedClock;
@@ -295,30 +296,40 @@ impl Buffer {
             self.second = now.as_secs();
             self.date = date(self.second);
         }
-        let Self { lines, date, .. } = self;
-        lines.extend_from_slice(b"{\"time\":\"");
-        lines.extend_from_slice(date.as_bytes());
-        put_digits(lines, now.subsec_millis(), 3);
-        lines.extend_from_slice(b"Z\",\"direction\":\"");
-        lines.extend_from_slice(seen.direction.name().as_bytes());
-        lines.push(b'"');
-        text(lines, "peer", seen.peer);
-        text(lines, "user", seen.user);
-        text(lines, "method", seen.method.as_str());
-        text(lines, "path", seen.path);
-        text(lines, "route", seen.route);
-        text(lines, "action", seen.action);
-        member(lines, "objects", seen.objects);
-        text(lines, "verdict", seen.verdict);
-        member(lines, "rule", seen.rule);
-        text(lines, "receipt", seen.receipt);
-        lines.extend_from_slice(b",\"status\":");
-        lines.extend_from_slice(seen.status.as_str().as_bytes());
-        lines.extend_from_slice(b",\"took_us\":");
-        put_number(lines, seen.took.as_micros());
-        member(lines, "note", seen.note);
-        lines.extend_from_slice(b"}\n");
+        put_line(&mut self.lines, &self.date, seen, now);
     }
+}
+
+/// The line of one request by itself.
+pub(crate) fn record(seen: &Finished<'_>, now: Duration) -> Bytes {
+    let mut line = Vec::new();
+    put_line(&mut line, &date(now.as_secs()), seen, now);
+    line.into()
+}
+
+fn put_line(lines: &mut Vec<u8>, date: &str, seen: &Finished<'_>, now: Duration) {
+    lines.extend_from_slice(b"{\"time\":\"");
+    lines.extend_from_slice(date.as_bytes());
+    put_digits(lines, now.subsec_millis(), 3);
+    lines.extend_from_slice(b"Z\",\"direction\":\"");
+    lines.extend_from_slice(seen.direction.name().as_bytes());
+    lines.push(b'"');
+    text(lines, "peer", seen.peer);
+    text(lines, "user", seen.user);
+    text(lines, "method", seen.method.as_str());
+    text(lines, "path", seen.path);
+    text(lines, "route", seen.route);
+    text(lines, "action", seen.action);
+    member(lines, "objects", seen.objects);
+    text(lines, "verdict", seen.verdict);
+    member(lines, "rule", seen.rule);
+    text(lines, "receipt", seen.receipt);
+    lines.extend_from_slice(b",\"status\":");
+    lines.extend_from_slice(seen.status.as_str().as_bytes());
+    lines.extend_from_slice(b",\"took_us\":");
+    put_number(lines, seen.took.as_micros());
+    member(lines, "note", seen.note);
+    lines.extend_from_slice(b"}\n");
 }
 
 /// `2026-11-25T19:01:14.`, to which milliseconds are added.

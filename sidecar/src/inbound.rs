@@ -27,7 +27,7 @@ use policy::{
 
 use tokio_rustls::server::TlsStream;
 
-use crate::access::{AccessLog, Finished};
+use crate::access::Finished;
 use crate::app::{App, AppError, Relay};
 use crate::correlate::{Correlator, Remembered};
 use crate::debug::connections::Connections;
@@ -40,6 +40,7 @@ use crate::server::{Connection, Handler, RefusedConnection};
 use crate::streams::{Asked, Streams};
 use crate::tcp::TcpInbound;
 use crate::trace::Spans;
+use crate::watchers::Watchers;
 use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
@@ -60,7 +61,7 @@ pub struct Inbound {
     pub(crate) clock: SharedClock,
     pub(crate) receipts: Arc<Receipts>,
     pub(crate) spans: Arc<Spans>,
-    pub(crate) access_log: Option<Arc<AccessLog>>,
+    pub(crate) watchers: Arc<Watchers>,
     pub(crate) connections: Arc<Connections>,
     pub(crate) tcp: Arc<TcpInbound>,
     pub(crate) streams: Arc<Streams>,
@@ -166,7 +167,7 @@ impl Handler for Inbound {
         let mapped = understood.mapped.as_ref();
         let route = mapped.map_or("", Mapped::route);
         self.metrics.observe(&Observation { direction: Direction::Inbound, peer, route, status, took });
-        if let Some(log) = &self.access_log {
+        if self.watchers.listen() {
             let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
             let seen = Finished {
                 direction: Direction::Inbound,
@@ -184,7 +185,7 @@ impl Handler for Inbound {
                 took,
                 note: ended.note.as_ref().map_or(&"" as &dyn Display, |note| note),
             };
-            log.write(&seen, now);
+            self.watchers.tell(&seen, now);
         }
         ended.response
     }

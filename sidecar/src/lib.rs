@@ -21,6 +21,7 @@
 //! | [`access`] | a line of JSON a request |
 //! | [`overload`] | refusing early what memory and descriptors do not suffice for |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
+//! | [`tap`] | requests as they end, for whoever looks on |
 //! | [`debug`] | `/debug`: what is open, where calls go, whose certificates, what is in force |
 
 mod accept;
@@ -50,11 +51,13 @@ mod sample;
 pub mod server;
 mod sidecar;
 mod streams;
+pub mod tap;
 pub mod tcp;
 pub mod trace;
 pub mod traffic;
 mod transaction;
 pub mod upstream;
+mod watchers;
 
 use bytes::Bytes;
 

@@ -10,7 +10,7 @@ use identity::txn::{self, Chain, RequestBinding};
 use identity::{IdentitySource, SpiffeId};
 use thiserror::Error;
 
-use crate::access::{AccessLog, Finished};
+use crate::access::Finished;
 use crate::app::Relay;
 use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
@@ -18,6 +18,7 @@ use crate::metrics::{Direction, Metrics, Observation};
 use crate::server::{Connection, Handler};
 use crate::trace::Spans;
 use crate::upstream::{Upstream, UpstreamError};
+use crate::watchers::Watchers;
 use crate::{Body, answer};
 
 /// Everything one outbound listener needs.
@@ -28,7 +29,7 @@ pub struct Outbound {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
     pub(crate) spans: Arc<Spans>,
-    pub(crate) access_log: Option<Arc<AccessLog>>,
+    pub(crate) watchers: Arc<Watchers>,
 }
 
 /// Why a call of the app went no further than its own sidecar.
@@ -75,7 +76,7 @@ impl Handler for Outbound {
             status,
             took,
         });
-        if let Some(log) = &self.access_log {
+        if self.watchers.listen() {
             let error = outcome.as_ref().err();
             let seen = Finished {
                 direction: Direction::Outbound,
@@ -88,7 +89,7 @@ impl Handler for Outbound {
                 note: error.map_or(&"" as &dyn Display, |error| error),
                 ..Finished::default()
             };
-            log.write(&seen, now);
+            self.watchers.tell(&seen, now);
         }
         outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
     }

@@ -35,6 +35,7 @@ use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound};
 use crate::trace::{SharedRandom, Spans};
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
+use crate::watchers::Watchers;
 
 /// What one sidecar is told. Listeners come bound, so that a taken port is found before anything starts.
 #[derive(Debug)]
@@ -139,6 +140,8 @@ impl Sidecar {
         if let Some(log) = &config.access_log {
             log.register(metrics.registry_mut());
         }
+        let watchers = Arc::new(Watchers { access_log: config.access_log.clone(), tap: Arc::default() });
+        watchers.tap.register(metrics.registry_mut());
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
         let most = config.budget.connections(Limits::default().max_connections);
@@ -170,7 +173,7 @@ impl Sidecar {
         });
         let policy = shared.as_ref().map(|shared| Arc::clone(&shared.policy));
         if let (Some(asked), Some(shared)) = (config.ext_authz, &shared) {
-            ext_authz::start(asked, config.id.clone(), shared.clone(), config.access_log.clone(), &front)?;
+            ext_authz::start(asked, config.id.clone(), shared.clone(), Arc::clone(&watchers), &front)?;
         }
         if let (Some(config_in), Some(Shared { policy, verifier, .. })) = (config.inbound, &shared) {
             let InboundConfig { service, listener, app, app_protocol, request_timeout, .. } = config_in;
@@ -211,7 +214,7 @@ impl Sidecar {
                 clock: clock.clone(),
                 receipts: Arc::clone(&receipts),
                 spans: Arc::clone(&spans),
-                access_log: config.access_log.clone(),
+                watchers: Arc::clone(&watchers),
                 connections: Arc::clone(&connections),
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
@@ -242,7 +245,7 @@ impl Sidecar {
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
                 spans: Arc::clone(&spans),
-                access_log: config.access_log.clone(),
+                watchers: Arc::clone(&watchers),
             };
             let (listener, limits) = (tokio_listener(call.listener)?, limits.clone());
             let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
@@ -280,6 +283,8 @@ impl Sidecar {
                 upstreams,
                 policy: policy.clone(),
                 config: in_force,
+                tap: Arc::clone(&watchers.tap),
+                scope: scope.clone(),
             };
             let (id, draining) = (config.id, scope.clone());
             let admin = Admin { id, source, metrics, clock: clock.clone(), scope: draining, debug };

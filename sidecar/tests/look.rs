@@ -1,4 +1,4 @@
-//! What can be seen of a running sidecar: `/debug`.
+//! What can be seen of a running sidecar: `/debug`, and requests as they end.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,6 +10,7 @@
 
 mod pair;
 
+use http_body_util::BodyExt as _;
 use pair::{Pair, id};
 
 #[tokio::test]
@@ -22,6 +23,8 @@ async fn debug_shows_connections_endpoints_certificates_and_the_config_in_force(
     let index = pair.page(pair.stock_admin, "/debug/").await;
     let pages: Vec<&str> =
         index["pages"].as_array().unwrap().iter().map(|page| page.as_str().unwrap()).collect();
+    let (tap, pages) = pages.split_last().unwrap();
+    assert_eq!(*tap, "/debug/tap");
     assert_eq!(pages, ["/debug/certificates", "/debug/config", "/debug/connections", "/debug/endpoints"]);
     for page in pages {
         pair.page(pair.web_admin, page).await;
@@ -98,4 +101,47 @@ async fn debug_is_closed_to_foreign_hosts() {
     assert_eq!(pair.get(pair.stock_admin, "/debug/other", &[]).await.0, 404);
     assert_eq!(pair.get(pair.stock_admin, "/debugger", &[]).await.0, 404);
     pair.end().await;
+}
+
+#[tokio::test]
+async fn a_tap_shows_requests_of_both_sides_as_they_end() {
+    let pair = Pair::new().await;
+    let mut stock = pair.open(pair.stock_admin, "/debug/tap?verdict=deny", &[]).await.into_body();
+    let mut web = pair.open(pair.web_admin, "/debug/tap", &[]).await.into_body();
+    assert_eq!(next_record(&mut stock, "\n").await, "\n");
+    assert_eq!(pair.call("/items/17", &[]).await.0, 200);
+    assert_eq!(pair.call("/items/secret", &[]).await.0, 403);
+
+    let record: serde_json::Value = serde_json::from_str(&next_record(&mut stock, "{").await).unwrap();
+    assert_eq!((&record["path"], &record["verdict"]), (&"/items/secret".into(), &"deny".into()), "{record}");
+    assert_eq!(
+        (&record["action"], &record["direction"]),
+        (&"ReadItem".into(), &"inbound".into()),
+        "{record}"
+    );
+    let record: serde_json::Value = serde_json::from_str(&next_record(&mut web, "{").await).unwrap();
+    assert_eq!((&record["path"], &record["status"]), (&"/items/17".into(), &200.into()), "{record}");
+
+    assert_eq!(pair.get(pair.web_admin, "/debug/tap?pear=x", &[]).await.0, 400);
+    assert_eq!(pair.get(pair.web_admin, "/debug/tap", &[("host", "rebound.example")]).await.0, 403);
+    let mut more = Vec::new();
+    for _ in 0..3 {
+        more.push(pair.open(pair.web_admin, "/debug/tap", &[]).await);
+    }
+    assert_eq!(pair.get(pair.web_admin, "/debug/tap", &[]).await.0, 503);
+    drop((more, stock));
+    // Who still looks on does not hold the drain up, and hears of the end.
+    let looks_on = async { while web.frame().await.is_some_and(|frame| frame.is_ok()) {} };
+    tokio::join!(pair.end(), looks_on);
+}
+
+/// What begins with `start` next.
+async fn next_record(body: &mut hyper::body::Incoming, start: &str) -> String {
+    loop {
+        let frame = body.frame().await.expect("the tap goes on").unwrap();
+        let text = String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap();
+        if text.starts_with(start) {
+            return text;
+        }
+    }
 }

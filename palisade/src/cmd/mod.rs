@@ -14,5 +14,6 @@ pub(crate) mod policy;
 pub(crate) mod run;
 pub(crate) mod sidecar;
 pub(crate) mod status;
+pub(crate) mod tap;
 pub(crate) mod token;
 pub(crate) mod vault;

@@ -6,6 +6,7 @@
 //! | `/debug/endpoints` | each called service: its endpoints, their load, who is ejected, how much is under way |
 //! | `/debug/certificates` | the own SVID and the roots that are trusted; never a key |
 //! | `/debug/config` | the configuration and the policy in force |
+//! | `/debug/tap` | requests as they end, a line each, without an end ([`crate::tap`]) |
 //!
 //! It tells who talks to whom, so it is for people on this machine alone: a request must come over loopback, and
 //! must have been meant for it. A page of somebody else's in a browser on this machine comes over loopback too,
@@ -20,15 +21,16 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::header::HOST;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HOST};
 use http::uri::Authority;
-use http::{Request, Response, StatusCode};
-use identity::IdentitySource;
+use http::{HeaderValue, Request, Response, StatusCode};
 use identity::clock::SharedClock;
+use identity::{IdentitySource, Scope};
 use policy::ServicePolicy;
 use serde_json::{Value, json};
 
 use crate::live::{Kind, Registry};
+use crate::tap::{Tap, TapError};
 use crate::upstream::Upstream;
 use crate::{Body, answer};
 use connections::Connections;
@@ -46,6 +48,8 @@ pub(crate) struct Debug {
     pub(crate) upstreams: Vec<Weak<Upstream>>,
     pub(crate) policy: Option<Arc<ArcSwap<ServicePolicy>>>,
     pub(crate) config: Value,
+    pub(crate) tap: Arc<Tap>,
+    pub(crate) scope: Scope,
 }
 
 /// Whether a path of the admin port belongs here.
@@ -62,7 +66,7 @@ impl Debug {
         }
         let page = match request.uri().path() {
             "/debug" | "/debug/" => {
-                json!({ "pages": ["/debug/certificates", "/debug/config", "/debug/connections", "/debug/endpoints"] })
+                json!({ "pages": ["/debug/certificates", "/debug/config", "/debug/connections", "/debug/endpoints", "/debug/tap"] })
             }
             "/debug/certificates" => certificates::page(self.source.current().as_deref()),
             "/debug/config" => {
@@ -70,9 +74,27 @@ impl Debug {
             }
             "/debug/connections" => self.connections(),
             "/debug/endpoints" => self.endpoints(),
+            "/debug/tap" => return self.tap(request.uri().query().unwrap_or_default()),
             _ => return answer::json(StatusCode::NOT_FOUND, r#"{"error":"not_found"}"#),
         };
         answer::json(StatusCode::OK, format!("{page:#}\n"))
+    }
+
+    fn tap(&self, query: &str) -> Response<Body> {
+        let body = match self.tap.open(query, self.clock.clone(), self.scope.clone()) {
+            Ok(body) => body,
+            Err(error) => {
+                let status = match error {
+                    TapError::TooMany => StatusCode::SERVICE_UNAVAILABLE,
+                    TapError::Filter(_) => StatusCode::BAD_REQUEST,
+                };
+                return answer::json(status, json!({ "error": error.to_string() }).to_string());
+            }
+        };
+        let mut response = Response::new(body);
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
     }
 
     fn connections(&self) -> Value {
@@ -150,6 +172,8 @@ mod tests {
             upstreams: Vec::new(),
             policy: None,
             config: json!({}),
+            tap: Arc::default(),
+            scope: Scope::new(),
         }
     }
 

@@ -28,7 +28,7 @@ use policy::{
     Recorder, Refusal, ServicePolicy,
 };
 
-use crate::access::{AccessLog, Finished};
+use crate::access::Finished;
 use crate::app::{App, AppProtocol};
 use crate::entities::{self, Unanswered};
 use crate::headers::{self, TraceParent};
@@ -36,6 +36,7 @@ use crate::inbound::{Listed, permitted};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::trace::Spans;
+use crate::watchers::Watchers;
 use crate::{SidecarError, answer, transaction};
 
 pub use listen::{BoundDoor, Door, DoorError};
@@ -104,7 +105,7 @@ struct ExtAuthz {
     app: Option<App>,
     shared: Shared,
     sampler: Sampler,
-    access_log: Option<Arc<AccessLog>>,
+    watchers: Arc<Watchers>,
 }
 
 /// Starts the server as tasks of `scope`; it ends when that drains.
@@ -112,7 +113,7 @@ pub(crate) fn start(
     config: ExtAuthzConfig,
     id: SpiffeId,
     shared: Shared,
-    access_log: Option<Arc<AccessLog>>,
+    watchers: Arc<Watchers>,
     scope: &Scope,
 ) -> Result<(), SidecarError> {
     let (source, metrics, clock) = (shared.source.clone(), Arc::clone(&shared.metrics), shared.clock.clone());
@@ -124,7 +125,7 @@ pub(crate) fn start(
     };
     let connections = config.door.accept(&source, metrics, clock.clone(), scope)?;
     let ext_authz =
-        ExtAuthz { service: config.service, id, app, shared, sampler: Sampler::default(), access_log };
+        ExtAuthz { service: config.service, id, app, shared, sampler: Sampler::default(), watchers };
     service::serve(Arc::new(ext_authz), connections, scope);
     Ok(())
 }
@@ -315,7 +316,7 @@ impl ExtAuthz {
         let (peer, mapped) = (principal.as_str(), mapped.as_ref());
         let route = mapped.map_or("", Mapped::route);
         metrics.observe(&Observation { direction: Direction::ExtAuthz, peer, route, status, took });
-        if let Some(log) = &self.access_log {
+        if self.watchers.listen() {
             let user = caller.as_ref().and_then(|caller| caller.user.as_ref());
             let seen = Finished {
                 direction: Direction::ExtAuthz,
@@ -333,7 +334,7 @@ impl ExtAuthz {
                 took,
                 note: note.as_ref().map_or(&"" as &dyn Display, |note| note),
             };
-            log.write(&seen, now);
+            self.watchers.tell(&seen, now);
         }
         response
     }
