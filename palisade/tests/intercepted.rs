@@ -144,6 +144,28 @@ fn an_apps_calls_go_through_the_mesh_and_what_it_may_not_call_is_refused_by_a_na
 }
 
 #[test]
+fn an_app_dials_a_service_that_speaks_first_and_knows_of_no_sidecar() {
+    if let Some(why) = unable() {
+        return skip(why);
+    }
+    let pair = Pair::new();
+    let (left, right) = (&pair.left, &pair.right);
+    let app = right.serve(APP);
+    let server = pair.plain_server();
+    let services = right.at(8080);
+    let more = "protocol = \"tcp\"\n[capture]\noutbound_port = 15001\n";
+    let client = pair.client(&pair.mesh_addresses(), &services, more);
+    left.captured(&CAPTURED);
+    // Nobody listens at the service's own address, and its app sees its own sidecar only.
+    for service in services {
+        assert_eq!(left.dial(2000, service), "direct from 127.0.0.1", "{service}");
+    }
+    assert_eq!(app.count(), 2);
+    client.end("TERM");
+    server.end("TERM");
+}
+
+#[test]
 fn what_strangers_dial_at_the_apps_port_is_served_over_mtls_or_refused_with_their_address() {
     if let Some(why) = unable() {
         return skip(why);

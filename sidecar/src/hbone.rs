@@ -27,9 +27,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use crate::BoxError;
-use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
+use crate::accept::Slot;
 use crate::live::Kind;
-use crate::server::RefusedConnection;
+use crate::server::{Limits, RefusedConnection};
 use crate::tcp::inbound::{Origin, Stop};
 use crate::tcp::{Side, Stream, TcpInbound};
 
@@ -84,11 +84,10 @@ impl Hbone {
         Ok(Arc::new(Self { destinations, tcp, http, tls: TlsAcceptor::from(tls), clock }))
     }
 
-    /// Accepts until `scope` drains; tunnels that are open go on. Returns at once.
-    pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
+    /// Accepts within `limits` until `scope` drains; tunnels that are open go on. Returns at once.
+    pub fn serve(self: &Arc<Self>, listener: TcpListener, limits: &Limits, scope: &Scope) {
         let (this, inside) = (Arc::clone(self), scope.clone());
-        let (max_connections, clock) = (MAX_CONNECTIONS, self.clock.clone());
-        let accepting = Accepting { max_connections, overload: None, clock, scope: scope.clone() };
+        let accepting = limits.accepting(&self.clock, scope);
         scope.spawn_critical("hbone", async move {
             let serve = |(stream, remote), slot| {
                 let (this, scope) = (Arc::clone(&this), inside.clone());

@@ -63,7 +63,7 @@ use bytes::Bytes;
 
 pub use body::{Body, BoxError};
 pub use buffered::Buffered;
-pub use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig, SidecarError};
+pub use sidecar::{Call, Carries, HboneConfig, InboundConfig, Sidecar, SidecarConfig, SidecarError};
 
 /// A body that is already here.
 pub fn full(bytes: impl Into<Bytes>) -> Body {

@@ -17,11 +17,13 @@ use thiserror::Error;
 use crate::access::AccessLog;
 use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
+use crate::capture::serve::Way;
 use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
 use crate::correlate::Correlator;
 use crate::debug::connections::Connections;
 use crate::debug::{Debug, config as shown};
 use crate::ext_authz::{self, ExtAuthzConfig, Shared};
+use crate::hbone::Hbone;
 use crate::inbound::Inbound;
 use crate::live::Registry;
 use crate::metrics::Metrics;
@@ -29,10 +31,10 @@ use crate::mux;
 use crate::outbound::Outbound;
 use crate::overload::{self, Budget, Overload, ProcReadings};
 use crate::sample::Sampler;
-use crate::server::{self, Door, Limits};
+use crate::server::{self, Door, Limits, TunnelledRequests};
 use crate::streams::Streams;
 use crate::tcp::inbound::TcpInboundConfig;
-use crate::tcp::{ALPN_TCP, Ports, TcpInbound};
+use crate::tcp::{ALPN_TCP, Ports, TcpInbound, TcpOutbound, TcpUpstream};
 use crate::trace::{SharedRandom, Spans};
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 use crate::watchers::Watchers;
@@ -76,6 +78,17 @@ pub struct InboundConfig {
     pub gateways: Vec<SpiffeId>,
     /// From handing a request to the app to the head of its answer.
     pub request_timeout: Duration,
+    /// The second way in, for another mesh's proxies.
+    pub hbone: Option<HboneConfig>,
+}
+
+/// HTTP/2 CONNECT over mTLS, as Istio's ambient ztunnel speaks it.
+#[derive(Debug)]
+pub struct HboneConfig {
+    /// Where it comes in; port 15008 by custom.
+    pub listener: TcpListener,
+    /// The app's addresses as the other mesh knows them: what a CONNECT may name.
+    pub destinations: Vec<SocketAddr>,
 }
 
 /// A service that the app may call through its sidecar.
@@ -85,6 +98,18 @@ pub struct Call {
     pub listener: TcpListener,
     /// Who is called.
     pub upstream: UpstreamConfig,
+    /// What the calls are.
+    pub carries: Carries,
+}
+
+/// What goes through an outbound listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Carries {
+    /// Requests, HTTP/1.1 or HTTP/2.
+    #[default]
+    Requests,
+    /// Connections in a protocol that the sidecar does not read. The service's map must say `mapping = "tcp"`.
+    Connections,
 }
 
 /// Why a sidecar did not start.
@@ -173,10 +198,12 @@ impl Sidecar {
         });
         let policy = shared.as_ref().map(|shared| Arc::clone(&shared.policy));
         if let (Some(asked), Some(shared)) = (config.ext_authz, &shared) {
-            ext_authz::start(asked, config.id.clone(), shared.clone(), Arc::clone(&watchers), &front)?;
+            let (id, watchers) = (config.id.clone(), Arc::clone(&watchers));
+            ext_authz::start(asked, id, shared.clone(), watchers, &limits, &front)?;
         }
         if let (Some(config_in), Some(Shared { policy, verifier, .. })) = (config.inbound, &shared) {
-            let InboundConfig { service, listener, app, app_protocol, request_timeout, .. } = config_in;
+            let InboundConfig { service, listener, app, app_protocol, request_timeout, hbone, .. } =
+                config_in;
             let tcp = TcpInbound::new(TcpInboundConfig {
                 service: service.clone(),
                 id: config.id.clone(),
@@ -199,7 +226,7 @@ impl Sidecar {
                 clock: clock.clone(),
             };
             let inbound = Inbound {
-                tcp,
+                tcp: Arc::clone(&tcp),
                 streams: Arc::new(streams),
                 service,
                 id: config.id.clone(),
@@ -227,14 +254,32 @@ impl Sidecar {
                 let accepting = limits.accepting(&clock, &front);
                 capture::serve::serve_inbound(captured, app.port(), door, Arc::clone(&metrics), accepting);
             }
+            if let Some(HboneConfig { listener, destinations }) = hbone {
+                let requests = Arc::clone(&inbound);
+                let requests = TunnelledRequests::new(requests, limits.clone(), &front, clock.clone());
+                let named = |address: SocketAddr| (address, Ports::MAIN.to_owned());
+                let destinations = destinations.into_iter().map(named).collect();
+                let hbone = Hbone::new(destinations, tcp, requests, &source, clock.clone())?;
+                hbone.serve(tokio_listener(listener)?, &limits, &front);
+            }
             server::serve("inbound", listener, Some(tls), limits, &front, clock.clone(), inbound);
         } else if config.capture.inbound.is_some() {
             return Err(SidecarError::Capture("there is no app here for what others dial".to_owned()));
         }
 
-        let (mut doors, mut upstreams) = (HashMap::new(), Vec::new());
+        let (mut ways, mut upstreams) = (HashMap::new(), Vec::new());
         for call in config.calls {
             let service = call.upstream.service.clone();
+            if call.carries == Carries::Connections {
+                let UpstreamConfig { id, endpoints, .. } = call.upstream;
+                let upstream = TcpUpstream { service: service.clone(), id, port: String::new(), endpoints };
+                let (source, stats) = (source.clone(), metrics.tcp().clone());
+                let plain =
+                    TcpOutbound::new(upstream, source, stats, clock.clone(), config.access_log.is_some())?;
+                plain.serve(tokio_listener(call.listener)?, &limits, &calls);
+                ways.insert(service, Way::Connections(plain));
+                continue;
+            }
             let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), &calls)
                 .map_err(|source| SidecarError::Upstream { service, source })?;
             upstreams.push(Arc::downgrade(&upstream));
@@ -250,16 +295,16 @@ impl Sidecar {
             let (listener, limits) = (tokio_listener(call.listener)?, limits.clone());
             let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
             let door = Door::new(None, limits.clone(), &calls, clock.clone(), Arc::clone(&outbound));
-            doors.insert(service, door);
+            ways.insert(service, Way::Requests(door));
             server::serve("outbound", listener, None, limits, &calls, clock.clone(), outbound);
         }
         if let Some(CapturedCalls { listener, services, egress, names }) = config.capture.outbound {
             let mut known = HashMap::new();
             for (address, service) in services {
-                let door = doors.get(&service).ok_or_else(|| {
+                let way = ways.get(&service).ok_or_else(|| {
                     SidecarError::Capture(format!("{address} is {service}, which the app does not call"))
                 })?;
-                if known.insert(address, Arc::clone(door)).is_some() {
+                if known.insert(address, way.clone()).is_some() {
                     return Err(SidecarError::Capture(format!("{address} is the address of two services")));
                 }
             }

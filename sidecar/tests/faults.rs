@@ -77,6 +77,7 @@ impl World {
                 policy: policies.service("backend").unwrap(),
                 gateways: Vec::new(),
                 request_timeout: DEADLINE,
+                hbone: None,
             }),
             ext_authz: None,
             calls: Vec::new(),

@@ -141,7 +141,7 @@ impl Db {
         let hbone = Hbone::new(destinations, tcp, Arc::new(WhoAsks), &source, clock).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        hbone.serve(listener, &scope);
+        hbone.serve(listener, &sidecar::server::Limits::default(), &scope);
         Self { authority, address, policy, registry, records, reached, scope }
     }
 

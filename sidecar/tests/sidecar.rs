@@ -208,6 +208,7 @@ impl World {
                 policy: policies.service("accounts").unwrap(),
                 gateways: vec![id("/palisade/gateway")],
                 request_timeout: Duration::from_secs(10),
+                hbone: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -807,6 +808,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             policy: web_policies.service("web").unwrap(),
             gateways: vec![id("/palisade/gateway")],
             request_timeout: Duration::from_secs(10),
+            hbone: None,
         }),
         ext_authz: None,
         calls: vec![Call {
@@ -817,6 +819,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
                 endpoints: vec![world.inbound],
                 response_timeout: Duration::from_secs(10),
             },
+            carries: sidecar::Carries::Requests,
         }],
         capture: CaptureConfig::default(),
         admin: Some(admin),

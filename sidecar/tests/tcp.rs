@@ -183,7 +183,7 @@ impl Db {
         let outbound = TcpOutbound::new(upstream, source, stats.clone(), self.clock.clone(), true).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        outbound.serve(listener, &self.scope);
+        outbound.serve(listener, &sidecar::server::Limits::default(), &self.scope);
         Web { address, outbound, stats, publisher, bundles }
     }
 
@@ -629,6 +629,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             policy: policy("mapping = \"tcp\"", WEB_ONLY),
             gateways: Vec::new(),
             request_timeout: Duration::from_secs(10),
+            hbone: None,
         }),
         ext_authz: None,
         calls: Vec::new(),

@@ -12,19 +12,19 @@ use std::time::Duration;
 
 use identity::Scope;
 use identity::clock::SharedClock;
-use policy::ServicePolicy;
+use policy::{Mapping, ServicePolicy};
 use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
+use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
 use crate::Global;
 use crate::cmd::capture;
 use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen::Listeners;
-use crate::mesh::{self, Callee, Mesh, Own, Service};
+use crate::mesh::{self, AppProtocol, Callee, Mesh, Own, Service};
 use crate::printer::Printer;
 use crate::rlimits;
 use crate::serve::{self, Started};
@@ -218,6 +218,21 @@ fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) 
     }
 }
 
+/// An app of its own protocol and a map that says so belong together.
+fn fits(app: AppProtocol, policy: &ServicePolicy, section: &str) -> Result<(), Failure> {
+    match (app.carries(), policy.mapping()) {
+        (Carries::Connections, Mapping::Tcp) | (Carries::Requests, Mapping::Routes | Mapping::None) => Ok(()),
+        (Carries::Connections, _) => Err(Failure::invalid(format!(
+            "{section} says app_protocol = \"tcp\", and the service's map.toml maps requests"
+        ))
+        .hint("write mapping = \"tcp\" in map.toml, or leave app_protocol out")),
+        (Carries::Requests, _) => Err(Failure::invalid(format!(
+            "the service's map.toml says mapping = \"tcp\", and {section} does not"
+        ))
+        .hint("add app_protocol = \"tcp\"")),
+    }
+}
+
 /// Where apps that know of no sidecar dial those whom `service` calls.
 fn addresses(service: &Service, mesh: &Mesh) -> impl Iterator<Item = (String, Vec<SocketAddr>)> {
     service.calls.keys().map(|callee| {
@@ -239,6 +254,7 @@ fn configure(
     listeners: &mut Listeners,
 ) -> Result<SidecarConfig, Failure> {
     let key = |part: &str| format!("[service.{name}] {part}");
+    fits(service.app_protocol, &policy, &format!("mesh.toml: [service.{name}]"))?;
     let inbound = listeners.tcp("inbound", "the sidecar", &key("inbound"), service.inbound)?;
     let admin = listeners.tcp("admin", "the sidecar's admin port", &key("admin"), service.admin)?;
     let mut calls = Vec::new();
@@ -246,14 +262,16 @@ fn configure(
         let (socket, what) = (format!("outbound.{callee}"), format!("the calls to {callee}"));
         let listener = listeners.tcp(&socket, &what, &key("calls"), *address)?;
         let target = match callee {
-            Callee::Vault => {
-                mesh.vault.as_ref().and_then(|vault| Some((mesh.own_id(Own::Vault)?, vault.listen)))
-            }
-            Callee::Service(callee) => {
-                mesh.service.get(callee).map(|callee| (callee.id.clone(), callee.inbound))
-            }
+            Callee::Vault => mesh
+                .vault
+                .as_ref()
+                .and_then(|vault| Some((mesh.own_id(Own::Vault)?, vault.listen, Carries::Requests))),
+            Callee::Service(callee) => mesh
+                .service
+                .get(callee)
+                .map(|callee| (callee.id.clone(), callee.inbound, callee.app_protocol.carries())),
         };
-        let Some((id, endpoint)) = target else {
+        let Some((id, endpoint, carries)) = target else {
             return Err(Failure::invalid(format!("mesh.toml says nothing of {callee}, which {name} calls")));
         };
         calls.push(Call {
@@ -264,6 +282,7 @@ fn configure(
                 endpoints: vec![endpoint],
                 response_timeout: service.request_timeout,
             },
+            carries,
         });
     }
     Ok(SidecarConfig {
@@ -276,6 +295,7 @@ fn configure(
             policy,
             gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
             request_timeout: service.request_timeout,
+            hbone: None,
         }),
         ext_authz: None,
         calls,

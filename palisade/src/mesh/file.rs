@@ -239,7 +239,8 @@ pub(crate) struct ServiceSection {
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["web/cookie-key"])]
     pub(crate) secrets: Vec<Text>,
-    /// What the app speaks: http1, or h2c (HTTP/2 without TLS). Default: http1.
+    /// What the app speaks: http1, h2c (HTTP/2 without TLS), or tcp: a protocol of its own, whose connections
+    /// its map judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]
     pub(crate) app_protocol: Option<AppProtocol>,
     /// The longest that one request may take, answer included. Default: 30s.
@@ -315,6 +316,18 @@ pub(crate) enum AppProtocol {
     Http1,
     /// HTTP/2 with prior knowledge, without TLS.
     H2c,
+    /// A protocol that the sidecar does not read.
+    Tcp,
+}
+
+impl AppProtocol {
+    /// What calls to such an app are.
+    pub(crate) fn carries(self) -> sidecar::Carries {
+        match self {
+            Self::Http1 | Self::H2c => sidecar::Carries::Requests,
+            Self::Tcp => sidecar::Carries::Connections,
+        }
+    }
 }
 
 /// What a sidecar may use of its machine.
@@ -330,7 +343,8 @@ pub(crate) struct LimitsSection {
 impl From<AppProtocol> for sidecar::app::AppProtocol {
     fn from(written: AppProtocol) -> Self {
         match written {
-            AppProtocol::Http1 => Self::Http1,
+            // A map without routes lets no request through to an app that takes connections.
+            AppProtocol::Http1 | AppProtocol::Tcp => Self::Http1,
             AppProtocol::H2c => Self::H2c,
         }
     }

@@ -9,12 +9,15 @@ use std::time::Duration;
 use identity::pem::IdentityFiles;
 use identity::{SpiffeId, TrustDomain};
 use policy::Problem;
+use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
 use toml::Spanned;
 
-use super::file::{ExtAuthzSection, InboundSection, OutboundSection, SidecarFile, TelemetrySection};
-use super::{Decided, ExtAuthz, Inbound, Outbound, Standalone};
+use super::file::{
+    CallProtocol, ExtAuthzSection, InboundSection, OutboundSection, SidecarFile, TelemetrySection,
+};
+use super::{Decided, ExtAuthz, Hbone, Inbound, Outbound, Standalone};
 use crate::mesh::check::MAX_TIMEOUT;
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
@@ -115,13 +118,35 @@ impl Check<'_> {
         let listen = self.bind(Some(&section.listen), "", "inbound's listen", Reach::Any);
         let app = self.bind(Some(&section.app), "", "the app", Reach::Loopback);
         let decided = self.decided(&section.service, &section.policies, &section.gateways);
+        let hbone = self.hbone(section, app);
         Some(Inbound {
+            hbone,
             listen: listen?,
             app: app?,
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             decided: decided?,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })
+    }
+
+    fn hbone(&mut self, section: &InboundSection, app: Option<SocketAddr>) -> Option<Hbone> {
+        let destinations = section.hbone_destinations.iter().filter_map(|text| self.dialled(text));
+        let mut destinations: Vec<SocketAddr> = destinations.collect();
+        let Some(text) = &section.hbone else {
+            if let Some(first) = section.hbone_destinations.first() {
+                self.report(first, "there is no `hbone` to come in by".to_owned(), None);
+            }
+            return None;
+        };
+        let listen = self.bind(Some(text), "", "inbound's hbone", Reach::Any)?;
+        if section.hbone_destinations.is_empty() {
+            if listen.ip().is_unspecified() {
+                let hint = "add hbone_destinations = [\"ADDRESS:PORT\"]";
+                self.report(text, "which address do others know the app by?".to_owned(), Some(hint.into()));
+            }
+            destinations.push(SocketAddr::new(listen.ip(), app?.port()));
+        }
+        Some(Hbone { listen, destinations })
     }
 
     fn ext_authz(&mut self, section: &ExtAuthzSection) -> Option<ExtAuthz> {
@@ -182,6 +207,10 @@ impl Check<'_> {
         Some(Outbound {
             listen: listen?,
             id: id?,
+            carries: match section.protocol.unwrap_or(CallProtocol::Http) {
+                CallProtocol::Http => Carries::Requests,
+                CallProtocol::Tcp => Carries::Connections,
+            },
             endpoints,
             addresses,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,

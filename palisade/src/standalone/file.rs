@@ -83,7 +83,8 @@ pub(crate) struct InboundSection {
     /// The service's name: its policies are services/NAME in that directory.
     #[schemars(with = "String", example = &"backend")]
     pub(crate) service: Text,
-    /// What the app speaks: http1, or h2c (HTTP/2 without TLS). Default: http1.
+    /// What the app speaks: http1, h2c (HTTP/2 without TLS), or tcp: a protocol of its own, whose connections
+    /// its map judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]
     pub(crate) app_protocol: Option<AppProtocol>,
     /// The SPIFFE IDs at which transaction tokens may begin. Default: none, no request carries a user.
@@ -93,6 +94,13 @@ pub(crate) struct InboundSection {
     /// The longest that the app may take to answer. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+    /// A second way in, for the proxies of an Istio ambient mesh: HBONE, port 15008 by custom. Default: none.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:15608")]
+    pub(crate) hbone: Option<Text>,
+    /// The app's addresses as that mesh knows them. Default: hbone's address with the app's port.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.0.0.2:18080"])]
+    pub(crate) hbone_destinations: Vec<Text>,
 }
 
 /// The same decisions for an Envoy that stays before the app: its ext_authz filter asks here, by gRPC. The
@@ -141,6 +149,9 @@ pub(crate) struct OutboundSection {
     /// The SPIFFE ID that must answer.
     #[schemars(with = "String", example = "spiffe://mesh.test/ns/default/sa/backend")]
     pub(crate) id: Text,
+    /// What the calls are: http, or tcp for a service whose app speaks a protocol of its own. Default: http.
+    #[schemars(example = &"http")]
+    pub(crate) protocol: Option<CallProtocol>,
     /// Where its sidecars are.
     #[schemars(with = "Vec<String>", example = ["127.0.0.1:15606"])]
     pub(crate) endpoints: Vec<Text>,
@@ -151,6 +162,17 @@ pub(crate) struct OutboundSection {
     /// The longest that it may take to answer. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+}
+
+/// What calls are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub(crate) enum CallProtocol {
+    /// Requests, HTTP/1.1 or HTTP/2.
+    Http,
+    /// Connections that the sidecar does not read.
+    Tcp,
 }
 
 /// /ready, /live and /metrics. Leave the section out to have none.

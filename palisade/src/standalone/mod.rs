@@ -16,6 +16,7 @@ use std::time::Duration;
 use identity::SpiffeId;
 use identity::pem::IdentityFiles;
 use policy::Problem;
+use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
 
@@ -52,6 +53,15 @@ pub(crate) struct Inbound {
     pub(crate) app_protocol: AppProtocol,
     pub(crate) decided: Decided,
     pub(crate) request_timeout: Duration,
+    pub(crate) hbone: Option<Hbone>,
+}
+
+/// `[inbound] hbone`
+#[derive(Debug, Clone)]
+pub(crate) struct Hbone {
+    pub(crate) listen: SocketAddr,
+    /// INVARIANT: at least one.
+    pub(crate) destinations: Vec<SocketAddr>,
 }
 
 /// `[ext_authz]`
@@ -75,6 +85,7 @@ pub(crate) struct Decided {
 pub(crate) struct Outbound {
     pub(crate) listen: SocketAddr,
     pub(crate) id: SpiffeId,
+    pub(crate) carries: Carries,
     /// INVARIANT: at least one.
     pub(crate) endpoints: Vec<SocketAddr>,
     /// Where apps that know of no sidecar dial it.

@@ -88,6 +88,15 @@ impl Pair {
         Sidecar::start(self, &self.right, "backend", &Self::door(MESH_PORT, more))
     }
 
+    /// The same before an app that speaks a protocol of its own.
+    pub(crate) fn plain_server(&self) -> Sidecar {
+        let text = Self::door(MESH_PORT, "app_protocol = \"tcp\"\n").replace(
+            &format!("{:?}", Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/ours/policies")),
+            &format!("{:?}", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/plain/policies")),
+        );
+        Sidecar::start(self, &self.right, "backend", &text)
+    }
+
     /// Starts another one before the same app.
     pub(crate) fn second_server(&self) -> Sidecar {
         let text = Self::door(SECOND_MESH_PORT, "");

@@ -129,6 +129,14 @@ impl Stage {
         stage
     }
 
+    /// Changes what a sidecar is told, before it starts.
+    pub(crate) fn amend(&self, who: &str, from: &str, to: &str) {
+        let file = self.path(&format!("{who}.toml"));
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(file, text.replacen(from, to, 1)).unwrap();
+    }
+
     pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {
         self.directory.path().join(name)
     }
@@ -162,7 +170,7 @@ impl Stage {
 }
 
 /// Ports that were free a moment ago: the file has to name them.
-fn free_addresses<const N: usize>() -> [SocketAddr; N] {
+pub(crate) fn free_addresses<const N: usize>() -> [SocketAddr; N] {
     let held = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     held.map(|listener| listener.local_addr().unwrap())
 }

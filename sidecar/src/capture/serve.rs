@@ -9,14 +9,14 @@ use super::{AcceptError, Captured, Destinations, InboundListener, OutboundListen
 use crate::accept::{Accept, Accepting, Slot};
 use crate::metrics::Metrics;
 use crate::server::{Door, Handler};
-use crate::tcp::{Side as _, Stream};
+use crate::tcp::{Side as _, Stream, TcpOutbound};
 use crate::traffic::egress::AllowList;
 
 /// Serves what the app dials: its calls by `destinations`, everything else by the egress rules there and by
 /// `names`. Runs as a critical task of the scope, until that drains.
 pub(crate) fn serve_outbound<H: Handler>(
     listener: OutboundListener,
-    destinations: Destinations<Arc<Door<H>>>,
+    destinations: Destinations<Way<H>>,
     names: AllowList,
     metrics: Arc<Metrics>,
     accepting: Accepting,
@@ -69,9 +69,26 @@ pub(crate) fn serve_inbound<H: Handler>(
     });
 }
 
+/// The way to a service that the app calls.
+pub(crate) enum Way<H> {
+    /// Whose requests are read.
+    Requests(Arc<Door<H>>),
+    /// Whose app speaks a protocol of its own.
+    Connections(Arc<TcpOutbound>),
+}
+
+impl<H> Clone for Way<H> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Requests(door) => Self::Requests(Arc::clone(door)),
+            Self::Connections(plain) => Self::Connections(Arc::clone(plain)),
+        }
+    }
+}
+
 /// What the app dialled, and where that goes.
 struct Dialled<H> {
-    destinations: Destinations<Arc<Door<H>>>,
+    destinations: Destinations<Way<H>>,
     outside: Arc<Outside>,
     metrics: Arc<Metrics>,
 }
@@ -80,10 +97,13 @@ impl<H: Handler> Dialled<H> {
     async fn serve(&self, captured: Captured) {
         let (source, destination) = (captured.source, captured.destination);
         let outcome = match self.destinations.route(destination) {
-            Ok(Route::Mesh(door)) => {
+            Ok(Route::Mesh(way)) => {
                 // Only what this host itself dials is redirected to loopback, from whichever address of its own.
                 let local = SocketAddr::from((Ipv4Addr::LOCALHOST, source.port()));
-                return door.serve(captured.stream, local).await;
+                return match way {
+                    Way::Requests(door) => door.serve(captured.stream, local).await,
+                    Way::Connections(plain) => plain.carry(captured.stream, local).await,
+                };
             }
             Ok(Route::Outside(_)) => self.outside.pass(captured).await,
             Err(Refused::EgressDenied(_)) => self.outside.by_name(captured).await,

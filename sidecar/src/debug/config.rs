@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{listed, seconds};
 use crate::ext_authz::ExtAuthzConfig;
-use crate::{Call, InboundConfig, SidecarConfig};
+use crate::{Call, HboneConfig, InboundConfig, SidecarConfig};
 
 /// What `config` says. Nothing in it is secret: keys are not part of it.
 pub(crate) fn of(config: &SidecarConfig) -> Value {
@@ -61,7 +61,12 @@ fn inbound(config: &InboundConfig) -> Value {
         "app_protocol": format!("{:?}", config.app_protocol).to_lowercase(),
         "gateways": config.gateways,
         "request_timeout_seconds": seconds(config.request_timeout),
+        "hbone": config.hbone.as_ref().map(hbone),
     })
+}
+
+fn hbone(config: &HboneConfig) -> Value {
+    json!({ "listen": config.listener.local_addr().ok(), "destinations": config.destinations })
 }
 
 fn ext_authz(config: &ExtAuthzConfig) -> Value {
@@ -78,6 +83,7 @@ fn call(call: &Call) -> Value {
         "listen": call.listener.local_addr().ok(),
         "spiffe_id": call.upstream.id,
         "endpoints": call.upstream.endpoints,
+        "carries": format!("{:?}", call.carries).to_lowercase(),
         "request_timeout_seconds": seconds(call.upstream.response_timeout),
     })
 }

@@ -20,8 +20,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
-use crate::accept::{Accept, Accepting, Slot};
+use crate::accept::{Accept, Slot};
 use crate::metrics::Metrics;
+use crate::server::Limits;
 
 /// Connections at once: an Envoy opens one a worker thread.
 const MAX_CONNECTIONS: usize = 256;
@@ -134,6 +135,7 @@ impl BoundDoor {
         self,
         source: &IdentitySource,
         metrics: Arc<Metrics>,
+        limits: &Limits,
         clock: SharedClock,
         scope: &Scope,
     ) -> Result<mpsc::Receiver<io::Result<Connection>>, rustls::Error> {
@@ -145,8 +147,8 @@ impl BoundDoor {
         let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
         let admission = Arc::new(Admission { tls, callers: self.callers, clock, metrics });
         let (clock, scope) = (admission.clock.clone(), scope.clone());
-        let accepting =
-            Accepting { max_connections: MAX_CONNECTIONS, overload: None, clock, scope: scope.clone() };
+        let limits = Limits { max_connections: MAX_CONNECTIONS, ..limits.clone() };
+        let accepting = limits.accepting(&clock, &scope);
         scope.spawn_critical("ext_authz accept loop", async move {
             let serve = |stream, slot| Arc::clone(&admission).bring(stream, slot, sender.clone());
             accepting.serve_each("ext_authz connection", &self.listener, serve).await;

@@ -35,6 +35,7 @@ use crate::headers::{self, TraceParent};
 use crate::inbound::{Listed, permitted};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
+use crate::server::Limits;
 use crate::trace::Spans;
 use crate::watchers::Watchers;
 use crate::{SidecarError, answer, transaction};
@@ -114,6 +115,7 @@ pub(crate) fn start(
     id: SpiffeId,
     shared: Shared,
     watchers: Arc<Watchers>,
+    limits: &Limits,
     scope: &Scope,
 ) -> Result<(), SidecarError> {
     let (source, metrics, clock) = (shared.source.clone(), Arc::clone(&shared.metrics), shared.clock.clone());
@@ -123,7 +125,7 @@ pub(crate) fn start(
         }
         None => None,
     };
-    let connections = config.door.accept(&source, metrics, clock.clone(), scope)?;
+    let connections = config.door.accept(&source, metrics, limits, clock.clone(), scope)?;
     let ext_authz =
         ExtAuthz { service: config.service, id, app, shared, sampler: Sampler::default(), watchers };
     service::serve(Arc::new(ext_authz), connections, scope);

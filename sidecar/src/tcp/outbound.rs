@@ -15,9 +15,10 @@ use super::frame::{OpenFrame, Session, SessionError, Status};
 use super::pool::{Pool, PoolError, Ready};
 use super::stats::{SessionEnd, TcpStats};
 use super::stream::Stream;
-use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
+use crate::accept::Slot;
 use crate::live::Traffic;
 use crate::metrics::Direction;
+use crate::server::Limits;
 
 /// How often a session that a connection did not begin is sent over another: the second one is new.
 const MAX_ATTEMPTS: usize = 3;
@@ -71,11 +72,10 @@ impl TcpOutbound {
         Ok(Arc::new(Self { upstream, pool, endpoints, next: AtomicUsize::new(0), clock, stats, access_log }))
     }
 
-    /// Accepts until `scope` drains; sessions that are open go on. Returns at once.
-    pub fn serve(self: &Arc<Self>, listener: TcpListener, scope: &Scope) {
-        let (this, clock) = (Arc::clone(self), self.clock.clone());
-        let accepting =
-            Accepting { max_connections: MAX_CONNECTIONS, overload: None, clock, scope: scope.clone() };
+    /// Accepts within `limits` until `scope` drains; sessions that are open go on. Returns at once.
+    pub fn serve(self: &Arc<Self>, listener: TcpListener, limits: &Limits, scope: &Scope) {
+        let this = Arc::clone(self);
+        let accepting = limits.accepting(&self.clock, scope);
         scope.spawn_critical("outbound tcp", async move {
             let serve = |(stream, remote), slot| {
                 let this = Arc::clone(&this);

@@ -17,7 +17,7 @@ use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
+use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
 const FILES: [(&str, &str); 4] = [
     (
@@ -128,6 +128,7 @@ impl Pair {
             policy,
             gateways: Vec::new(),
             request_timeout: Duration::from_secs(10),
+            hbone: None,
         };
         let of_stock = SidecarConfig { inbound: Some(inbound), ..config(id("/service/stock"), admin) };
         let ((listening, calls), (admin, web_admin)) = (listener(), listener());
@@ -137,7 +138,7 @@ impl Pair {
             endpoints: vec![stock],
             response_timeout: Duration::from_secs(10),
         };
-        let call = Call { listener: listening, upstream };
+        let call = Call { listener: listening, upstream, carries: Carries::Requests };
         let of_web = SidecarConfig { calls: vec![call], ..config(id("/service/web"), admin) };
         for (config, path) in [(of_stock, "/service/stock"), (of_web, "/service/web")] {
             let (source, random) = (authority.source(path), identity::random::system());

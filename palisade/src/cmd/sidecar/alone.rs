@@ -11,10 +11,10 @@ use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::ext_authz::{self, ExtAuthzConfig};
 use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
+use sidecar::{Call, HboneConfig, InboundConfig, Sidecar, SidecarConfig};
 
 use super::succession::Succession;
-use super::{access_log, captured, replace_policy};
+use super::{access_log, captured, fits, replace_policy};
 use crate::Global;
 use crate::cmd::config;
 use crate::failure::Failure;
@@ -114,19 +114,31 @@ fn configure(
                 endpoints: outbound.endpoints.clone(),
                 response_timeout: outbound.request_timeout,
             },
+            carries: outbound.carries,
         });
     }
     let inbound = match &standalone.inbound {
         None => None,
-        Some(inbound) => Some(InboundConfig {
-            service: inbound.decided.service.to_string(),
-            listener: listeners.tcp("inbound", "the sidecar", "[inbound] listen", inbound.listen)?,
-            app: inbound.app,
-            app_protocol: inbound.app_protocol.into(),
-            policy: policy(&inbound.decided, id.trust_domain())?,
-            gateways: inbound.decided.gateways.clone(),
-            request_timeout: inbound.request_timeout,
-        }),
+        Some(inbound) => {
+            let policy = policy(&inbound.decided, id.trust_domain())?;
+            fits(inbound.app_protocol, &policy, &format!("{}: [inbound]", standalone.file.display()))?;
+            let hbone = inbound.hbone.as_ref();
+            let hbone = hbone.map(|hbone| {
+                let what = "the sidecar's second way in";
+                let listener = listeners.tcp("hbone", what, "[inbound] hbone", hbone.listen)?;
+                Ok::<_, Failure>(HboneConfig { listener, destinations: hbone.destinations.clone() })
+            });
+            Some(InboundConfig {
+                service: inbound.decided.service.to_string(),
+                listener: listeners.tcp("inbound", "the sidecar", "[inbound] listen", inbound.listen)?,
+                app: inbound.app,
+                app_protocol: inbound.app_protocol.into(),
+                policy,
+                gateways: inbound.decided.gateways.clone(),
+                request_timeout: inbound.request_timeout,
+                hbone: hbone.transpose()?,
+            })
+        }
     };
     let ext_authz = match &standalone.ext_authz {
         None => None,
