@@ -85,6 +85,42 @@ fn an_app_of_its_own_protocol_is_reached_until_a_policy_denies_it() {
     assert_eq!(heard(connect(stage.client)), b"", "and the next one never begins");
 }
 
+/// Passes connections on to `door`, and says first that they come from somewhere else.
+fn balancer(door: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut near in listener.incoming().map_while(Result::ok) {
+            let mut far = TcpStream::connect(door).unwrap();
+            write!(far, "PROXY TCP4 203.0.113.7 192.0.2.1 40123 443\r\n").unwrap();
+            let (mut from_far, mut to_near) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+            // Either way ends as its connection does.
+            thread::spawn(move || std::io::copy(&mut from_far, &mut to_near).is_ok());
+            thread::spawn(move || std::io::copy(&mut near, &mut far).is_ok());
+        }
+    });
+    address
+}
+
+#[test]
+fn a_balancer_says_where_a_connection_comes_from_and_must() {
+    let stage = plain_stage();
+    stage.amend("server", "[inbound]\n", "[inbound]\nproxy_protocol_from = [\"127.0.0.0/8\"]\n");
+    let text = fs::read_to_string(stage.path("client.toml")).unwrap();
+    let door = text.split_once("endpoints = [\"").unwrap().1.split_once('"').unwrap().0;
+    stage.amend("client", door, &balancer(door.parse().unwrap()).to_string());
+    let (server, _client) = (stage.start("server"), stage.start("client"));
+    let stream = connect(stage.client);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(heard(stream), GREETING);
+    server.hears("203.0.113.7:40123");
+    // Without its header, nobody is let in.
+    let mut bare = connect(door.parse().unwrap());
+    bare.write_all(&[0x16, 3, 1, 0, 5]).unwrap();
+    assert_eq!(heard(bare), b"");
+    server.hears("proxy_protocol.header");
+}
+
 #[test]
 fn file_and_map_must_agree_on_what_the_app_speaks() {
     let said = |stage: &Stage| {

@@ -31,6 +31,11 @@ impl Buffered {
         Self { stream, buffer: Vec::new(), taken: 0, read_bytes: MIN_READ_BYTES }
     }
 
+    /// Reads `stream`, of which `unread` was read already.
+    pub(crate) fn after(stream: TcpStream, unread: Vec<u8>) -> Self {
+        Self { buffer: unread, ..Self::new(stream) }
+    }
+
     /// The other end's address.
     ///
     /// # Errors

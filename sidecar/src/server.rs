@@ -32,7 +32,8 @@ use crate::debug::connections::{Connections, Noted};
 use crate::hbone::{HttpTunnels, Tunnel};
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::overload::Overload;
-use crate::tcp::ALPN_TCP;
+use crate::proxy_protocol::{self, Networks, ProxyError};
+use crate::tcp::{ALPN_TCP, Stream};
 use crate::{Body, Buffered, answer, http1, mux};
 
 /// First byte of a TLS handshake record (RFC 8446 §5.1).
@@ -64,6 +65,9 @@ pub struct Limits {
     pub ping_interval: Duration,
     /// Where to ask whether there is too much to do already; `None` never refuses for that.
     pub overload: Option<Arc<Overload>>,
+    /// Who must say first, by a PROXY protocol header, where a connection comes from; others may not. Heeded
+    /// where TLS is spoken.
+    pub proxies: Networks,
     /// Where connections of peers with an identity are kept while they are open; `None` is a place of its own.
     pub live: Option<Arc<Registry>>,
 }
@@ -80,6 +84,7 @@ impl Default for Limits {
             max_streams: 200,
             ping_interval: Duration::from_secs(20),
             overload: None,
+            proxies: Networks::default(),
             live: None,
         }
     }
@@ -133,6 +138,8 @@ pub enum RefusedConnection {
     Handshake(io::Error),
     /// It took longer than [`Limits::handshake_timeout`].
     Timeout,
+    /// A proxy did not say where it comes from.
+    Proxy(ProxyError),
 }
 
 impl RefusedConnection {
@@ -141,6 +148,7 @@ impl RefusedConnection {
         match self {
             Self::PlainText => "tls.plain_text",
             Self::Timeout => "tls.handshake_timeout",
+            Self::Proxy(_) => "proxy_protocol.header",
             Self::Handshake(error) => handshake_rule(error),
         }
     }
@@ -151,6 +159,7 @@ impl RefusedConnection {
             Self::PlainText => "the connection does not speak TLS".to_owned(),
             Self::Timeout => "the TLS handshake took too long".to_owned(),
             Self::Handshake(error) => format!("the TLS handshake failed: {error}"),
+            Self::Proxy(error) => error.to_string(),
         }
     }
 }
@@ -319,22 +328,34 @@ async fn connection(
         return Ok(());
     };
     let handshake = async {
+        let (stream, remote, unread) = match Box::pin(beyond_proxy(stream, remote, listen)).await? {
+            Some(beyond) => beyond,
+            None => return Ok(None),
+        };
         let mut first = [0];
-        match stream.peek(&mut first).await {
+        let peeked = match unread.first() {
+            Some(byte) => {
+                first = [*byte];
+                Ok(1)
+            }
+            None => stream.peek(&mut first).await,
+        };
+        match peeked {
             Ok(1) if first == [TLS_HANDSHAKE] => {}
             // Connected and gone, as a port check does: nothing was asked, nothing is refused.
             Ok(0) => return Ok(None),
             Ok(_) => return Err(RefusedConnection::PlainText),
             Err(error) => return Err(RefusedConnection::Handshake(error)),
         }
-        acceptor.accept(Buffered::new(stream)).await.map(Some).map_err(RefusedConnection::Handshake)
+        let accepted = acceptor.accept(Buffered::after(stream, unread)).await;
+        accepted.map(|stream| Some((stream, remote))).map_err(RefusedConnection::Handshake)
     };
     let stream = tokio::select! {
         stream = handshake => stream?,
         () = listen.clock.sleep(listen.limits.handshake_timeout) => return Err(RefusedConnection::Timeout),
         () = last_moment(listen) => return Ok(()),
     };
-    let Some(stream) = stream else { return Ok(()) };
+    let Some((stream, remote)) = stream else { return Ok(()) };
     let (_, session) = stream.get_ref();
     let peer = match Peer::from_handshake(session.peer_certificates()) {
         None => None,
@@ -369,6 +390,28 @@ async fn connection(
         Box::pin(requests(reader, writer, connection, listen, handler)).await;
     }
     Ok(())
+}
+
+/// The connection, where it comes from by what a trusted proxy says, and what was read beyond that. `None` if it is
+/// over already.
+async fn beyond_proxy(
+    stream: TcpStream,
+    remote: SocketAddr,
+    listen: &Listen,
+) -> Result<Option<(TcpStream, SocketAddr, Vec<u8>)>, RefusedConnection> {
+    let proxies = &listen.limits.proxies;
+    if !proxies.contain(remote.ip()) {
+        return Ok(Some((stream, remote, Vec::new())));
+    }
+    let mut stream = Stream::new(stream);
+    match proxy_protocol::accept(&mut stream, remote, proxies, &listen.clock).await {
+        Ok(source) => {
+            let (stream, unread) = stream.into_parts();
+            Ok(Some((stream, source, unread)))
+        }
+        Err(ProxyError::Io(_)) if stream.unread().is_empty() => Ok(None),
+        Err(error) => Err(RefusedConnection::Proxy(error)),
+    }
 }
 
 /// Requests that come through another mesh's tunnels, for the handler of the mTLS listener.
@@ -456,13 +499,16 @@ async fn exchanges(
 }
 
 /// Completes when a connection may take no more requests: with the bound for those under way where the peer is
-/// trusted no longer, without one while draining, where whoever joins the scope holds the bound.
+/// trusted no longer, without one while draining, where whoever joins the scope holds the bound, and for want of
+/// descriptors.
 fn leaving(connection: &Connection, listen: &Listen) -> impl Future<Output = Option<Duration>> + use<> {
     let (live, scope) = (listen.register(connection), listen.scope.clone());
+    let limits = Arc::clone(&listen.limits);
     async move {
         tokio::select! {
             grace = lost(live.as_ref()) => Some(grace),
             () = scope.draining() => None,
+            () = relief(&limits) => None,
         }
     }
 }
@@ -491,7 +537,6 @@ where
     let bound = tokio::select! {
         outcome = serving.as_mut() => return log_end(outcome),
         bound = leaving => bound,
-        () = relief(&listen.limits) => None,
     };
     serving.as_mut().graceful_shutdown();
     tokio::select! {

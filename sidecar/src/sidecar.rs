@@ -30,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::mux;
 use crate::outbound::Outbound;
 use crate::overload::{self, Budget, Overload, ProcReadings};
+use crate::proxy_protocol::Networks;
 use crate::sample::Sampler;
 use crate::server::{self, Door, Limits, TunnelledRequests};
 use crate::streams::Streams;
@@ -78,6 +79,8 @@ pub struct InboundConfig {
     pub gateways: Vec<SpiffeId>,
     /// From handing a request to the app to the head of its answer.
     pub request_timeout: Duration,
+    /// The proxies in front of it, which say where connections come from.
+    pub proxies: Networks,
     /// The second way in, for another mesh's proxies.
     pub hbone: Option<HboneConfig>,
 }
@@ -202,8 +205,9 @@ impl Sidecar {
             ext_authz::start(asked, id, shared.clone(), watchers, &limits, &front)?;
         }
         if let (Some(config_in), Some(Shared { policy, verifier, .. })) = (config.inbound, &shared) {
-            let InboundConfig { service, listener, app, app_protocol, request_timeout, hbone, .. } =
-                config_in;
+            let InboundConfig {
+                service, listener, app, app_protocol, request_timeout, proxies, hbone, ..
+            } = config_in;
             let tcp = TcpInbound::new(TcpInboundConfig {
                 service: service.clone(),
                 id: config.id.clone(),
@@ -246,10 +250,12 @@ impl Sidecar {
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
-            let (listener, limits) = (tokio_listener(listener)?, limits.clone());
+            let (listener, limits) = (tokio_listener(listener)?, Limits { proxies, ..limits.clone() });
             let inbound = Arc::new(inbound);
             if let Some(captured) = config.capture.inbound {
                 let tls = Some(Arc::clone(&tls));
+                // What is captured comes from where it seems to.
+                let limits = Limits { proxies: Networks::default(), ..limits.clone() };
                 let door = Door::new(tls, limits.clone(), &front, clock.clone(), Arc::clone(&inbound));
                 let accepting = limits.accepting(&clock, &front);
                 capture::serve::serve_inbound(captured, app.port(), door, Arc::clone(&metrics), accepting);

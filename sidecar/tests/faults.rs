@@ -78,6 +78,7 @@ impl World {
                 gateways: Vec::new(),
                 request_timeout: DEADLINE,
                 hbone: None,
+                proxies: Default::default(),
             }),
             ext_authz: None,
             calls: Vec::new(),

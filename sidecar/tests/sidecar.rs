@@ -209,6 +209,7 @@ impl World {
                 gateways: vec![id("/palisade/gateway")],
                 request_timeout: Duration::from_secs(10),
                 hbone: None,
+                proxies: Default::default(),
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -809,6 +810,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             gateways: vec![id("/palisade/gateway")],
             request_timeout: Duration::from_secs(10),
             hbone: None,
+            proxies: Default::default(),
         }),
         ext_authz: None,
         calls: vec![Call {

@@ -630,6 +630,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             gateways: Vec::new(),
             request_timeout: Duration::from_secs(10),
             hbone: None,
+            proxies: Default::default(),
         }),
         ext_authz: None,
         calls: Vec::new(),

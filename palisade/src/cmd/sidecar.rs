@@ -16,6 +16,7 @@ use policy::{Mapping, ServicePolicy};
 use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
+use sidecar::proxy_protocol::Networks;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
@@ -295,6 +296,7 @@ fn configure(
             policy,
             gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
             request_timeout: service.request_timeout,
+            proxies: Networks::default(),
             hbone: None,
         }),
         ext_authz: None,

@@ -12,6 +12,7 @@ use policy::Problem;
 use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
+use sidecar::proxy_protocol::{Network, NetworkError};
 use toml::Spanned;
 
 use super::file::{
@@ -119,14 +120,27 @@ impl Check<'_> {
         let app = self.bind(Some(&section.app), "", "the app", Reach::Loopback);
         let decided = self.decided(&section.service, &section.policies, &section.gateways);
         let hbone = self.hbone(section, app);
+        let proxies = section.proxy_protocol_from.iter().filter_map(|text| self.network(text)).collect();
         Some(Inbound {
             hbone,
+            proxies,
             listen: listen?,
             app: app?,
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             decided: decided?,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })
+    }
+
+    fn network(&mut self, text: &Text) -> Option<Network> {
+        match text.get_ref().parse() {
+            Ok(network) => Some(network),
+            Err(error) => {
+                let error: NetworkError = error;
+                self.report(text, error.to_string(), None);
+                None
+            }
+        }
     }
 
     fn hbone(&mut self, section: &InboundSection, app: Option<SocketAddr>) -> Option<Hbone> {

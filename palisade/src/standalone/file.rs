@@ -94,6 +94,11 @@ pub(crate) struct InboundSection {
     /// The longest that the app may take to answer. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+    /// The load balancers in front of `listen`, which must begin each connection with a PROXY protocol header,
+    /// version 1 or 2; nobody else may. Default: none.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.1.0.0/16"])]
+    pub(crate) proxy_protocol_from: Vec<Text>,
     /// A second way in, for the proxies of an Istio ambient mesh: HBONE, port 15008 by custom. Default: none.
     #[schemars(with = "Option<String>", example = "127.0.0.1:15608")]
     pub(crate) hbone: Option<Text>,

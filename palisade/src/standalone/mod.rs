@@ -19,6 +19,7 @@ use policy::Problem;
 use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
+use sidecar::proxy_protocol::Networks;
 
 use crate::mesh::load;
 use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
@@ -53,6 +54,7 @@ pub(crate) struct Inbound {
     pub(crate) app_protocol: AppProtocol,
     pub(crate) decided: Decided,
     pub(crate) request_timeout: Duration,
+    pub(crate) proxies: Networks,
     pub(crate) hbone: Option<Hbone>,
 }
 

@@ -64,6 +64,12 @@ impl Stream {
         &self.io
     }
 
+    /// The socket itself, and what was read of it and not taken yet.
+    pub(crate) fn into_parts(mut self) -> (TcpStream, Vec<u8>) {
+        self.buffer.drain(..self.taken);
+        (self.io, self.buffer)
+    }
+
     /// What was read and not taken yet.
     pub fn unread(&self) -> &[u8] {
         self.buffer.get(self.taken..).unwrap_or_default()

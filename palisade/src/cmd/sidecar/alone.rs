@@ -136,6 +136,7 @@ fn configure(
                 policy,
                 gateways: inbound.decided.gateways.clone(),
                 request_timeout: inbound.request_timeout,
+                proxies: inbound.proxies.clone(),
                 hbone: hbone.transpose()?,
             })
         }
