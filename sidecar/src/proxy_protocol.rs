@@ -264,6 +264,11 @@ impl Networks {
     pub fn contain(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(address))
     }
+
+    /// Each of them, in the order they were given.
+    pub fn iter(&self) -> impl Iterator<Item = &Network> {
+        self.0.iter()
+    }
 }
 
 impl FromIterator<Network> for Networks {

@@ -62,6 +62,7 @@ fn inbound(config: &InboundConfig) -> Value {
         "gateways": config.gateways,
         "request_timeout_seconds": seconds(config.request_timeout),
         "hbone": config.hbone.as_ref().map(hbone),
+        "proxy_protocol_from": config.proxies.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }
 

@@ -16,6 +16,7 @@ use identity::{Scope, SpiffeId, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
+use sidecar::proxy_protocol::Networks;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
@@ -129,6 +130,7 @@ impl Pair {
             gateways: Vec::new(),
             request_timeout: Duration::from_secs(10),
             hbone: None,
+            proxies: Networks::default(),
         };
         let of_stock = SidecarConfig { inbound: Some(inbound), ..config(id("/service/stock"), admin) };
         let ((listening, calls), (admin, web_admin)) = (listener(), listener());
