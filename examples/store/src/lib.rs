@@ -1,0 +1,15 @@
+//! A small Spanner: rows in sorted splits, one consensus group a split, strict two-phase locking at its leader,
+//! two-phase commit across splits, versions by commit timestamp, and timestamps from a clock that knows its own error.
+//!
+//! The modules here do no I/O and read no clock: what they decide is a function of what they are told, so that a
+//! seeded simulation owns time, network and disk. `README.md` has the design and says what is not there yet.
+
+#![forbid(unsafe_code)]
+
+pub mod keys;
+pub mod lease;
+pub mod locks;
+pub mod mvcc;
+pub mod safe_time;
+pub mod truetime;
+pub mod txn;

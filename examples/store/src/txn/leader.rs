@@ -1,0 +1,347 @@
+use std::collections::BTreeMap;
+
+use super::{Applied, Attempt, Command, Entry, Outcome, Prepared, Replica, SplitId, TxnId, spans_of};
+use crate::{
+    keys::Range,
+    lease::{Grant, NodeId},
+    locks::{Changes, Lock, LockError, LockTable, Mode},
+    mvcc::Mutation,
+    truetime::{Interval, Timestamp},
+};
+
+/// Why a leader does not do as asked. Nothing was changed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Refusal {
+    /// It has no lease now, or has not yet applied what the leader before it logged.
+    #[error("this node does not serve the split now")]
+    NotServing,
+    /// The transaction holds no locks here: an older one ended it, or the leader has changed.
+    #[error(
+        "the transaction was ended by an older one or by a change of leader; begin again with the same age"
+    )]
+    Lost,
+    /// The transaction has ended, and this is how.
+    #[error("the transaction has ended already")]
+    Ended(Outcome),
+    /// The transaction's commit is under way.
+    #[error("the transaction's commit is under way")]
+    Committing,
+    /// The timestamp would lie outside the lease: soon there is another.
+    #[error("the lease ends before the commit would")]
+    LeaseTooShort,
+    /// A snapshot that has not come yet.
+    #[error("the snapshot at {asked} is in the future: it is {latest} at the latest")]
+    Future {
+        /// The snapshot asked for.
+        asked: Timestamp,
+        /// What time it can be at most.
+        latest: Timestamp,
+    },
+    /// The lock table says no.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+}
+
+/// Whether a snapshot can be shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Snapshot {
+    /// Nothing will change it any more.
+    Whole,
+    /// Something at or before it may still be committed: ask again when the log has gone on.
+    NotYet,
+}
+
+/// What a split's leader knows and no log: locks, and the last timestamp that it gave away. One for each term led.
+#[derive(Debug)]
+pub struct Leader {
+    me: NodeId,
+    term: u64,
+    locks: LockTable,
+    reads: BTreeMap<TxnId, Vec<Range>>,
+    /// Everything assigned from now on is later, whether or not it gets into the log.
+    last: Timestamp,
+    /// Commits proposed and not applied, with what they write.
+    proposed: BTreeMap<TxnId, (Timestamp, Vec<Range>)>,
+}
+
+impl Leader {
+    /// The leader of `term`, which serves once `replica` has applied an entry of that term: then it has applied all
+    /// that any leader before it logged.
+    pub fn new(me: NodeId, term: u64) -> Self {
+        Self {
+            me,
+            term,
+            locks: LockTable::default(),
+            reads: BTreeMap::new(),
+            last: Timestamp::ZERO,
+            proposed: BTreeMap::new(),
+        }
+    }
+
+    /// Takes over the promises of leaders before, as soon as all of their entries are applied.
+    pub fn inherit(&mut self, replica: &Replica) {
+        for (txn, prepared) in replica.in_doubt() {
+            let reads = prepared.reads.iter().map(|span| Lock { span: span.clone(), mode: Mode::Shared });
+            let writes = exclusive(&prepared.writes);
+            self.locks.reinstate(txn, prepared.age, reads.chain(writes).collect());
+        }
+        self.last = self.last.max(replica.safe.closed());
+    }
+
+    /// Locks `spans` for reading. What is there may be told once the transaction is among the granted.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refusal`].
+    pub fn read(
+        &mut self,
+        replica: &Replica,
+        attempt: Attempt,
+        first: bool,
+        spans: Vec<Range>,
+        now: Interval,
+    ) -> Result<Changes, Refusal> {
+        self.check_open(replica, attempt.txn, !first, now)?;
+        let wanted = spans.iter().map(|span| Lock { span: span.clone(), mode: Mode::Shared }).collect();
+        let changes = self.locks.acquire(attempt.txn, attempt.age, wanted)?;
+        self.forget(&changes.wounded);
+        self.reads.entry(attempt.txn).or_default().extend(spans);
+        Ok(changes)
+    }
+
+    /// Locks what is written. `read_here` says that the transaction has read at this split, in this term.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refusal`].
+    pub fn lock_writes(
+        &mut self,
+        replica: &Replica,
+        attempt: Attempt,
+        read_here: bool,
+        writes: &[Mutation],
+        now: Interval,
+    ) -> Result<Changes, Refusal> {
+        self.check_open(replica, attempt.txn, read_here, now)?;
+        let changes = self.locks.acquire(attempt.txn, attempt.age, exclusive(writes).collect())?;
+        self.forget(&changes.wounded);
+        Ok(changes)
+    }
+
+    /// Commits at `floor` or later what [`Leader::lock_writes`] has locked. `floor` is at least `TT.latest` of the
+    /// commit's arrival, and at least the promise of each of `participants`, of which this split is none.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refusal`].
+    pub fn commit(
+        &mut self,
+        replica: &Replica,
+        txn: TxnId,
+        writes: Vec<Mutation>,
+        participants: Vec<SplitId>,
+        floor: Timestamp,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
+        self.check_open(replica, txn, true, now)?;
+        let at = self.next(replica).max(floor);
+        // Within the lease, whoever leads next has waited until `at` has passed, though this leader may not live to.
+        if !replica.lease.covers(self.me, at) {
+            return Err(Refusal::LeaseTooShort);
+        }
+        if !self.locks.prepare(txn) {
+            return Err(Refusal::Lost);
+        }
+        self.proposed.insert(txn, (at, spans_of(&writes)));
+        self.last = at;
+        Ok(self.entry(at, Command::Commit { txn, at, writes, participants }))
+    }
+
+    /// Promises to commit what [`Leader::lock_writes`] has locked, if `coordinator` says so.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refusal`].
+    pub fn prepare(
+        &mut self,
+        replica: &Replica,
+        attempt: Attempt,
+        writes: Vec<Mutation>,
+        coordinator: SplitId,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
+        let txn = attempt.txn;
+        self.check_open(replica, txn, true, now)?;
+        if !self.locks.prepare(txn) {
+            return Err(Refusal::Lost);
+        }
+        let at = self.next(replica);
+        self.proposed.insert(txn, (at, spans_of(&writes)));
+        let reads = self.reads.get(&txn).cloned().unwrap_or_default();
+        let prepared = Prepared { age: attempt.age, at, reads, writes, coordinator };
+        self.last = at;
+        Ok(self.entry(at, Command::Prepare { txn, prepared }))
+    }
+
+    /// Logs how a transaction ended: at a participant what the coordinator said, at a coordinator that it is aborted.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`], and [`Refusal::Committing`] for an abort that the commit under way comes before.
+    pub fn resolve(
+        &mut self,
+        replica: &Replica,
+        txn: TxnId,
+        outcome: Outcome,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
+        self.check_serving(replica, now)?;
+        if let Some(ended) = replica.outcome(txn) {
+            return Err(Refusal::Ended(ended));
+        }
+        if self.proposed.contains_key(&txn) {
+            return Err(Refusal::Committing);
+        }
+        Ok(self.entry(self.last, Command::Resolve { txn, outcome }))
+    }
+
+    /// An entry that closes what has passed, so that replicas without writes show snapshots too.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`].
+    pub fn close(&mut self, replica: &Replica, now: Interval) -> Result<Entry, Refusal> {
+        self.check_serving(replica, now)?;
+        self.last = self.last.max(now.earliest);
+        Ok(self.entry(self.last, Command::Close))
+    }
+
+    /// An entry that says of `txns`, decided here, that every participant has logged the decision.
+    pub fn settled(&self, txns: Vec<TxnId>) -> Entry {
+        self.entry(self.last, Command::Settled { txns })
+    }
+
+    /// An entry that asks for a lease, served or not: it is how serving begins.
+    pub fn lease(&self, grant: Grant) -> Entry {
+        self.entry(self.last, Command::Lease(grant))
+    }
+
+    /// An entry that forgets what is older than `horizon`, or than what somebody may still be reading.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`].
+    pub fn collect(&self, replica: &Replica, horizon: Timestamp, now: Interval) -> Result<Entry, Refusal> {
+        self.check_serving(replica, now)?;
+        let horizon = horizon.min(replica.safe.safe());
+        Ok(self.entry(self.last, Command::Collect { horizon }))
+    }
+
+    /// Whether the snapshot of `range` at `at` can be shown. If so, nothing is committed at or before `at` any more:
+    /// not by this leader, which remembers, and not by the next, whose lease begins after this one's end.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refusal`].
+    pub fn snapshot(
+        &mut self,
+        replica: &Replica,
+        range: &Range,
+        at: Timestamp,
+        now: Interval,
+    ) -> Result<Snapshot, Refusal> {
+        self.check_serving(replica, now)?;
+        if at > now.latest {
+            return Err(Refusal::Future { asked: at, latest: now.latest });
+        }
+        if at > self.last && !replica.lease.covers(self.me, at) {
+            return Err(Refusal::NotServing);
+        }
+        let under_way = self.proposed.values().map(|(from, spans)| (*from, spans.clone()));
+        let promised = replica.in_doubt().map(|(_, prepared)| (prepared.at, spans_of(&prepared.writes)));
+        let touches = |spans: &[Range]| spans.iter().any(|span| span.overlaps(range));
+        if under_way.chain(promised).any(|(from, spans)| from <= at && touches(&spans)) {
+            return Ok(Snapshot::NotYet);
+        }
+        self.last = self.last.max(at);
+        Ok(Snapshot::Whole)
+    }
+
+    /// Hears what an entry came to. Locks stay until [`Leader::release`]: the commit may have to be waited for.
+    pub fn applied(&mut self, applied: &Applied) {
+        if let Applied::Prepared(txn, _) | Applied::Ended(txn, _) = applied {
+            self.proposed.remove(txn);
+        }
+    }
+
+    /// Lets go of a transaction that has ended: applied, and its timestamp past.
+    pub fn release(&mut self, txn: TxnId) -> Changes {
+        self.reads.remove(&txn);
+        let changes = self.locks.release(txn);
+        self.forget(&changes.wounded);
+        changes
+    }
+
+    /// Lets go of a transaction whose client gave up. One that may be committed already stays.
+    pub fn abandon(&mut self, replica: &Replica, txn: TxnId) -> Changes {
+        if self.proposed.contains_key(&txn) || replica.prepared.contains_key(&txn) {
+            return Changes::default();
+        }
+        self.release(txn)
+    }
+
+    /// Whether the transaction holds locks here or waits for some.
+    pub fn knows(&self, txn: TxnId) -> bool {
+        self.locks.knows(txn)
+    }
+
+    /// The term it leads.
+    pub fn term(&self) -> u64 {
+        self.term
+    }
+
+    /// Transactions with locks here, held or waited for.
+    pub fn open(&self) -> usize {
+        self.locks.len()
+    }
+
+    fn entry(&self, closed: Timestamp, command: Command) -> Entry {
+        Entry { term: self.term, closed, command }
+    }
+
+    /// After everything this leader assigned or showed, and after everything that leaders before it did: those stayed
+    /// within leases that ended before this one's start.
+    fn next(&self, replica: &Replica) -> Timestamp {
+        let start = replica.lease.granted().map_or(Timestamp::ZERO, |held| held.start);
+        self.last.max(start).max(replica.safe.closed()).max(replica.newest).next()
+    }
+
+    fn check_serving(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
+        let serves = replica.term == self.term && replica.lease.serves(self.me, now);
+        if serves { Ok(()) } else { Err(Refusal::NotServing) }
+    }
+
+    fn check_open(&self, replica: &Replica, txn: TxnId, known: bool, now: Interval) -> Result<(), Refusal> {
+        self.check_serving(replica, now)?;
+        if let Some(outcome) = replica.outcome(txn) {
+            return Err(Refusal::Ended(outcome));
+        }
+        if self.proposed.contains_key(&txn) || replica.prepared.contains_key(&txn) {
+            return Err(Refusal::Committing);
+        }
+        if known && !self.locks.knows(txn) {
+            return Err(Refusal::Lost);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, wounded: &[TxnId]) {
+        for txn in wounded {
+            self.reads.remove(txn);
+        }
+    }
+}
+
+fn exclusive(writes: &[Mutation]) -> impl Iterator<Item = Lock> {
+    writes.iter().map(|write| Lock { span: Range::point(&write.key), mode: Mode::Exclusive })
+}
