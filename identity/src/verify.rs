@@ -3,6 +3,7 @@
 //! Path building and signatures are webpki's; the rules it does not know are [`crate::leaf`]'s. A leaf is
 //! verified with the bundle of its own trust domain only, whatever other bundles are at hand.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -235,12 +236,24 @@ fn tls_error(error: VerifyError) -> rustls::Error {
             CertificateError::Expired
         }
         VerifyError::Chain(webpki::Error::CertNotValidYet { .. }) => CertificateError::NotValidYet,
-        VerifyError::Chain(webpki::Error::UnknownIssuer) | VerifyError::UnknownTrustDomain(_) => {
-            CertificateError::UnknownIssuer
-        }
+        VerifyError::Chain(webpki::Error::UnknownIssuer) => CertificateError::UnknownIssuer,
         _ => CertificateError::Other(rustls::OtherError(Arc::new(error))),
     };
     rustls::Error::InvalidCertificate(certificate_error)
+}
+
+/// Why a handshake failed, in words for the operator: rustls shows what our verifiers say as code.
+pub fn handshake_failure(error: &io::Error) -> String {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let Some(rustls::Error::InvalidCertificate(refused)) = cause else { return error.to_string() };
+    let why = match refused {
+        CertificateError::Other(rustls::OtherError(cause)) => cause.to_string(),
+        CertificateError::UnknownIssuer => "no authority of its trust domain vouches for it".to_owned(),
+        CertificateError::Expired => "it, or an authority it came with, is outside its validity".to_owned(),
+        CertificateError::NotValidYet => "it is not valid yet".to_owned(),
+        other => other.to_string(),
+    };
+    format!("the peer's certificate is refused: {why}")
 }
 
 /// What every verifier answers to a signature of TLS 1.2, which no configuration of ours offers.

@@ -19,6 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::clock::SharedClock;
 use identity::tls::ALPN_H2;
+use identity::verify::{VerifyError, handshake_failure};
 use identity::{Peer, Scope};
 use policy::ServicePolicy;
 use rustls::ServerConfig;
@@ -158,7 +159,7 @@ impl RefusedConnection {
         match self {
             Self::PlainText => "the connection does not speak TLS".to_owned(),
             Self::Timeout => "the TLS handshake took too long".to_owned(),
-            Self::Handshake(error) => format!("the TLS handshake failed: {error}"),
+            Self::Handshake(error) => format!("the TLS handshake failed: {}", handshake_failure(error)),
             Self::Proxy(error) => error.to_string(),
         }
     }
@@ -172,7 +173,13 @@ fn handshake_rule(error: &io::Error) -> &'static str {
         Some(Error::InvalidCertificate(
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         )) => "tls.expired_svid",
-        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => "tls.unknown_trust_domain",
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => "tls.unknown_authority",
+        Some(Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(cause)))) => {
+            match cause.downcast_ref() {
+                Some(VerifyError::UnknownTrustDomain(_)) => "tls.unknown_trust_domain",
+                _ => "tls.invalid_svid",
+            }
+        }
         Some(Error::InvalidCertificate(_)) => "tls.invalid_svid",
         Some(Error::PeerIncompatible(_)) => "tls.protocol_version",
         _ => "tls.handshake",

@@ -24,6 +24,7 @@ use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::clock::SharedClock;
 use identity::tls::ALPN_H2;
+use identity::verify::handshake_failure;
 use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -434,7 +435,9 @@ impl Upstream {
         stream.set_nodelay(true)?;
         socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         let stream = tokio::select! {
-            stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)) => stream?,
+            stream = self.tls.connect(identity::tls::unnamed_server(), Buffered::new(stream)) => {
+                stream.map_err(|error| handshake_failure(&error))?
+            }
             () = self.clock.sleep(timeouts.tls) => return Err("the TLS handshake took too long".into()),
         };
         match stream.get_ref().1.alpn_protocol() {
