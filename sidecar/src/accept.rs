@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use identity::Scope;
 use identity::clock::SharedClock;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -17,6 +18,12 @@ pub(crate) const MAX_CONNECTIONS: usize = 10_000;
 /// How long to wait before accepting again when the process is out of file descriptors: long enough for
 /// some connection to end, short enough that nobody notices.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// A peer that vanished without a word is noticed within a minute and a half, also where nothing has to be said for
+/// hours, as on a WebSocket or a stream of events: nothing else ends those.
+const KEEP_ALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(60))
+    .with_interval(Duration::from_secs(10))
+    .with_retries(3);
 
 /// Where connections come from.
 pub(crate) trait Accept {
@@ -31,7 +38,16 @@ impl Accept for TcpListener {
     type Accepted = (TcpStream, SocketAddr);
 
     async fn accept(&self) -> io::Result<Self::Accepted> {
-        Self::accept(self).await
+        let (stream, remote) = Self::accept(self).await?;
+        keep_alive(&stream);
+        Ok((stream, remote))
+    }
+}
+
+/// Has the kernel ask whether the other end is still there.
+pub(crate) fn keep_alive(stream: &TcpStream) {
+    if let Err(error) = SockRef::from(stream).set_tcp_keepalive(&KEEP_ALIVE) {
+        tracing::debug!(%error, "no keep-alive");
     }
 }
 

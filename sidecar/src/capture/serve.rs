@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::outside::{NotCarried, Outside};
 use super::{AcceptError, Captured, Destinations, InboundListener, OutboundListener, Refused, Route};
-use crate::accept::{Accept, Accepting, Slot};
+use crate::accept::{Accept, Accepting, Slot, keep_alive};
 use crate::metrics::Metrics;
 use crate::server::{Door, Handler};
 use crate::tcp::{Side as _, Stream, TcpOutbound};
@@ -132,7 +132,10 @@ type Taken = Result<Captured, (SocketAddr, Refused)>;
 
 fn taken(accepted: Result<Captured, AcceptError>) -> io::Result<Taken> {
     match accepted {
-        Ok(captured) => Ok(Ok(captured)),
+        Ok(captured) => {
+            keep_alive(&captured.stream);
+            Ok(Ok(captured))
+        }
         Err(AcceptError::Refused { source_address, refused }) => Ok(Err((source_address, refused))),
         Err(AcceptError::Accept(error)) => Err(error),
     }

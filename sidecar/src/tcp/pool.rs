@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use identity::clock::SharedClock;
+use identity::verify::handshake_failure;
 use identity::{Identity, IdentitySource, Peer, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
@@ -23,6 +24,7 @@ use tokio_rustls::client::TlsStream;
 use super::frame::ALPN_TCP;
 use super::stats::TcpStats;
 use super::stream::Stream;
+use crate::accept::keep_alive;
 
 /// Connections kept ready for one endpoint: what comes at once beyond them waits for a handshake.
 pub const MAX_READY: usize = 64;
@@ -190,8 +192,10 @@ impl Pool {
     }
 
     async fn handshake(&self, endpoint: SocketAddr) -> io::Result<(Tls, Peer)> {
-        let stream = Stream::new(TcpStream::connect(endpoint).await?);
-        let tls = self.tls.connect(identity::tls::unnamed_server(), stream).await?;
+        let stream = TcpStream::connect(endpoint).await?;
+        keep_alive(&stream);
+        let tls = self.tls.connect(identity::tls::unnamed_server(), Stream::new(stream)).await;
+        let tls = tls.map_err(|error| io::Error::new(error.kind(), handshake_failure(&error)))?;
         let (_, session) = tls.get_ref();
         if session.alpn_protocol() != Some(ALPN_TCP) {
             return Err(io::Error::other("the peer takes no plain connections"));
