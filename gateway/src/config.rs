@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use identity::SpiffeId;
 use secrecy::{ExposeSecret as _, SecretString};
+use sidecar::trace::Share;
 pub use sidecar::traffic::ratelimit::Rate;
 use thiserror::Error;
 use url::Url;
@@ -45,6 +46,8 @@ pub struct GatewayConfig {
     pub seal_keys: Vec<SealKey>,
     /// Normally [`SESSION_COOKIE`]; must begin with `__Host-`.
     pub cookie: String,
+    /// Which share of requests, each of which begins a trace, the mesh records.
+    pub traced: Share,
 }
 
 /// One OpenID provider.

@@ -12,6 +12,7 @@ use identity::{IdentitySource, Scope};
 use policy::{Policies, Recorder};
 use sidecar::Body;
 use sidecar::server::{Connection, Handler, Limits};
+use sidecar::trace::Share;
 use sidecar::traffic::ratelimit::Limiter;
 use sidecar::upstream::{Upstream, UpstreamConfig, UpstreamError};
 use thiserror::Error;
@@ -144,6 +145,7 @@ impl Gateway {
             clock: Arc::clone(&clock),
             random,
             scope: scope.clone(),
+            traced: config.traced,
         });
         for client in clients {
             scope.spawn_critical("issuer refresh", client.keep_fresh());
@@ -206,6 +208,7 @@ pub(crate) struct Shared {
     pub clock: SharedClock,
     pub random: SharedRandom,
     pub scope: Scope,
+    pub traced: Share,
 }
 
 /// Where a route leads.

@@ -416,11 +416,9 @@ fn fresh_trace(gateway: &Shared) -> Option<TraceParent> {
     gateway.random.fill(&mut trace).ok()?;
     gateway.random.fill(&mut span).ok()?;
     // Zero is not a valid id (W3C Trace Context §3.2.2.3).
-    Some(TraceParent {
-        trace_id: u128::from_be_bytes(trace).max(1),
-        span_id: u64::from_be_bytes(span).max(1),
-        flags: 1,
-    })
+    let trace_id = u128::from_be_bytes(trace).max(1);
+    let span_id = u64::from_be_bytes(span).max(1);
+    Some(TraceParent { trace_id, span_id, flags: gateway.traced.flags(trace_id) })
 }
 
 /// RFC 9110 §9.2.1.

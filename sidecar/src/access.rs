@@ -21,6 +21,7 @@ use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
 use crate::metrics::Direction;
+use crate::trace::Place;
 
 /// Lines gathered before they are handed over: a few hundred.
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -40,8 +41,12 @@ const MAX_TEXT_BYTES: usize = 2048;
 pub struct Finished<'a> {
     /// Which way.
     pub direction: Direction,
+    /// Where it stands in its trace.
+    pub trace: Place,
     /// The other end's SPIFFE ID.
     pub peer: &'a str,
+    /// Outbound, the called service's name.
+    pub service: &'a str,
     /// The verified user's id.
     pub user: &'a str,
     /// The request's method.
@@ -72,7 +77,9 @@ impl Default for Finished<'_> {
     fn default() -> Self {
         Self {
             direction: Direction::Inbound,
+            trace: Place::default(),
             peer: "",
+            service: "",
             user: "",
             method: &Method::GET,
             path: "",
@@ -454,6 +461,7 @@ mod tests {
             status: StatusCode::OK,
             took: Duration::from_micros(431),
             note: Box::leak(Box::new(note)),
+            ..Finished::default()
         }
     }
 

@@ -254,6 +254,16 @@ pub struct TraceParent {
 }
 
 impl TraceParent {
+    /// The flag of a trace that is recorded (W3C Trace Context §3.2.2.5.1).
+    pub const SAMPLED: u8 = 1;
+    /// That one and "random trace id" (Level 2 §3.2.2.5.2); others are not passed on.
+    pub const KNOWN_FLAGS: u8 = 3;
+
+    /// Whether its caller records it.
+    pub fn is_sampled(&self) -> bool {
+        self.flags & Self::SAMPLED != 0
+    }
+
     /// Reads version 00 of the header (W3C Trace Context §3.2); anything else is as good as absent.
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(&TRACEPARENT).iter();

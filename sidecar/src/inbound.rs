@@ -39,7 +39,7 @@ use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
 use crate::streams::{Asked, Streams};
 use crate::tcp::TcpInbound;
-use crate::trace::Spans;
+use crate::trace::{Place, Spans};
 use crate::watchers::Watchers;
 use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
 
@@ -125,7 +125,7 @@ impl From<Unanswered> for Stop {
 /// What is understood of a request so far; filled in as the phases pass.
 struct Understood<'a> {
     occasion: Occasion<'a>,
-    trace: Option<TraceParent>,
+    trace: Place,
     caller: Option<Caller>,
     mapped: Option<Mapped>,
     attributes: Attributes,
@@ -146,7 +146,7 @@ impl Handler for Inbound {
             // Without randomness nothing can be recorded so that it is found again: answer nobody.
             return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
         };
-        let trace = TraceParent::from_headers(request.headers());
+        let trace = Place { parent: TraceParent::from_headers(request.headers()), span: None };
         let occasion = Occasion {
             receipt,
             now: started,
@@ -154,7 +154,7 @@ impl Handler for Inbound {
             method: method.as_str(),
             target: target.path_and_query().map_or("", |target| target.as_str()),
             transaction: None,
-            trace_id: trace.map(|trace| trace.trace_id),
+            trace_id: trace.parent.map(|parent| parent.trace_id),
         };
         let mut understood =
             Understood { occasion, trace, caller: None, mapped: None, attributes: Attributes::none() };
@@ -171,7 +171,9 @@ impl Handler for Inbound {
             let user = understood.caller.as_ref().and_then(|caller| caller.user.as_ref());
             let seen = Finished {
                 direction: Direction::Inbound,
+                trace: understood.trace,
                 peer,
+                service: "",
                 user: user.map_or("", |user| &user.id),
                 method: &method,
                 path: target.path(),
@@ -276,7 +278,7 @@ impl Inbound {
         let mapped = &*understood.mapped.insert(mapped);
 
         // From here on the app may be asked something, and its calls travel on the user's behalf.
-        let span = self.spans.child(understood.trace);
+        let span = *understood.trace.span.insert(self.spans.child(understood.trace.parent));
         self.dress(&mut parts, connection, peer, chain.as_ref(), span);
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
         let remembered = self.correlator.remember(span, chain);

@@ -22,6 +22,7 @@
 //! | [`overload`] | refusing early what memory and descriptors do not suffice for |
 //! | [`admin`], [`metrics`] | `/ready`, `/live` and `/metrics` |
 //! | [`tap`] | requests as they end, for whoever looks on |
+//! | [`trace`], [`otlp`] | trace contexts; recorded requests as spans, to a collector |
 //! | [`debug`] | `/debug`: what is open, where calls go, whose certificates, what is in force |
 
 mod accept;
@@ -44,6 +45,7 @@ pub mod inbound;
 pub mod live;
 pub mod metrics;
 mod mux;
+pub mod otlp;
 pub mod outbound;
 pub mod overload;
 pub mod proxy_protocol;

@@ -16,7 +16,7 @@ use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::server::{Connection, Handler};
-use crate::trace::Spans;
+use crate::trace::{Place, Spans};
 use crate::upstream::{Upstream, UpstreamError};
 use crate::watchers::Watchers;
 use crate::{Body, answer};
@@ -65,7 +65,8 @@ impl Handler for Outbound {
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
         let (method, target) = (request.method().clone(), request.uri().clone());
-        let outcome = self.call(connection.remote, request).await;
+        let mut trace = Place { parent: TraceParent::from_headers(request.headers()), span: None };
+        let outcome = self.call(connection.remote, request, &mut trace).await;
         let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
         let now = self.clock.now();
         let took = now.saturating_sub(started);
@@ -80,7 +81,9 @@ impl Handler for Outbound {
             let error = outcome.as_ref().err();
             let seen = Finished {
                 direction: Direction::Outbound,
+                trace,
                 peer: self.upstream.id().as_str(),
+                service: self.upstream.service(),
                 method: &method,
                 path: target.path(),
                 verdict: if error.is_some() { "error" } else { "" },
@@ -97,7 +100,12 @@ impl Handler for Outbound {
 
 impl Outbound {
     /// One call of the app, from its own words to the callee's answer.
-    async fn call(&self, remote: SocketAddr, request: Request<Body>) -> Result<Response<Body>, CallError> {
+    async fn call(
+        &self,
+        remote: SocketAddr,
+        request: Request<Body>,
+        trace: &mut Place,
+    ) -> Result<Response<Body>, CallError> {
         let (mut parts, body) = request.into_parts();
 
         // Is it one request, from this machine?
@@ -107,8 +115,7 @@ impl Outbound {
         let upgrade = headers::check_framing_of_upgrade(&parts).map_err(CallError::Framing)?;
 
         // On whose behalf?
-        let from = TraceParent::from_headers(&parts.headers);
-        let chain = match self.correlator.find(from) {
+        let chain = match self.correlator.find(trace.parent) {
             Found::Nobody => None,
             Found::Behalf(chain) => Some(chain),
             Found::Ambiguous => return Err(CallError::AmbiguousUser),
@@ -117,7 +124,7 @@ impl Outbound {
         // Nothing that the app says about identity goes out; what we know does.
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
-        let span = self.spans.child(from);
+        let span = *trace.span.insert(self.spans.child(trace.parent));
         parts.headers.insert(&headers::TRACEPARENT, span.header_value());
         if let Some(chain) = chain {
             let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());

@@ -28,6 +28,7 @@ use crate::inbound::Inbound;
 use crate::live::Registry;
 use crate::metrics::Metrics;
 use crate::mux;
+use crate::otlp::{Traces, TracesConfig};
 use crate::outbound::Outbound;
 use crate::overload::{self, Budget, Overload, ProcReadings};
 use crate::proxy_protocol::Networks;
@@ -36,7 +37,7 @@ use crate::server::{self, Door, Limits, TunnelledRequests};
 use crate::streams::Streams;
 use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound, TcpOutbound, TcpUpstream};
-use crate::trace::{SharedRandom, Spans};
+use crate::trace::{Share, SharedRandom, Spans};
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 use crate::watchers::Watchers;
 
@@ -58,6 +59,8 @@ pub struct SidecarConfig {
     pub admin: Option<TcpListener>,
     /// Where each request gets a line, if anywhere.
     pub access_log: Option<Arc<AccessLog>>,
+    /// Where recorded requests leave a span, if anywhere.
+    pub traces: Option<TracesConfig>,
     /// What it may use; past it, requests are refused and connections wait.
     pub budget: Budget,
 }
@@ -168,7 +171,20 @@ impl Sidecar {
         if let Some(log) = &config.access_log {
             log.register(metrics.registry_mut());
         }
-        let watchers = Arc::new(Watchers { access_log: config.access_log.clone(), tap: Arc::default() });
+        let (front, calls, telling) = (scope.part(), scope.part(), scope.part());
+        drain_in_order([front.clone(), calls.clone(), telling.clone()], scope);
+        let recorded = config.traces.as_ref().map_or(Share::ALL, |traces| traces.sample);
+        let spans = Arc::new(Spans::new(Arc::clone(&random), recorded));
+        let traces = config.traces.as_ref().map(|traces| {
+            let (name, spans) = (name_of(&config), Arc::clone(&spans));
+            Traces::start(traces, name, spans, clock.clone(), metrics.registry_mut(), &telling)
+        });
+        let watchers = Watchers {
+            access_log: config.access_log.clone(),
+            tap: Arc::default(),
+            traces: traces.transpose()?,
+        };
+        let watchers = Arc::new(watchers);
         watchers.tap.register(metrics.registry_mut());
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
@@ -180,10 +196,7 @@ impl Sidecar {
             live: Some(Arc::clone(&live)),
             ..Limits::default()
         };
-        let spans = Arc::new(Spans::new(Arc::clone(&random)));
         let receipts = Arc::new(Receipts::new(Arc::clone(&random)));
-        let (front, calls) = (scope.part(), scope.part());
-        drain_in_order(front.clone(), calls.clone(), scope);
         let begun = match (&config.inbound, &config.ext_authz) {
             (Some(inbound), _) => Some((&inbound.policy, &inbound.gateways)),
             (None, Some(ext_authz)) => Some((&ext_authz.policy, &ext_authz.gateways)),
@@ -357,9 +370,17 @@ impl Sidecar {
     }
 }
 
+/// The service's name, as traces have it; one that only calls others is known by the end of its SPIFFE ID.
+fn name_of(config: &SidecarConfig) -> &str {
+    let inbound = config.inbound.as_ref().map(|inbound| inbound.service.as_str());
+    let service = inbound.or(config.ext_authz.as_ref().map(|asked| asked.service.as_str()));
+    service.unwrap_or_else(|| config.id.as_str().rsplit('/').next().unwrap_or_default())
+}
+
 /// Drains the outbound half only after the inbound half's last request: until then the app may have to
-/// call on, over new connections too, to answer it. Whoever joins `scope` bounds both.
-fn drain_in_order(front: Scope, calls: Scope, scope: &Scope) {
+/// call on, over new connections too, to answer it. What is told of both goes out last. Whoever joins `scope`
+/// bounds them all.
+fn drain_in_order([front, calls, telling]: [Scope; 3], scope: &Scope) {
     let whole = scope.clone();
     scope.spawn_critical("drain", async move {
         tokio::select! {
@@ -368,7 +389,7 @@ fn drain_in_order(front: Scope, calls: Scope, scope: &Scope) {
             () = front.draining() => whole.drain(),
             () = calls.draining() => whole.drain(),
         }
-        for part in [front, calls] {
+        for part in [front, calls, telling] {
             part.drain();
             if let Err(reason) = part.finished(Duration::MAX).await {
                 tracing::debug!(reason, "drained after a failure");

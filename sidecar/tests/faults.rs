@@ -85,6 +85,7 @@ impl World {
             capture: CaptureConfig::default(),
             admin: None,
             access_log: None,
+            traces: None,
             budget: sidecar::overload::Budget::default(),
         };
         let (recorder, random) = (Arc::new(NoRecorder), identity::random::system());

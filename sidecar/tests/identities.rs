@@ -571,6 +571,7 @@ impl World {
             capture: CaptureConfig::default(),
             admin: None,
             access_log: None,
+            traces: None,
             budget: sidecar::overload::Budget::default(),
         };
         let server = Holder::new("backend");

@@ -216,6 +216,7 @@ impl World {
             capture: CaptureConfig::default(),
             admin: Some(admin),
             access_log: None,
+            traces: None,
             budget: sidecar::overload::Budget::default(),
         };
         let source = authority.source("/service/accounts");
@@ -826,6 +827,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
+        traces: None,
         budget: sidecar::overload::Budget::default(),
     };
     let source = world.authority.source("/service/web");

@@ -637,6 +637,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
         capture: CaptureConfig::default(),
         admin: None,
         access_log: None,
+        traces: None,
         budget: sidecar::overload::Budget::default(),
     };
     let source = db.authority.source("/service/db");

@@ -29,6 +29,7 @@ use ring::rand::SystemRandom;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use sidecar::server::{Connection, Handler, Limits};
+use sidecar::trace::Share;
 use url::Url;
 
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
@@ -306,6 +307,7 @@ impl Site {
             state: state.join("gateway"),
             seal_keys: vec![SealKey::new("k".repeat(32).into()).unwrap()],
             cookie: SESSION_COOKIE.into(),
+            traced: Share::ALL,
         };
         let policies = policies(&state.join("policies"));
         Gateway::start(

@@ -7,6 +7,7 @@ use gateway::config::{Algorithm, Issuer, IssuerConfig, Rate, Route, SESSION_COOK
 use gateway::gateway::SERVICE;
 use gateway::{Gateway, GatewayConfig, Trust};
 use identity::IdentitySource;
+use sidecar::trace::Share;
 
 use crate::Global;
 use crate::credentials::Credential;
@@ -81,6 +82,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
             state: gateway.state.clone(),
             seal_keys: vec![seal_key],
             cookie: SESSION_COOKIE.to_owned(),
+            traced: workload.mesh.traces.as_ref().map_or(Share::ALL, |traces| traces.sample),
         };
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));

@@ -162,7 +162,8 @@ impl OfMesh {
         let access_log = access_log(target.as_ref(), &clock, &scope)?;
         let own = self::service(&workload.mesh, &service)?;
         let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh))?;
-        let config = SidecarConfig { access_log, capture, ..config };
+        let traces = workload.mesh.traces.clone();
+        let config = SidecarConfig { access_log, traces, capture, ..config };
         let ready = workload.identified(source.clone(), Some(config.id.clone()));
         succession.wait(&ready, &clock).await?;
         let sidecar = Sidecar::start(config, source, recorder, clock.clone(), random, &scope)
@@ -304,6 +305,7 @@ fn configure(
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
+        traces: None,
         budget: Budget {
             memory_bytes: mesh.limits.memory.budget_bytes(),
             descriptors: rlimits::most_descriptors(),

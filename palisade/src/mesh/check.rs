@@ -53,8 +53,19 @@ pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
 
 impl Check<'_> {
     fn mesh(&mut self, sections: MeshFile, hostname: &str) -> Option<Mesh> {
-        let MeshFile { mesh, control, agent, gateway, idp, vault, service, workload, limits, telemetry } =
-            sections;
+        let MeshFile {
+            mesh,
+            control,
+            agent,
+            gateway,
+            idp,
+            vault,
+            service,
+            workload,
+            limits,
+            telemetry,
+            traces,
+        } = sections;
 
         let trust_domain = match TrustDomain::new(mesh.trust_domain.get_ref()) {
             Ok(trust_domain) => Some(trust_domain),
@@ -106,6 +117,7 @@ impl Check<'_> {
                 access_log: telemetry.access_log.unwrap_or(true),
                 log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
             },
+            traces: traces.and_then(|section| self.traces(&section)),
         };
         self.told_apart(&mesh, &service);
         Some(mesh)

@@ -38,6 +38,7 @@ pub(crate) struct MeshFile {
     pub(crate) limits: LimitsSection,
     #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
+    pub(crate) traces: Option<TracesSection>,
 }
 
 /// What holds for the whole mesh.
@@ -360,4 +361,18 @@ pub(crate) struct TelemetrySection {
     /// Which log lines are written, in the manner of RUST_LOG. Default: info.
     #[schemars(with = "Option<String>", example = &"info")]
     pub(crate) log: Option<Text>,
+}
+
+/// A span a request, to an OpenTelemetry collector on each host. Leave the section out to have none.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TracesSection {
+    /// Where they are posted to, OTLP over HTTP with protobuf, loopback only: for a collector elsewhere,
+    /// where this host takes calls to it.
+    #[schemars(with = "String", example = &"http://127.0.0.1:4318/v1/traces")]
+    pub(crate) endpoint: Text,
+    /// Which share of the traces that begin here is recorded, 0 to 1. A request that comes with a
+    /// traceparent is recorded if that says so. Default: 0.01.
+    #[schemars(with = "Option<f64>", example = 0.01)]
+    pub(crate) sample: Option<Spanned<f64>>,
 }

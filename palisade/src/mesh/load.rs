@@ -120,9 +120,11 @@ impl Finder<'_> {
                 }
                 true
             }
-            ("string", DeValue::String(_)) | ("boolean", DeValue::Boolean(_)) => true,
+            ("string", DeValue::String(_))
+            | ("boolean", DeValue::Boolean(_))
+            | ("number", DeValue::Integer(_) | DeValue::Float(_)) => true,
             ("integer", DeValue::Integer(number)) => {
-                // Every number of the file is an id of the operating system.
+                // Every whole number of the file is an id of the operating system or smaller than one.
                 let fits = u32::from_str_radix(number.as_str(), number.radix()).is_ok();
                 if !fits {
                     self.report(span, format!("`{place}` is a number from 0 to {}", u32::MAX), None);
@@ -133,7 +135,7 @@ impl Finder<'_> {
                 let expected = match expected {
                     "object" => "a table",
                     "array" => "an array",
-                    "integer" => "a number",
+                    "integer" | "number" => "a number",
                     "boolean" => "true or false",
                     _ => "text in quotes",
                 };

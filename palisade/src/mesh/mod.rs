@@ -24,6 +24,7 @@ use std::time::Duration;
 use identity::{SpiffeId, TrustDomain};
 use serde::{Serialize, Serializer};
 use sidecar::capture::Destination;
+use sidecar::otlp::TracesConfig;
 use sidecar::traffic::egress::Rule;
 use url::Url;
 
@@ -49,6 +50,8 @@ pub(crate) struct Mesh {
     pub(crate) workload: BTreeMap<String, Workload>,
     pub(crate) limits: Limits,
     pub(crate) telemetry: Telemetry,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) traces: Option<TracesConfig>,
 }
 
 /// `[mesh]`

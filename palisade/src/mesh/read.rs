@@ -9,17 +9,21 @@ use std::time::Duration;
 
 use policy::Problem;
 use sidecar::capture::Destination;
+use sidecar::otlp::{Endpoint, TracesConfig};
+use sidecar::trace::Share;
 use sidecar::traffic::egress::Rule;
 use toml::Spanned;
 use url::Url;
 
 use super::check::ANY_HOST;
-use super::file::{AttestSection, CaptureSection, Text};
+use super::file::{AttestSection, CaptureSection, Text, TracesSection};
 use super::load::MAX_PROBLEMS;
 use super::{Attest, Capture, HostPort, Memory};
 
 /// Smallest memory budget: a sidecar without traffic takes about as much.
 const MIN_MEMORY_BYTES: u64 = 16 << 20;
+/// Which share of new traces is recorded where nothing is said: of a busy service, some every second.
+const TRACED_SHARE: f64 = 0.01;
 
 /// An address that something binds, for finding two that want the same.
 pub(crate) struct Bound {
@@ -303,6 +307,26 @@ impl Check<'_> {
             }
         }
         Some(Capture { outbound_port, inbound_port, egress, egress_names })
+    }
+
+    /// Where spans go, and of which requests there are some.
+    pub(crate) fn traces(&mut self, section: &TracesSection) -> Option<TracesConfig> {
+        let endpoint = section.endpoint.get_ref().parse::<Endpoint>();
+        if let Err(error) = &endpoint {
+            let hint = "for example http://127.0.0.1:4318/v1/traces; for a collector elsewhere, where this host's \
+                        sidecar takes calls to it";
+            let message = format!("`{}` is no collector's address: {error}", section.endpoint.get_ref());
+            self.report(&section.endpoint, message, Some(hint.into()));
+        }
+        let sample = Share::new(section.sample.as_ref().map_or(TRACED_SHARE, |sample| *sample.get_ref()));
+        if let (Err(error), Some(sample)) = (&sample, &section.sample) {
+            self.report(
+                sample,
+                error.to_string(),
+                Some("write 0.01 to record one trace of a hundred".into()),
+            );
+        }
+        Some(TracesConfig { endpoint: endpoint.ok()?, sample: sample.ok()? })
     }
 
     /// An address that others connect to.

@@ -31,6 +31,7 @@ impl Reference for MeshFile {
         ("workload", "nightly"),
         ("limits", ""),
         ("telemetry", ""),
+        ("traces", ""),
     ];
 }
 

@@ -47,8 +47,18 @@ pub(super) fn standalone(
 
 impl Check<'_> {
     fn standalone(&mut self, sections: SidecarFile) -> Option<Standalone> {
-        let SidecarFile { identity, trust, inbound, ext_authz, outbound, capture, admin, telemetry, limits } =
-            sections;
+        let SidecarFile {
+            identity,
+            trust,
+            inbound,
+            ext_authz,
+            outbound,
+            capture,
+            admin,
+            telemetry,
+            traces,
+            limits,
+        } = sections;
         let mut domains = Vec::new();
         for (domain, roots) in &trust {
             let roots = self.existing(roots);
@@ -108,6 +118,7 @@ impl Check<'_> {
             capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),
             access_log: self.access_log(&telemetry),
+            traces: traces.and_then(|section| self.traces(&section)),
             log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
             drain_timeout: drain_timeout?,
             memory: memory?,

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::mesh::file::{AppProtocol, CaptureSection, Text};
+use crate::mesh::file::{AppProtocol, CaptureSection, Text, TracesSection};
 use crate::mesh::schema::Reference;
 
 /// One sidecar by itself: certificates from files, policies from a directory, no control, no agent.
@@ -32,6 +32,7 @@ pub(crate) struct SidecarFile {
     pub(crate) admin: Option<AdminSection>,
     #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
+    pub(crate) traces: Option<TracesSection>,
     #[serde(default)]
     pub(crate) limits: LimitsSection,
 }
@@ -48,6 +49,7 @@ impl Reference for SidecarFile {
         ("capture", ""),
         ("admin", ""),
         ("telemetry", ""),
+        ("traces", ""),
         ("limits", ""),
     ];
 }

@@ -19,6 +19,7 @@ use policy::Problem;
 use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
+use sidecar::otlp::TracesConfig;
 use sidecar::proxy_protocol::Networks;
 
 use crate::mesh::load;
@@ -39,6 +40,7 @@ pub(crate) struct Standalone {
     pub(crate) admin: Option<SocketAddr>,
     /// None for no access log.
     pub(crate) access_log: Option<AccessTarget>,
+    pub(crate) traces: Option<TracesConfig>,
     pub(crate) log: String,
     pub(crate) drain_timeout: Duration,
     pub(crate) memory: Memory,
@@ -221,6 +223,34 @@ mod tests {
             policy::Policies::load(&shipped.join("policies"), &TrustDomain::new("mesh.test").unwrap());
         let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
         assert!(policies.service(door.decided.service.as_str()).is_some());
+    }
+
+    #[test]
+    fn traces_go_to_a_collector_on_this_machine() {
+        let directory = tempfile::tempdir().unwrap();
+        lay_out(directory.path());
+        let file = directory.path().join("sidecar.toml");
+        let sample = schema::sample::<SidecarFile>();
+        let (head, rest) = sample.split_once("[traces]\n").unwrap();
+        let (_, rest) = rest.split_once("\n\n").unwrap();
+        let with = |section: &str| Standalone::parse(&format!("{head}{section}\n{rest}"), &file);
+        assert!(with("").unwrap().traces.is_none());
+        let endpoint = "endpoint = \"http://127.0.0.1:4318/v1/traces\"\n";
+        let traces = with(&format!("[traces]\n{endpoint}")).unwrap().traces.unwrap();
+        assert_eq!(serde_json::to_value(&traces).unwrap()["sample"], 0.01);
+        let all = with(&format!("[traces]\n{endpoint}sample = 1\n")).unwrap().traces.unwrap();
+        assert_eq!(all.sample, sidecar::trace::Share::ALL);
+        for (wrong, why) in [
+            (format!("{endpoint}sample = 1.5\n"), "1.5 is not from 0 to 1"),
+            (format!("{endpoint}sample = nan\n"), "is not from 0 to 1"),
+            ("endpoint = \"https://127.0.0.1/\"\n".to_owned(), "does not start with http://"),
+            ("endpoint = \"http://10.0.0.7:4318/\"\n".to_owned(), "not on this machine"),
+            ("sample = 0.1\n".to_owned(), "endpoint"),
+        ] {
+            let problems = with(&format!("[traces]\n{wrong}")).unwrap_err();
+            let told = problems.iter().map(ToString::to_string).collect::<String>();
+            assert!(told.contains(why) && problems[0].line > 0, "{told}");
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub(crate) fn of(config: &SidecarConfig) -> Value {
             "inbound": config.capture.inbound.is_some(),
         },
         "access_log": config.access_log.is_some(),
+        "traces": config.traces,
         "budget": {
             "memory_bytes": config.budget.memory_bytes,
             "descriptors": config.budget.descriptors,

@@ -36,7 +36,7 @@ use crate::inbound::{Listed, permitted};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::Limits;
-use crate::trace::Spans;
+use crate::trace::{Place, Spans};
 use crate::watchers::Watchers;
 use crate::{SidecarError, answer, transaction};
 
@@ -175,6 +175,7 @@ impl From<Unanswered> for Stop {
 /// What is understood of a request so far; filled in as the phases pass.
 struct Understood<'a> {
     occasion: Occasion<'a>,
+    trace: Place,
     caller: Option<Caller>,
     mapped: Option<Mapped>,
     attributes: Attributes,
@@ -198,8 +199,13 @@ impl ExtAuthz {
             transaction: None,
             trace_id: None,
         };
-        let mut understood =
-            Understood { occasion, caller: None, mapped: None, attributes: Attributes::none() };
+        let mut understood = Understood {
+            occasion,
+            trace: Place::default(),
+            caller: None,
+            mapped: None,
+            attributes: Attributes::none(),
+        };
         let outcome = self.decide(described.as_ref(), &mut understood).await;
         self.ended(outcome, &understood)
     }
@@ -228,6 +234,7 @@ impl ExtAuthz {
         };
         let parts = described.head().map_err(|refusal| unread(refusal, &understood.occasion))?;
         let parent = TraceParent::from_headers(&parts.headers);
+        understood.trace.parent = parent;
         understood.occasion.trace_id = parent.map(|trace| trace.trace_id);
         if let Err(rule) = headers::check_framing(&parts) {
             let refusal = Refusal::malformed(rule, "two parsers could read this request differently");
@@ -264,7 +271,7 @@ impl ExtAuthz {
         let mapped = &*understood.mapped.insert(mapped);
 
         // May they?
-        let span = spans.child(parent);
+        let span = *understood.trace.span.insert(spans.child(parent));
         let attributes = match (mapped.attributes_from(), &self.app) {
             (AttributeSource::Known, _) => Attributes::none(),
             (AttributeSource::Entities, Some(app)) => {
@@ -290,7 +297,7 @@ impl ExtAuthz {
         outcome: Result<(Permit, Dress), Stop>,
         understood: &Understood<'_>,
     ) -> pb::CheckResponse {
-        let Understood { occasion, caller, mapped, attributes } = understood;
+        let Understood { occasion, trace, caller, mapped, attributes } = understood;
         let Shared { recorder, metrics, clock, .. } = &self.shared;
         let (verdict, rule, status, note, response) = match outcome {
             Ok((permit, dress)) => {
@@ -322,7 +329,9 @@ impl ExtAuthz {
             let user = caller.as_ref().and_then(|caller| caller.user.as_ref());
             let seen = Finished {
                 direction: Direction::ExtAuthz,
+                trace: *trace,
                 peer,
+                service: "",
                 user: user.map_or("", |user| &user.id),
                 method: &Method::from_bytes(occasion.method.as_bytes()).unwrap_or_default(),
                 path: occasion.target.split_once('?').map_or(occasion.target, |(path, _)| path),

@@ -118,6 +118,7 @@ fn sidecar(
         capture: crate::capture::CaptureConfig::default(),
         admin: None,
         access_log: None,
+        traces: None,
         budget: crate::overload::Budget::default(),
     };
     let records = Arc::new(MemoryRecorder::default());

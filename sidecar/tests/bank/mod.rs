@@ -151,6 +151,7 @@ impl Bank {
             capture: sidecar::capture::CaptureConfig::default(),
             admin: None,
             access_log: None,
+            traces: None,
             budget: sidecar::overload::Budget::default(),
         };
         let (source, random) = (authority.source("/service/accounts"), identity::random::system());

@@ -103,6 +103,7 @@ fn config(id: SpiffeId, admin: TcpListener) -> SidecarConfig {
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
+        traces: None,
         budget: sidecar::overload::Budget::default(),
     }
 }

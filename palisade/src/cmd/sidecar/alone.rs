@@ -177,6 +177,7 @@ fn configure(
         capture,
         admin,
         access_log: None,
+        traces: standalone.traces.clone(),
         budget: Budget {
             memory_bytes: standalone.memory.budget_bytes(),
             descriptors: rlimits::most_descriptors(),
