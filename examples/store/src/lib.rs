@@ -1,11 +1,13 @@
 //! A small Spanner: rows in sorted splits, one consensus group a split, strict two-phase locking at its leader,
 //! two-phase commit across splits, versions by commit timestamp, and timestamps from a clock that knows its own error.
 //!
-//! The modules here do no I/O and read no clock: what they decide is a function of what they are told, so that a
-//! seeded simulation owns time, network and disk. `README.md` has the design and says what is not there yet.
+//! The modules here do no I/O but through [`wal::Disk`] and read no clock but through [`truetime::TrueTime`]: what they
+//! decide is a function of what they are told, so that a seeded simulation owns time, network and disk. `README.md` has
+//! the design and says what is not there yet.
 
 #![forbid(unsafe_code)]
 
+pub mod group;
 pub mod keys;
 pub mod lease;
 pub mod locks;
@@ -13,3 +15,5 @@ pub mod mvcc;
 pub mod safe_time;
 pub mod truetime;
 pub mod txn;
+pub mod wal;
+pub mod wire;

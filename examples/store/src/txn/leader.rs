@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::{Applied, Attempt, Command, Entry, Outcome, Prepared, Replica, SplitId, TxnId, spans_of};
 use crate::{
     keys::Range,
-    lease::{Grant, NodeId},
+    lease::{Grant, NodeId, Tenure},
     locks::{Changes, Lock, LockError, LockTable, Mode},
     mvcc::Mutation,
     truetime::{Interval, Timestamp},
@@ -54,8 +54,7 @@ pub enum Snapshot {
 /// What a split's leader knows and no log: locks, and the last timestamp that it gave away. One for each term led.
 #[derive(Debug)]
 pub struct Leader {
-    me: NodeId,
-    term: u64,
+    me: Tenure,
     locks: LockTable,
     reads: BTreeMap<TxnId, Vec<Range>>,
     /// Everything assigned from now on is later, whether or not it gets into the log.
@@ -67,10 +66,9 @@ pub struct Leader {
 impl Leader {
     /// The leader of `term`, which serves once `replica` has applied an entry of that term: then it has applied all
     /// that any leader before it logged.
-    pub fn new(me: NodeId, term: u64) -> Self {
+    pub fn new(node: NodeId, term: u64) -> Self {
         Self {
-            me,
-            term,
+            me: Tenure { node, term },
             locks: LockTable::default(),
             reads: BTreeMap::new(),
             last: Timestamp::ZERO,
@@ -295,9 +293,14 @@ impl Leader {
         self.locks.knows(txn)
     }
 
+    /// Itself, as leases know it.
+    pub fn tenure(&self) -> Tenure {
+        self.me
+    }
+
     /// The term it leads.
     pub fn term(&self) -> u64 {
-        self.term
+        self.me.term
     }
 
     /// Transactions with locks here, held or waited for.
@@ -306,7 +309,7 @@ impl Leader {
     }
 
     fn entry(&self, closed: Timestamp, command: Command) -> Entry {
-        Entry { term: self.term, closed, command }
+        Entry { term: self.me.term, closed, command }
     }
 
     /// After everything this leader assigned or showed, and after everything that leaders before it did: those stayed
@@ -317,7 +320,7 @@ impl Leader {
     }
 
     fn check_serving(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
-        let serves = replica.term == self.term && replica.lease.serves(self.me, now);
+        let serves = replica.term == self.me.term && replica.lease.serves(self.me, now);
         if serves { Ok(()) } else { Err(Refusal::NotServing) }
     }
 

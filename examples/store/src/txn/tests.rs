@@ -56,7 +56,7 @@ impl Split {
     }
 
     fn renew(&mut self, now: Interval) {
-        let grant = self.replica.lease().wanted(ME, now).unwrap();
+        let grant = self.replica.lease().wanted(self.leader.tenure(), now).unwrap();
         let lease = self.leader.lease(grant);
         assert_eq!(self.log(lease), Applied::Lease(Ok(())));
     }

@@ -1,0 +1,396 @@
+//! One log for everything that a node must not forget, whichever split it belongs to: records are gathered, written
+//! and synced together, so that many commits share one `fsync`.
+//!
+//! A record is its length, the CRC-32 of its bytes, and its bytes. What a crash tore off the end of the last segment
+//! was never acknowledged and is cut off; a record that is broken anywhere else means a broken disk, and is an error.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+/// A segment is closed when it is larger than this: what can be dropped is dropped by segments.
+pub const SEGMENT_BYTES: u64 = 64 << 20;
+/// More than the largest record that a split makes, less than what a length torn by a crash could ask us to allocate.
+pub const RECORD_BYTES_MAX: usize = 32 << 20;
+
+const HEAD_BYTES: usize = 8;
+
+/// Why the log cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum WalError {
+    /// The disk says no.
+    #[error("write-ahead log, segment {segment}")]
+    Io {
+        /// Which segment.
+        segment: u64,
+        /// What the disk said.
+        #[source]
+        source: io::Error,
+    },
+    /// A record before the end is not what was written.
+    #[error(
+        "write-ahead log, segment {segment}: the record at byte {offset} is broken; restore this node from the others"
+    )]
+    Broken {
+        /// Which segment.
+        segment: u64,
+        /// Where in it.
+        offset: usize,
+    },
+    /// A record over [`RECORD_BYTES_MAX`].
+    #[error("a record of {0} bytes is over the limit of {RECORD_BYTES_MAX}")]
+    TooLarge(usize),
+    /// A write or sync failed before: what is on the disk is not known, and a sync that works later proves nothing.
+    #[error("an earlier write to the log failed; restart the node")]
+    Failed,
+}
+
+/// Where segments are kept.
+pub trait Disk {
+    /// The segments there are, in order.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn segments(&self) -> io::Result<Vec<u64>>;
+    /// A segment's bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn read(&self, segment: u64) -> io::Result<Vec<u8>>;
+    /// Cuts a segment off at `length`, durably.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn truncate(&mut self, segment: u64, length: u64) -> io::Result<()>;
+    /// Opens a segment to write at its end, making it, durably, if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn open(&mut self, segment: u64) -> io::Result<()>;
+    /// Writes at the end of the open segment. Not durable before [`Disk::sync`].
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Makes all that was appended durable.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// The log of one node.
+#[derive(Debug)]
+pub struct Wal<D> {
+    disk: D,
+    segment: u64,
+    length: u64,
+    segment_bytes: u64,
+    gathered: Vec<u8>,
+    failed: bool,
+}
+
+impl<D: Disk> Wal<D> {
+    /// Opens the log and gives every record in it, in order.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails, or holds what was not written so.
+    pub fn open(disk: D) -> Result<(Self, Vec<Vec<u8>>), WalError> {
+        Self::open_with(disk, SEGMENT_BYTES)
+    }
+
+    fn open_with(mut disk: D, segment_bytes: u64) -> Result<(Self, Vec<Vec<u8>>), WalError> {
+        let segments = disk.segments().map_err(|source| WalError::Io { segment: 0, source })?;
+        let last = segments.last().copied().unwrap_or(0);
+        let mut records = Vec::new();
+        let mut length = 0;
+        for segment in segments {
+            let on = |source| WalError::Io { segment, source };
+            let bytes = disk.read(segment).map_err(on)?;
+            let whole = read_records(&bytes, &mut records);
+            if whole < bytes.len() {
+                if segment != last {
+                    return Err(WalError::Broken { segment, offset: whole });
+                }
+                disk.truncate(segment, whole as u64).map_err(on)?;
+            }
+            length = whole as u64;
+        }
+        disk.open(last).map_err(|source| WalError::Io { segment: last, source })?;
+        Ok((
+            Self { disk, segment: last, length, segment_bytes, gathered: Vec::new(), failed: false },
+            records,
+        ))
+    }
+
+    /// Gathers a record for the next [`Wal::commit`].
+    ///
+    /// # Errors
+    ///
+    /// When it is too large; then it is not gathered.
+    pub fn gather(&mut self, record: &[u8]) -> Result<(), WalError> {
+        let length = u32::try_from(record.len()).ok().filter(|length| *length as usize <= RECORD_BYTES_MAX);
+        let length = length.ok_or(WalError::TooLarge(record.len()))?;
+        self.gathered.extend_from_slice(&length.to_le_bytes());
+        self.gathered.extend_from_slice(&checksum(length, record).to_le_bytes());
+        self.gathered.extend_from_slice(record);
+        Ok(())
+    }
+
+    /// Makes all gathered records durable with one write and one sync. Nothing to gather, nothing written.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails; and ever after, since what it holds then is not known.
+    pub fn commit(&mut self) -> Result<(), WalError> {
+        if self.failed {
+            return Err(WalError::Failed);
+        }
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        let written = self.write();
+        self.failed = written.is_err();
+        written.map_err(|source| WalError::Io { segment: self.segment, source })
+    }
+
+    /// The disk, to be opened again.
+    pub fn into_disk(self) -> D {
+        self.disk
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        if self.length >= self.segment_bytes {
+            self.segment += 1;
+            self.length = 0;
+            self.disk.open(self.segment)?;
+        }
+        self.disk.append(&self.gathered)?;
+        self.disk.sync()?;
+        self.length += self.gathered.len() as u64;
+        self.gathered.clear();
+        Ok(())
+    }
+}
+
+/// Adds the records at the beginning of `bytes` to `records` and says where the first that is not whole begins.
+fn read_records(bytes: &[u8], records: &mut Vec<Vec<u8>>) -> usize {
+    let mut whole = 0;
+    while let Some(record) = bytes.get(whole..).and_then(read_record) {
+        whole += HEAD_BYTES + record.len();
+        records.push(record.to_vec());
+    }
+    whole
+}
+
+fn read_record(bytes: &[u8]) -> Option<&[u8]> {
+    let (length, rest) = bytes.split_first_chunk::<4>()?;
+    let (crc, rest) = rest.split_first_chunk::<4>()?;
+    let length = u32::from_le_bytes(*length);
+    let record = rest.get(..length as usize).filter(|record| record.len() <= RECORD_BYTES_MAX)?;
+    (checksum(length, record) == u32::from_le_bytes(*crc)).then_some(record)
+}
+
+/// Of the length too: zeros, which some file systems leave at a torn end, would be a whole record of no bytes.
+fn checksum(length: u32, record: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&length.to_le_bytes());
+    crc.update(record);
+    crc.finalize()
+}
+
+/// Segments as files of one directory.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    open: Option<File>,
+}
+
+impl Directory {
+    /// The directory `path`, made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        fs::create_dir_all(path)?;
+        Ok(Self { path: path.to_owned(), open: None })
+    }
+
+    fn file(&self, segment: u64) -> PathBuf {
+        self.path.join(format!("{segment:016x}.wal"))
+    }
+}
+
+impl Disk for Directory {
+    fn segments(&self) -> io::Result<Vec<u64>> {
+        let mut segments = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".wal"));
+            segments.extend(number.and_then(|number| u64::from_str_radix(number, 16).ok()));
+        }
+        segments.sort_unstable();
+        Ok(segments)
+    }
+
+    fn read(&self, segment: u64) -> io::Result<Vec<u8>> {
+        fs::read(self.file(segment))
+    }
+
+    fn truncate(&mut self, segment: u64, length: u64) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).open(self.file(segment))?;
+        file.set_len(length)?;
+        file.sync_all()
+    }
+
+    fn open(&mut self, segment: u64) -> io::Result<()> {
+        self.open = Some(OpenOptions::new().append(true).create(true).open(self.file(segment))?);
+        // A file whose name is not durable is lost with all that was synced into it.
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.opened()?.write_all(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.opened()?.sync_data()
+    }
+}
+
+impl Directory {
+    fn opened(&mut self) -> io::Result<&mut File> {
+        self.open.as_mut().ok_or_else(|| io::Error::other("no segment is open"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn written(path: &Path, batches: &[Vec<Vec<u8>>]) {
+        let (mut wal, _) = Wal::open_with(Directory::new(path).unwrap(), 64).unwrap();
+        for batch in batches {
+            for record in batch {
+                wal.gather(record).unwrap();
+            }
+            wal.commit().unwrap();
+        }
+    }
+
+    fn records(path: &Path) -> Result<Vec<Vec<u8>>, WalError> {
+        Wal::open_with(Directory::new(path).unwrap(), 64).map(|(_, records)| records)
+    }
+
+    fn batches() -> impl Strategy<Value = Vec<Vec<Vec<u8>>>> {
+        prop::collection::vec(prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..4), 1..6)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn what_was_committed_is_read_back_over_segments(batches in batches()) {
+            let home = tempfile::tempdir().unwrap();
+            let (first, second) = batches.split_at(batches.len() / 2);
+            written(home.path(), first);
+            written(home.path(), second);
+            prop_assert_eq!(records(home.path()).unwrap(), batches.concat());
+        }
+
+        #[test]
+        fn a_torn_end_loses_only_what_was_torn(
+            batches in batches(), cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 0..12),
+        ) {
+            let home = tempfile::tempdir().unwrap();
+            written(home.path(), &batches);
+            let disk = Directory::new(home.path()).unwrap();
+            let last = disk.file(*disk.segments().unwrap().last().unwrap());
+            let mut bytes = fs::read(&last).unwrap();
+            let mut kept = Vec::new();
+            bytes.truncate(cut.index(bytes.len() + 1));
+            let whole = read_records(&bytes, &mut kept);
+            // Zeros or anything else after it, as a file system may leave them.
+            if whole < bytes.len() {
+                let at = bytes.len();
+                bytes.extend_from_slice(&noise);
+                bytes[at - 1] ^= 1;
+            }
+            fs::write(&last, &bytes).unwrap();
+            let read = records(home.path()).unwrap();
+            let all = batches.concat();
+            prop_assert!(read.len() <= all.len() && read[..] == all[..read.len()]);
+            prop_assert!(read.ends_with(&kept));
+            // And what is written after it is not lost behind what was torn.
+            written(home.path(), &[vec![b"after".to_vec()]]);
+            prop_assert_eq!(records(home.path()).unwrap(), [read, vec![b"after".to_vec()]].concat());
+        }
+    }
+
+    #[test]
+    fn a_broken_record_before_the_end_is_an_error_that_says_where() {
+        let home = tempfile::tempdir().unwrap();
+        written(home.path(), &vec![vec![vec![7; 100]]; 3]);
+        let first = home.path().join("0000000000000000.wal");
+        let mut bytes = fs::read(&first).unwrap();
+        bytes[50] ^= 1;
+        fs::write(&first, bytes).unwrap();
+        assert!(matches!(records(home.path()), Err(WalError::Broken { segment: 0, offset: 0 })));
+    }
+
+    #[test]
+    fn zeros_at_the_end_are_no_records() {
+        let home = tempfile::tempdir().unwrap();
+        written(home.path(), &[vec![b"one".to_vec()]]);
+        let file = home.path().join("0000000000000000.wal");
+        let mut bytes = fs::read(&file).unwrap();
+        bytes.extend([0; 64]);
+        fs::write(&file, bytes).unwrap();
+        assert_eq!(records(home.path()).unwrap(), [b"one".to_vec()]);
+    }
+
+    /// A disk that is full.
+    struct Full;
+
+    impl Disk for Full {
+        fn segments(&self) -> io::Result<Vec<u64>> {
+            Ok(vec![])
+        }
+        fn read(&self, _: u64) -> io::Result<Vec<u8>> {
+            Ok(vec![])
+        }
+        fn truncate(&mut self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn open(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn append(&mut self, _: &[u8]) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn sync(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn after_a_failed_write_nothing_is_acknowledged_any_more() {
+        let (mut wal, _) = Wal::open(Full).unwrap();
+        wal.gather(b"one").unwrap();
+        assert!(matches!(wal.commit(), Err(WalError::Io { .. })));
+        assert!(matches!(wal.commit(), Err(WalError::Failed)));
+        assert!(matches!(wal.gather(&vec![0; RECORD_BYTES_MAX + 1]), Err(WalError::TooLarge(_))));
+    }
+}

@@ -1,0 +1,407 @@
+//! Clients that move money between rows of both splits, and readers of snapshots that must always see all of it.
+
+use std::cmp::Reverse;
+
+use bytes::Bytes;
+use store::{
+    keys::{Key, Range},
+    locks::Age,
+    mvcc::Mutation,
+    truetime::{Interval, Timestamp},
+    txn::{Attempt, Coordinator, Outcome, Refusal, Snapshot, SplitId, TxnId, Verdict},
+};
+
+use crate::world::{MS, SPLITS, World};
+
+pub(crate) const ROWS: u64 = 4;
+/// A client that has got nowhere for so long gives up the attempt.
+const PATIENCE_MS: u64 = 3_000;
+
+/// Row `row` of a split, which is the table of that name.
+pub(crate) fn key(split: SplitId, row: u64) -> Key {
+    Key::new(table(split), &[b'a' + row as u8]).unwrap()
+}
+
+fn table(split: SplitId) -> &'static str {
+    if split == SPLITS[0] { "left" } else { "right" }
+}
+
+pub(crate) fn amount(value: &Option<Bytes>) -> i64 {
+    value.as_ref().map_or(0, |bytes| std::str::from_utf8(bytes).unwrap().parse().unwrap())
+}
+
+/// A version read: of which row, written when.
+pub(crate) type Seen = (Key, Timestamp);
+
+/// An attempt as its client saw it.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) txn: TxnId,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) committed: Option<Timestamp>,
+    pub(crate) reads: Vec<Seen>,
+    pub(crate) writes: Vec<Key>,
+}
+
+/// A snapshot as its reader saw it.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) at: Timestamp,
+    pub(crate) rows: Vec<(Key, Timestamp, i64)>,
+}
+
+struct Part {
+    split: SplitId,
+    row: u64,
+    /// Where it holds locks: node, life, term.
+    lead: Option<(usize, u64, u64)>,
+    value: i64,
+    prepared: bool,
+}
+
+enum Stage {
+    Read(usize),
+    Lock(usize),
+    Prepare(usize),
+    Vote(usize),
+    Decide,
+    Answer,
+}
+
+struct Transfer {
+    attempt: Attempt,
+    start: u64,
+    parts: Vec<Part>,
+    stage: Stage,
+    waits: bool,
+    votes: Option<Coordinator>,
+    reads: Vec<Seen>,
+}
+
+struct Reading {
+    start: u64,
+    at: Timestamp,
+    done: usize,
+    newest: Timestamp,
+    rows: Vec<(Key, Timestamp, i64)>,
+}
+
+enum Doing {
+    Nothing,
+    Transfer(Box<Transfer>),
+    Reading(Reading),
+}
+
+pub(crate) struct Client {
+    number: u64,
+    age: Option<Age>,
+    made: u64,
+    doing: Doing,
+    /// Ends what it is at and begins nothing.
+    pub(crate) rests: bool,
+    pub(crate) records: Vec<Record>,
+    pub(crate) shown: Vec<Shown>,
+}
+
+impl Client {
+    pub(crate) fn new(number: u64) -> Self {
+        Self {
+            number,
+            age: None,
+            made: 0,
+            doing: Doing::Nothing,
+            rests: false,
+            records: vec![],
+            shown: vec![],
+        }
+    }
+
+    pub(crate) fn step(&mut self, world: &mut World) {
+        match std::mem::replace(&mut self.doing, Doing::Nothing) {
+            Doing::Nothing if !self.rests && world.rng.one_in(8) => self.begin(world),
+            Doing::Nothing => {}
+            Doing::Reading(reading) => self.read_on(world, reading),
+            Doing::Transfer(transfer) => self.transfer_on(world, transfer),
+        }
+    }
+
+    fn begin(&mut self, world: &mut World) {
+        let at = world.rng.below(3) as usize;
+        let now = world.now(at);
+        if world.rng.one_in(3) {
+            let reading = Reading {
+                start: world.truth,
+                at: now.latest,
+                done: 0,
+                newest: Timestamp::ZERO,
+                rows: vec![],
+            };
+            self.doing = Doing::Reading(reading);
+            return;
+        }
+        self.made += 1;
+        let txn = TxnId { started: now.latest, random: self.number << 32 | self.made };
+        let age = *self.age.insert(match self.age {
+            Some(Age { first, client, attempt }) => Age { first, client, attempt: Reverse(attempt.0 + 1) },
+            None => Age { first: now.latest, client: self.number, attempt: Reverse(0) },
+        });
+        let part = |world: &mut World, split| Part {
+            split,
+            row: world.rng.below(ROWS),
+            lead: None,
+            value: 0,
+            prepared: false,
+        };
+        let first = SPLITS[world.rng.below(2) as usize];
+        let mut parts = vec![part(world, first)];
+        if !world.rng.one_in(3) {
+            let other = if first == SPLITS[0] { SPLITS[1] } else { SPLITS[0] };
+            parts.push(part(world, other));
+        }
+        self.doing = Doing::Transfer(Box::new(Transfer {
+            attempt: Attempt { txn, age },
+            start: world.truth,
+            parts,
+            stage: Stage::Read(0),
+            waits: false,
+            votes: None,
+            reads: vec![],
+        }));
+    }
+
+    fn transfer_on(&mut self, world: &mut World, mut transfer: Box<Transfer>) {
+        let patience = world.truth - transfer.start < PATIENCE_MS * MS;
+        match transfer.on(world).filter(|_| patience) {
+            Some(None) => self.doing = Doing::Transfer(transfer),
+            end => {
+                let committed = end.flatten();
+                transfer.let_go(world);
+                if committed.is_some() {
+                    self.age = None;
+                }
+                self.records.push(Record {
+                    txn: transfer.attempt.txn,
+                    start: transfer.start,
+                    end: world.truth,
+                    committed,
+                    writes: transfer.parts.iter().flat_map(Part::keys).collect(),
+                    reads: transfer.reads,
+                });
+            }
+        }
+    }
+
+    fn read_on(&mut self, world: &mut World, mut reading: Reading) {
+        let Some(split) = SPLITS.get(reading.done) else {
+            if world.now(0).is_after(reading.newest) && world.now(1).is_after(reading.newest) {
+                let Reading { start, at, rows, .. } = reading;
+                self.shown.push(Shown { start, end: world.truth, at, rows });
+            } else {
+                self.doing = Doing::Reading(reading);
+            }
+            return;
+        };
+        if world.truth - reading.start > PATIENCE_MS * MS {
+            return;
+        }
+        let range = Range::table(table(*split)).unwrap();
+        let any = world.rng.below(3) as usize;
+        let now = world.now(any);
+        let whole = world.group(any, *split).is_some_and(|group| {
+            let followed = group.replica().safe_time().safe_within(&range) >= reading.at;
+            let led = group.leader().is_some_and(|(leader, replica)| {
+                leader.snapshot(replica, &range, reading.at, now) == Ok(Snapshot::Whole)
+            });
+            followed || led
+        });
+        if whole {
+            let rows = world.group(any, *split).unwrap().replica().rows();
+            let found = rows.scan(&range, reading.at, usize::MAX).unwrap();
+            reading.newest = reading.newest.max(found.newest);
+            reading.rows.extend(found.rows.into_iter().map(|(key, row)| (key, row.at, amount(&row.value))));
+            reading.done += 1;
+        }
+        self.doing = Doing::Reading(reading);
+    }
+}
+
+impl Part {
+    /// Within one split money moves from a row to the next; across two it leaves the one row for the other's.
+    fn keys(&self) -> Vec<Key> {
+        vec![key(self.split, self.row), key(self.split, (self.row + 1) % ROWS)]
+    }
+}
+
+impl Transfer {
+    /// `Some(Some(at))` is committed, `Some(None)` goes on, `None` is over without an answer.
+    fn on(&mut self, world: &mut World) -> Option<Option<Timestamp>> {
+        match self.stage {
+            Stage::Read(at) => self.read(world, at)?,
+            Stage::Lock(at) => self.lock(world, at)?,
+            Stage::Prepare(at) => self.prepare(world, at)?,
+            Stage::Vote(at) => self.vote(world, at)?,
+            Stage::Decide => self.decide(world)?,
+            Stage::Answer => return self.answer(world),
+        }
+        Some(None)
+    }
+
+    fn read(&mut self, world: &mut World, at: usize) -> Option<()> {
+        let split = self.parts[at].split;
+        if self.parts[at].lead.is_none() {
+            let Some(node) = world.leading(split) else { return Some(()) };
+            let (now, life) = (world.now(node), world.nodes[node].life);
+            let spans = self.parts[at].keys().iter().map(Range::point).collect();
+            let (leader, replica) = world.group(node, split)?.leader()?;
+            let term = leader.term();
+            let changes = leader.read(replica, self.attempt, true, spans, now).ok()?;
+            self.parts[at].lead = Some((node, life, term));
+            world.absorb(node, split, changes);
+        }
+        if !self.has_locks(world, at)? {
+            return Some(());
+        }
+        let (node, ..) = self.parts[at].lead?;
+        let keys = self.parts[at].keys();
+        let rows = world.group(node, split)?.replica().rows();
+        let seen = keys.iter().map(|key| rows.newest(key).cloned()).collect::<Vec<_>>();
+        self.parts[at].value = seen[0].as_ref().map_or(0, |row| amount(&row.value));
+        self.reads.extend(
+            keys.into_iter()
+                .zip(&seen)
+                .map(|(key, row)| (key, row.as_ref().map_or(Timestamp::ZERO, |row| row.at))),
+        );
+        self.stage = if at + 1 < self.parts.len() { Stage::Read(at + 1) } else { Stage::Lock(0) };
+        Some(())
+    }
+
+    fn lock(&mut self, world: &mut World, at: usize) -> Option<()> {
+        let (node, now) = self.at_leader(world, at)?;
+        let split = self.parts[at].split;
+        if at == 0 && self.votes.is_none() {
+            let others = self.parts.iter().skip(1).map(|part| part.split);
+            self.votes = Some(Coordinator::new(others, now));
+        }
+        if !self.waits {
+            let writes = self.writes(world, at)?;
+            let (leader, replica) = world.group(node, split)?.leader()?;
+            let changes = leader.lock_writes(replica, self.attempt, true, &writes, now).ok()?;
+            self.waits = true;
+            world.absorb(node, split, changes);
+        }
+        if self.has_locks(world, at)? {
+            self.waits = false;
+            self.stage = match at {
+                0 if self.parts.len() > 1 => Stage::Lock(1),
+                0 => Stage::Decide,
+                _ => Stage::Prepare(at),
+            };
+        }
+        Some(())
+    }
+
+    fn prepare(&mut self, world: &mut World, at: usize) -> Option<()> {
+        let (node, now) = self.at_leader(world, at)?;
+        let split = self.parts[at].split;
+        let writes = self.writes(world, at)?;
+        let coordinator = self.parts[0].split;
+        let (leader, replica) = world.group(node, split)?.leader()?;
+        let entry = leader.prepare(replica, self.attempt, writes, coordinator, now).ok()?;
+        world.propose(node, split, &entry);
+        self.parts[at].prepared = true;
+        self.stage = Stage::Vote(at);
+        Some(())
+    }
+
+    fn vote(&mut self, world: &mut World, at: usize) -> Option<()> {
+        let (node, _) = self.at_leader(world, at)?;
+        let (txn, split) = (self.attempt.txn, self.parts[at].split);
+        let replica = world.group(node, split)?.replica();
+        if replica.outcome(txn).is_some() {
+            return None;
+        }
+        let promise =
+            replica.in_doubt().find(|(promised, _)| *promised == txn).map(|(_, promise)| promise.at);
+        if let Some(promise) = promise {
+            self.votes.as_mut()?.prepared(split, promise);
+            self.stage = Stage::Decide;
+        }
+        Some(())
+    }
+
+    fn decide(&mut self, world: &mut World) -> Option<()> {
+        let (node, now) = self.at_leader(world, 0)?;
+        let Verdict::Commit(floor) = self.votes.as_ref()?.verdict() else { return None };
+        let (txn, split) = (self.attempt.txn, self.parts[0].split);
+        let writes = self.writes(world, 0)?;
+        let others = self.parts.iter().skip(1).map(|part| part.split).collect();
+        let (leader, replica) = world.group(node, split)?.leader()?;
+        match leader.commit(replica, txn, writes, others, floor, now) {
+            Ok(entry) => {
+                world.propose(node, split, &entry);
+                self.stage = Stage::Answer;
+                Some(())
+            }
+            Err(Refusal::LeaseTooShort) => Some(()),
+            Err(_) => None,
+        }
+    }
+
+    fn answer(&mut self, world: &mut World) -> Option<Option<Timestamp>> {
+        let (node, now) = self.at_leader(world, 0)?;
+        match world.group(node, self.parts[0].split)?.replica().outcome(self.attempt.txn) {
+            None => Some(None),
+            Some(Outcome::Aborted) => None,
+            Some(Outcome::Committed(at)) => Some(now.is_after(at).then_some(at)),
+        }
+    }
+
+    fn let_go(&mut self, world: &mut World) {
+        for at in 0..self.parts.len() {
+            let Some((node, _)) = self.at_leader(world, at) else { continue };
+            let split = self.parts[at].split;
+            let left = world.group(node, split).and_then(|group| group.leader());
+            let changes = left.map(|(leader, replica)| leader.abandon(replica, self.attempt.txn));
+            // A commit that is applied keeps its locks until its timestamp has passed: the node sees to that.
+            world.absorb(node, split, changes.unwrap_or_default());
+        }
+    }
+
+    /// Where part `at` has its locks, if that leader still leads.
+    fn at_leader(&self, world: &mut World, at: usize) -> Option<(usize, Interval)> {
+        let (node, life, term) = self.parts[at].lead?;
+        let same = world.nodes[node].life == life;
+        let (leader, _) = world.group(node, self.parts[at].split)?.leader()?;
+        (same && leader.term() == term).then(|| (node, world.now(node)))
+    }
+
+    /// Whether what was asked for last is granted. Nothing when the transaction was wounded.
+    fn has_locks(&self, world: &mut World, at: usize) -> Option<bool> {
+        let (node, _) = self.at_leader(world, at)?;
+        let split = self.parts[at].split;
+        if world.nodes[node].granted.remove(&(split, self.attempt.txn)) {
+            return Some(true);
+        }
+        let (leader, _) = world.group(node, split)?.leader()?;
+        leader.knows(self.attempt.txn).then_some(false)
+    }
+
+    fn writes(&self, world: &mut World, at: usize) -> Option<Vec<Mutation>> {
+        let (node, _) = self.at_leader(world, at)?;
+        let part = &self.parts[at];
+        let keys = part.keys();
+        let rows = world.group(node, part.split)?.replica().rows();
+        let held = |key| rows.newest(key).map_or(0, |row| amount(&row.value));
+        // Alone: from the first row to the second. With another split: this row loses what that one gets.
+        let change = match (self.parts.len(), at) {
+            (1, _) => [-1, 1],
+            (_, 0) => [-1, 0],
+            _ => [1, 0],
+        };
+        let new = keys.iter().zip(change).map(|(key, change)| (key.clone(), held(key) + change));
+        Some(new.map(|(key, value)| Mutation { key, value: Some(Bytes::from(value.to_string())) }).collect())
+    }
+}
