@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{Applied, Attempt, Command, Entry, Outcome, Prepared, Replica, SplitId, TxnId, spans_of};
 use crate::{
@@ -8,6 +8,9 @@ use crate::{
     mvcc::Mutation,
     truetime::{Interval, Timestamp},
 };
+
+/// A transaction that has asked for nothing for so long has lost its client, or will not hear of it in time.
+pub const IDLE: Duration = Duration::from_secs(5);
 
 /// Why a leader does not do as asked. Nothing was changed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -57,6 +60,8 @@ pub struct Leader {
     me: Tenure,
     locks: LockTable,
     reads: BTreeMap<TxnId, Vec<Range>>,
+    /// When each transaction last asked for something.
+    heard: BTreeMap<TxnId, Timestamp>,
     /// Everything assigned from now on is later, whether or not it gets into the log.
     last: Timestamp,
     /// Commits proposed and not applied, with what they write.
@@ -71,6 +76,7 @@ impl Leader {
             me: Tenure { node, term },
             locks: LockTable::default(),
             reads: BTreeMap::new(),
+            heard: BTreeMap::new(),
             last: Timestamp::ZERO,
             proposed: BTreeMap::new(),
         }
@@ -102,6 +108,7 @@ impl Leader {
         self.check_open(replica, attempt.txn, !first, now)?;
         let wanted = spans.iter().map(|span| Lock { span: span.clone(), mode: Mode::Shared }).collect();
         let changes = self.locks.acquire(attempt.txn, attempt.age, wanted)?;
+        self.heard.insert(attempt.txn, now.latest);
         self.forget(&changes.wounded);
         self.reads.entry(attempt.txn).or_default().extend(spans);
         Ok(changes)
@@ -122,6 +129,7 @@ impl Leader {
     ) -> Result<Changes, Refusal> {
         self.check_open(replica, attempt.txn, read_here, now)?;
         let changes = self.locks.acquire(attempt.txn, attempt.age, exclusive(writes).collect())?;
+        self.heard.insert(attempt.txn, now.latest);
         self.forget(&changes.wounded);
         Ok(changes)
     }
@@ -275,6 +283,7 @@ impl Leader {
     /// Lets go of a transaction that has ended: applied, and its timestamp past.
     pub fn release(&mut self, txn: TxnId) -> Changes {
         self.reads.remove(&txn);
+        self.heard.remove(&txn);
         let changes = self.locks.release(txn);
         self.forget(&changes.wounded);
         changes
@@ -286,6 +295,20 @@ impl Leader {
             return Changes::default();
         }
         self.release(txn)
+    }
+
+    /// Lets go of transactions that have asked for nothing for [`IDLE`], as if their clients had given up: without
+    /// that, one lost client would hold up all who come after it.
+    pub fn expire(&mut self, replica: &Replica, now: Interval) -> Changes {
+        let idle: Vec<_> =
+            self.heard.iter().filter(|(_, at)| now.is_after(at.plus(IDLE))).map(|(txn, _)| *txn).collect();
+        let mut changes = Changes::default();
+        for txn in idle {
+            let Changes { granted, wounded } = self.abandon(replica, txn);
+            changes.granted.extend(granted);
+            changes.wounded.extend(wounded);
+        }
+        changes
     }
 
     /// Whether the transaction holds locks here or waits for some.
@@ -341,6 +364,7 @@ impl Leader {
     fn forget(&mut self, wounded: &[TxnId]) {
         for txn in wounded {
             self.reads.remove(txn);
+            self.heard.remove(txn);
         }
     }
 }

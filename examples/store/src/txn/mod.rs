@@ -20,7 +20,7 @@ mod replica;
 use crate::{keys::Range, lease::Grant, locks::Age, mvcc::Mutation, truetime::Timestamp};
 
 pub use coordinator::{Coordinator, Verdict};
-pub use leader::{Leader, Refusal, Snapshot};
+pub use leader::{IDLE, Leader, Refusal, Snapshot};
 pub use replica::{Applied, Prepared, Replica, ReplicaError};
 
 /// One attempt of a transaction. The client makes it, so that it can ask how a commit ended whose answer was lost.

@@ -212,6 +212,21 @@ fn what_waited_for_a_lock_commits_after_the_one_that_held_it() {
 }
 
 #[test]
+fn a_client_that_is_gone_holds_nobody_up_unless_it_may_have_committed() {
+    let mut split = Split::new();
+    split.read(1, "a", at(1_100));
+    split.prepare(2, write("b", "1"), at(1_100));
+    split.renew(at(2_900));
+    assert_eq!(split.lock(3, &write("a", "1"), at(2_950)), Changes::default());
+    assert_eq!(split.lock(4, &write("b", "1"), at(2_950)), Changes::default());
+    let Split { leader, replica } = &mut split;
+    let idle = u64::try_from(IDLE.as_millis()).unwrap();
+    assert_eq!(leader.expire(replica, at(1_100 + idle)), Changes::default());
+    assert_eq!(leader.expire(replica, at(1_103 + idle)).granted, [attempt(3).txn]);
+    assert!(!leader.knows(attempt(1).txn) && leader.knows(attempt(2).txn));
+}
+
+#[test]
 fn a_leader_without_a_lease_says_and_does_nothing() {
     let mut split = Split::new();
     split.read(1, "a", at(1_100));

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use store::{
     keys::{Key, Range},
     locks::Age,
-    mvcc::Mutation,
+    mvcc::{Mutation, Version},
     truetime::{Interval, Timestamp},
     txn::{Attempt, Coordinator, Outcome, Refusal, Snapshot, SplitId, TxnId, Verdict},
 };
@@ -26,31 +26,53 @@ fn table(split: SplitId) -> &'static str {
     if split == SPLITS[0] { "left" } else { "right" }
 }
 
-pub(crate) fn amount(value: &Option<Bytes>) -> i64 {
-    value.as_ref().map_or(0, |bytes| std::str::from_utf8(bytes).unwrap().parse().unwrap())
+fn amount(value: &Option<Bytes>) -> i64 {
+    value.as_ref().map_or(0, |bytes| text(bytes).split(':').next().unwrap().parse().unwrap())
 }
 
-/// A version read: of which row, written when.
-pub(crate) type Seen = (Key, Timestamp);
+fn text(bytes: &Bytes) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// A version that somebody saw. Values carry the transaction that wrote them, so that no two are alike.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) key: Key,
+    pub(crate) at: Timestamp,
+    pub(crate) value: Option<String>,
+}
+
+impl Seen {
+    fn new(key: &Key, version: Option<&Version>) -> Self {
+        let value = version.and_then(|version| version.value.as_ref()).map(|bytes| text(bytes).to_owned());
+        Self { key: key.clone(), at: version.map_or(Timestamp::ZERO, |version| version.at), value }
+    }
+
+    pub(crate) fn amount(&self) -> i64 {
+        amount(&self.value.clone().map(Bytes::from))
+    }
+}
 
 /// An attempt as its client saw it.
 #[derive(Debug)]
 pub(crate) struct Record {
+    pub(crate) client: u64,
     pub(crate) txn: TxnId,
     pub(crate) start: u64,
     pub(crate) end: u64,
     pub(crate) committed: Option<Timestamp>,
     pub(crate) reads: Vec<Seen>,
-    pub(crate) writes: Vec<Key>,
+    pub(crate) writes: Vec<(Key, String)>,
 }
 
 /// A snapshot as its reader saw it.
 #[derive(Debug)]
 pub(crate) struct Shown {
+    pub(crate) client: u64,
     pub(crate) start: u64,
     pub(crate) end: u64,
     pub(crate) at: Timestamp,
-    pub(crate) rows: Vec<(Key, Timestamp, i64)>,
+    pub(crate) rows: Vec<Seen>,
 }
 
 struct Part {
@@ -58,8 +80,6 @@ struct Part {
     row: u64,
     /// Where it holds locks: node, life, term.
     lead: Option<(usize, u64, u64)>,
-    value: i64,
-    prepared: bool,
 }
 
 enum Stage {
@@ -79,6 +99,7 @@ struct Transfer {
     waits: bool,
     votes: Option<Coordinator>,
     reads: Vec<Seen>,
+    written: Vec<(Key, String)>,
 }
 
 struct Reading {
@@ -86,7 +107,7 @@ struct Reading {
     at: Timestamp,
     done: usize,
     newest: Timestamp,
-    rows: Vec<(Key, Timestamp, i64)>,
+    rows: Vec<Seen>,
 }
 
 enum Doing {
@@ -148,13 +169,7 @@ impl Client {
             Some(Age { first, client, attempt }) => Age { first, client, attempt: Reverse(attempt.0 + 1) },
             None => Age { first: now.latest, client: self.number, attempt: Reverse(0) },
         });
-        let part = |world: &mut World, split| Part {
-            split,
-            row: world.rng.below(ROWS),
-            lead: None,
-            value: 0,
-            prepared: false,
-        };
+        let part = |world: &mut World, split| Part { split, row: world.rng.below(ROWS), lead: None };
         let first = SPLITS[world.rng.below(2) as usize];
         let mut parts = vec![part(world, first)];
         if !world.rng.one_in(3) {
@@ -169,6 +184,7 @@ impl Client {
             waits: false,
             votes: None,
             reads: vec![],
+            written: vec![],
         }));
     }
 
@@ -183,11 +199,12 @@ impl Client {
                     self.age = None;
                 }
                 self.records.push(Record {
+                    client: self.number,
                     txn: transfer.attempt.txn,
                     start: transfer.start,
                     end: world.truth,
                     committed,
-                    writes: transfer.parts.iter().flat_map(Part::keys).collect(),
+                    writes: transfer.written,
                     reads: transfer.reads,
                 });
             }
@@ -198,7 +215,7 @@ impl Client {
         let Some(split) = SPLITS.get(reading.done) else {
             if world.now(0).is_after(reading.newest) && world.now(1).is_after(reading.newest) {
                 let Reading { start, at, rows, .. } = reading;
-                self.shown.push(Shown { start, end: world.truth, at, rows });
+                self.shown.push(Shown { client: self.number, start, end: world.truth, at, rows });
             } else {
                 self.doing = Doing::Reading(reading);
             }
@@ -221,7 +238,7 @@ impl Client {
             let rows = world.group(any, *split).unwrap().replica().rows();
             let found = rows.scan(&range, reading.at, usize::MAX).unwrap();
             reading.newest = reading.newest.max(found.newest);
-            reading.rows.extend(found.rows.into_iter().map(|(key, row)| (key, row.at, amount(&row.value))));
+            reading.rows.extend(found.rows.iter().map(|(key, version)| Seen::new(key, Some(version))));
             reading.done += 1;
         }
         self.doing = Doing::Reading(reading);
@@ -267,13 +284,7 @@ impl Transfer {
         let (node, ..) = self.parts[at].lead?;
         let keys = self.parts[at].keys();
         let rows = world.group(node, split)?.replica().rows();
-        let seen = keys.iter().map(|key| rows.newest(key).cloned()).collect::<Vec<_>>();
-        self.parts[at].value = seen[0].as_ref().map_or(0, |row| amount(&row.value));
-        self.reads.extend(
-            keys.into_iter()
-                .zip(&seen)
-                .map(|(key, row)| (key, row.as_ref().map_or(Timestamp::ZERO, |row| row.at))),
-        );
+        self.reads.extend(keys.iter().map(|key| Seen::new(key, rows.newest(key))));
         self.stage = if at + 1 < self.parts.len() { Stage::Read(at + 1) } else { Stage::Lock(0) };
         Some(())
     }
@@ -309,9 +320,9 @@ impl Transfer {
         let writes = self.writes(world, at)?;
         let coordinator = self.parts[0].split;
         let (leader, replica) = world.group(node, split)?.leader()?;
-        let entry = leader.prepare(replica, self.attempt, writes, coordinator, now).ok()?;
+        let entry = leader.prepare(replica, self.attempt, writes.clone(), coordinator, now).ok()?;
+        self.note(&writes);
         world.propose(node, split, &entry);
-        self.parts[at].prepared = true;
         self.stage = Stage::Vote(at);
         Some(())
     }
@@ -339,8 +350,9 @@ impl Transfer {
         let writes = self.writes(world, 0)?;
         let others = self.parts.iter().skip(1).map(|part| part.split).collect();
         let (leader, replica) = world.group(node, split)?.leader()?;
-        match leader.commit(replica, txn, writes, others, floor, now) {
+        match leader.commit(replica, txn, writes.clone(), others, floor, now) {
             Ok(entry) => {
+                self.note(&writes);
                 world.propose(node, split, &entry);
                 self.stage = Stage::Answer;
                 Some(())
@@ -389,19 +401,27 @@ impl Transfer {
         leader.knows(self.attempt.txn).then_some(false)
     }
 
+    fn note(&mut self, writes: &[Mutation]) {
+        let written = writes.iter().filter_map(|write| Some((write.key.clone(), write.value.as_ref()?)));
+        self.written.extend(written.map(|(key, value)| (key, text(value).to_owned())));
+    }
+
     fn writes(&self, world: &mut World, at: usize) -> Option<Vec<Mutation>> {
         let (node, _) = self.at_leader(world, at)?;
         let part = &self.parts[at];
         let keys = part.keys();
         let rows = world.group(node, part.split)?.replica().rows();
         let held = |key| rows.newest(key).map_or(0, |row| amount(&row.value));
-        // Alone: from the first row to the second. With another split: this row loses what that one gets.
+        // Alone: from the first row to the second. With another split: this row loses what that one gets, and the
+        // second row is only read.
         let change = match (self.parts.len(), at) {
             (1, _) => [-1, 1],
             (_, 0) => [-1, 0],
             _ => [1, 0],
         };
-        let new = keys.iter().zip(change).map(|(key, change)| (key.clone(), held(key) + change));
-        Some(new.map(|(key, value)| Mutation { key, value: Some(Bytes::from(value.to_string())) }).collect())
+        let changed = keys.iter().zip(change).filter(|(_, change)| *change != 0);
+        let new = changed.map(|(key, change)| (key.clone(), held(key) + change));
+        let value = |amount| Some(Bytes::from(format!("{amount}:{}", self.attempt.txn.random)));
+        Some(new.map(|(key, amount)| Mutation { key, value: value(amount) }).collect())
     }
 }

@@ -18,7 +18,8 @@ use std::{
     time::Duration,
 };
 
-use clients::{Client, Record, Shown, key};
+use clients::{Client, Record, Seen, Shown, key};
+use serde_json::json;
 use store::{
     keys::Key,
     mvcc::Mvcc,
@@ -28,9 +29,9 @@ use store::{
 use world::{EPSILON, Faults, MS, SPLITS, World};
 
 const CLIENTS: u64 = 5;
-const TROUBLE_MS: u64 = 8_000;
-/// Enough for an election, a lease that runs out and what was in doubt.
-const CALM_MS: u64 = 8_000;
+const TROUBLE_MS: u64 = 10_000;
+/// Twice what an election, a lease that runs out and locks of lost clients take.
+const CALM_MS: u64 = 16_000;
 /// Enough for the last attempts to end.
 const REST_MS: u64 = 4_000;
 
@@ -131,14 +132,14 @@ impl Run {
                 return Err(format!("{record:?} was acknowledged and ended as {outcome:?}"));
             }
             let Some(Outcome::Committed(at)) = outcome else { continue };
-            written.extend(record.writes.iter().map(|key| (key.clone(), *at)));
-            for (key, seen) in &record.reads {
-                let there = self.version(key, at.before());
-                if there != *seen {
-                    return Err(format!("{record:?} read {key:?} of {seen}; before {at} it was {there}"));
+            written.extend(record.writes.iter().map(|(key, _)| (key.clone(), *at)));
+            for seen in &record.reads {
+                let there = self.version(&seen.key, at.before());
+                if there != seen.at {
+                    return Err(format!("{record:?} read {seen:?}; before {at} it was of {there}"));
                 }
             }
-            if let Some(key) = record.writes.iter().find(|key| self.version(key, *at) != *at) {
+            if let Some((key, _)) = record.writes.iter().find(|(key, _)| self.version(key, *at) != *at) {
                 return Err(format!("{record:?} did not write {key:?} at {at}"));
             }
         }
@@ -151,9 +152,54 @@ impl Run {
         self.check_real_time()
     }
 
+    /// The history as JSON lines, one attempt each, for a checker that knows nothing of this store.
+    fn history(&self) -> String {
+        let name = |key: &Key| format!("{}/{}", key.table(), String::from_utf8_lossy(key.row()));
+        let mut lines = String::new();
+        for record in &self.records {
+            let reads = record.reads.iter().map(|seen| match &seen.value {
+                Some(value) => json!(["r", name(&seen.key), value, seen.at.0]),
+                None => json!(["r", name(&seen.key), null]),
+            });
+            let writes = record.writes.iter().map(|(key, value)| json!(["w", name(key), value]));
+            let line = json!({
+                "id": record.txn.random.to_string(),
+                "process": record.client,
+                "start": record.start,
+                "end": record.end,
+                "outcome": if record.committed.is_some() { "ok" } else { "unknown" },
+                "kind": "rw",
+                "commit_ts": record.committed.map(|at| at.0),
+                "ops": reads.chain(writes).collect::<Vec<_>>(),
+            });
+            lines.push_str(&format!("{line}\n"));
+        }
+        for (number, shown) in self.shown.iter().enumerate() {
+            let read = |key: Key| {
+                let seen = shown.rows.iter().find(|seen| seen.key == key);
+                let value = seen.and_then(|seen| seen.value.clone());
+                json!(["r", name(&key), value])
+            };
+            let rows =
+                SPLITS.into_iter().flat_map(|split| (0..clients::ROWS).map(move |row| key(split, row)));
+            let line = json!({
+                "id": format!("snapshot-{number}"),
+                "process": shown.client,
+                "start": shown.start,
+                "end": shown.end,
+                "outcome": "ok",
+                "kind": "ro",
+                "read_ts": shown.at.0,
+                "ops": rows.map(read).collect::<Vec<_>>(),
+            });
+            lines.push_str(&format!("{line}\n"));
+        }
+        lines
+    }
+
     fn check_snapshots(&self) -> Result<(), String> {
         for shown in &self.shown {
-            let total: i64 = shown.rows.iter().map(|(_, _, value)| value).sum();
+            let total: i64 = shown.rows.iter().map(Seen::amount).sum();
             if total != 0 {
                 return Err(format!("{shown:?} shows money made or lost"));
             }
@@ -164,8 +210,8 @@ impl Run {
                     let seen = shown
                         .rows
                         .iter()
-                        .find(|(seen, ..)| *seen == key)
-                        .map_or(Timestamp::ZERO, |row| row.1);
+                        .find(|seen| seen.key == key)
+                        .map_or(Timestamp::ZERO, |seen| seen.at);
                     if there != seen {
                         return Err(format!("{shown:?} shows {key:?} of {seen}, it was {there}"));
                     }
@@ -207,8 +253,11 @@ fn seeds(default: u64) -> u64 {
 #[test]
 fn every_seed_is_strictly_serializable() {
     let (mut committed, mut lost, mut shown, mut crashes) = (0, 0, 0, 0);
-    for seed in 1..=seeds(200) {
+    for seed in 1..=seeds(150) {
         let run = run(seed, Faults { skew: EPSILON }).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        if let Ok(directory) = std::env::var("STORE_SIMULATION_HISTORIES") {
+            std::fs::write(format!("{directory}/{seed}.jsonl"), run.history()).unwrap();
+        }
         run.check().unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
         committed += run.records.iter().filter(|record| record.committed.is_some()).count();
         lost += run.records.iter().filter(|record| record.committed.is_none()).count();

@@ -23,6 +23,8 @@ pub(crate) const SPLITS: [SplitId; 2] = [SplitId(1), SplitId(2)];
 const NODES: u64 = 3;
 const TICK_MS: u64 = 10;
 const RESTART_AFTER_MS: u64 = 400;
+/// Longer than a lease.
+const STOPPED_MS: u64 = 5_000;
 
 /// SplitMix64: all that a seed has to give.
 #[derive(Clone)]
@@ -130,6 +132,8 @@ pub(crate) struct Node {
     disk: SimDisk,
     offset: i64,
     back_at: u64,
+    /// It is stopped, as by SIGSTOP, and knows nothing of it afterwards.
+    stopped_until: u64,
 }
 
 /// What goes wrong in a run.
@@ -167,6 +171,7 @@ impl World {
                 disk,
                 offset: 0,
                 back_at: 0,
+                stopped_until: 0,
             }
         });
         Self {
@@ -194,6 +199,7 @@ impl World {
         for node in &mut self.nodes {
             node.disk.0.borrow_mut().dies_in = None;
             node.back_at = node.back_at.min(self.truth);
+            node.stopped_until = node.stopped_until.min(self.truth);
         }
     }
 
@@ -208,7 +214,14 @@ impl World {
     }
 
     pub(crate) fn group(&mut self, node: usize, split: SplitId) -> Option<&mut store::group::Group> {
+        if self.is_stopped(node) {
+            return None;
+        }
         self.nodes[node].groups.as_mut().and_then(|groups| groups.get_mut(split))
+    }
+
+    fn is_stopped(&self, node: usize) -> bool {
+        self.truth < self.nodes[node].stopped_until
     }
 
     pub(crate) fn propose(&mut self, node: usize, split: SplitId, entry: &Entry) {
@@ -226,6 +239,9 @@ impl World {
             self.mischief();
         }
         for at in 0..self.nodes.len() {
+            if self.is_stopped(at) {
+                continue;
+            }
             if self.nodes[at].groups.is_none() && self.nodes[at].back_at <= self.truth {
                 self.restart(at);
             }
@@ -241,6 +257,9 @@ impl World {
         for node in &mut self.nodes {
             if self.rng.one_in(50) {
                 node.offset = self.rng.below(2 * skew as u64 + 1) as i64 - skew;
+            }
+            if self.rng.one_in(6000) {
+                node.stopped_until = self.truth + self.rng.below(STOPPED_MS) * MS;
             }
             if self.rng.one_in(1500) {
                 // It dies in the middle of one of its next writes or syncs.
@@ -287,7 +306,7 @@ impl World {
     fn turn(&mut self, at: usize) {
         let now = self.now(at);
         let ticks = self.truth / MS % TICK_MS == at as u64;
-        let closes = self.rng.one_in(20);
+        let closes = self.rng.one_in(60);
         let Some(groups) = &mut self.nodes[at].groups else { return };
         if ticks {
             groups.tick();
@@ -329,9 +348,14 @@ impl World {
         }
     }
 
-    /// Locks go when the timestamp has passed, not before.
+    /// Locks go when the timestamp has passed, not before; and when nobody has asked for anything for long.
     fn end_waits(&mut self, at: usize) {
         let now = self.now(at);
+        for split in SPLITS {
+            let led = self.group(at, split).and_then(|group| group.leader());
+            let changes = led.map(|(leader, replica)| leader.expire(replica, now));
+            self.absorb(at, split, changes.unwrap_or_default());
+        }
         let over: Vec<_> =
             self.nodes[at].ending.extract_if(.., |(_, _, until)| now.is_after(*until)).collect();
         for (split, txn, _) in over {
