@@ -153,3 +153,58 @@ fn number(key: &str, value: i64) -> KeyValue {
 fn attribute(key: &str, value: Value) -> KeyValue {
     KeyValue { key: key.to_owned(), value: Some(AnyValue { value: Some(value) }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::Finished;
+    use crate::headers::TraceParent;
+
+    fn written(seen: &Finished<'_>) -> generated::Span {
+        let context = TraceParent { trace_id: 1, span_id: 2, flags: 1 };
+        span(&Span::of(seen, context, Duration::from_secs(1)))
+    }
+
+    fn value<'a>(span: &'a generated::Span, key: &str) -> Option<&'a Value> {
+        let found = span.attributes.iter().find(|attribute| attribute.key == key)?;
+        found.value.as_ref()?.value.as_ref()
+    }
+
+    fn said(text: &str) -> Value {
+        Value::StringValue(text.to_owned())
+    }
+
+    #[test]
+    fn a_decision_for_an_envoy_is_internal_and_an_unknown_method_is_in_no_name() {
+        let method = Method::from_bytes(b"PURGE").unwrap();
+        let span = written(&Finished {
+            direction: Direction::ExtAuthz,
+            method: &method,
+            route: "PURGE /cache/{id:int}",
+            ..Finished::default()
+        });
+        assert_eq!((span.kind(), span.name.as_str()), (SpanKind::Internal, "HTTP /cache/{id:int}"));
+        assert_eq!(value(&span, "http.request.method"), Some(&said("_OTHER")));
+        assert_eq!(value(&span, "http.request.method_original"), Some(&said("PURGE")));
+        assert_eq!((span.parent_span_id.len(), span.flags), (0, 0x101));
+    }
+
+    #[test]
+    fn a_call_without_an_answer_has_no_status_but_an_error() {
+        let span = written(&Finished {
+            direction: Direction::Outbound,
+            service: "stock",
+            verdict: "error",
+            status: http::StatusCode::SERVICE_UNAVAILABLE,
+            note: &"no endpoint could be reached",
+            ..Finished::default()
+        });
+        assert_eq!(value(&span, "http.response.status_code"), None);
+        assert_eq!(value(&span, "error.type"), Some(&said("503")));
+        let status = span.status.unwrap();
+        assert_eq!(
+            (status.code(), status.message.as_str()),
+            (StatusCode::Error, "no endpoint could be reached")
+        );
+    }
+}
