@@ -15,7 +15,8 @@ use crate::world::{MS, SPLITS, World};
 
 pub(crate) const ROWS: u64 = 4;
 /// A client that has got nowhere for so long gives up the attempt.
-const PATIENCE_MS: u64 = 3_000;
+const PATIENCE_MS: u64 = 4_000;
+const DAWDLE_MS: u64 = 2_000;
 
 /// Row `row` of a split, which is the table of that name.
 pub(crate) fn key(split: SplitId, row: u64) -> Key {
@@ -97,6 +98,8 @@ struct Transfer {
     parts: Vec<Part>,
     stage: Stage,
     waits: bool,
+    /// Its coordinator takes its time, so that participants change their leaders between promise and decision.
+    dawdles: bool,
     votes: Option<Coordinator>,
     reads: Vec<Seen>,
     written: Vec<(Key, String)>,
@@ -182,6 +185,7 @@ impl Client {
             parts,
             stage: Stage::Read(0),
             waits: false,
+            dawdles: world.rng.one_in(30),
             votes: None,
             reads: vec![],
             written: vec![],
@@ -345,6 +349,9 @@ impl Transfer {
 
     fn decide(&mut self, world: &mut World) -> Option<()> {
         let (node, now) = self.at_leader(world, 0)?;
+        if self.dawdles && !world.calm && !world.rng.one_in(DAWDLE_MS) {
+            return Some(());
+        }
         let Verdict::Commit(floor) = self.votes.as_ref()?.verdict() else { return None };
         let (txn, split) = (self.attempt.txn, self.parts[0].split);
         let writes = self.writes(world, 0)?;

@@ -151,7 +151,7 @@ pub(crate) struct World {
     pub(crate) broken: Option<NodeError>,
     pub(crate) crashes: u64,
     faults: Faults,
-    calm: bool,
+    pub(crate) calm: bool,
     isolated: Option<NodeId>,
     network: Vec<(u64, NodeId, SplitId, Vec<u8>)>,
 }
