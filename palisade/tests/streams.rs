@@ -3,53 +3,23 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set its stage has failed")]
 
+mod script;
 mod stage;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use identity::testing::TestAuthority;
+use script::Script;
 use stage::{DEADLINE, Stage};
 
-/// A Python program, and what it says.
-struct Script {
-    child: Child,
-    said: Receiver<String>,
-}
-
-impl Script {
-    /// `None`, with the reason printed, where it cannot run.
-    fn start(args: &[&str]) -> Option<Self> {
-        let found = Command::new("python3").args(["-c", "import websockets.sync.server"]).output();
-        if !found.is_ok_and(|output| output.status.success()) {
-            identity::testing::skip("python3 cannot import websockets (pip install websockets)");
-            return None;
-        }
-        let script = policies().join("../websocket.py");
-        let mut command = Command::new("python3");
-        let mut child = command.arg(script).args(args).stdout(Stdio::piped()).spawn().unwrap();
-        let (sender, said) = channel();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        Some(Self { child, said })
-    }
-
-    #[track_caller]
-    fn says(&self) -> String {
-        self.said.recv_timeout(DEADLINE).unwrap_or_else(|error| panic!("it says nothing: {error}"))
-    }
-}
-
-impl Drop for Script {
-    fn drop(&mut self) {
-        let _gone = self.child.kill().is_err();
-        let _reaped = self.child.wait().is_ok();
-    }
+/// One end of a WebSocket.
+fn websocket(args: &[&str]) -> Option<Script> {
+    Script::start("streams/websocket.py", "websockets.sync.server", args)
 }
 
 fn policies() -> PathBuf {
@@ -58,10 +28,10 @@ fn policies() -> PathBuf {
 
 #[test]
 fn websockets_pass_and_only_where_the_map_lets_them() {
-    let Some(app) = Script::start(&["app"]) else { return };
+    let Some(app) = websocket(&["app"]) else { return };
     let stage = Stage::before(format!("127.0.0.1:{}", app.says()).parse().unwrap(), &policies());
     let (server, client) = (stage.start("server"), stage.start("client"));
-    let talking = Script::start(&["talk", &stage.client.port().to_string()]).unwrap();
+    let talking = websocket(&["talk", &stage.client.port().to_string()]).unwrap();
     assert_eq!(talking.says(), "talked");
     server.end();
     client.end();
@@ -72,10 +42,10 @@ fn websockets_pass_and_only_where_the_map_lets_them() {
 
 #[test]
 fn a_websocket_ends_when_a_new_policy_denies_it() {
-    let Some(app) = Script::start(&["app"]) else { return };
+    let Some(app) = websocket(&["app"]) else { return };
     let stage = Stage::before(format!("127.0.0.1:{}", app.says()).parse().unwrap(), &policies());
     let (server, _client) = (stage.start("server"), stage.start("client"));
-    let member = Script::start(&["stay", &stage.client.port().to_string()]).unwrap();
+    let member = websocket(&["stay", &stage.client.port().to_string()]).unwrap();
     assert_eq!(member.says(), "joined");
     rewrite(&stage, "Room::\"closed\"", "Room::\"lobby\"");
     server.hang_up();

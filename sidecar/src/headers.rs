@@ -64,13 +64,28 @@ const IDENTITY_HEADERS: &[&str] = &[
 const IDENTITY_PREFIXES: &[&str] =
     &["x-forwarded-", "x-palisade-", "x-auth-request-", "x-pomerium-", "x-amzn-oidc-"];
 
-/// Whether a header claims who calls or what is asked, in any spelling.
+/// What says where a request ends, whom it is for and what its body is: each has one spelling.
+const FRAMING_HEADERS: &[&str] = &[
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "expect",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// Whether a header claims who calls or what is asked, in any spelling, or how the request is to be read, in another
+/// than its own.
 pub fn is_identity(name: &HeaderName) -> bool {
     // HeaderName is already lower case.
     let name = name.as_str();
     let folded = |c: char| c != '-' && !c.is_ascii_alphanumeric();
     if name.contains(folded) {
-        return is_identity_text(&name.replace(folded, "-"));
+        let name = name.replace(folded, "-");
+        return is_identity_text(&name) || FRAMING_HEADERS.contains(&name.as_str());
     }
     is_identity_text(name)
 }
@@ -143,6 +158,9 @@ pub fn check_framing_of_upgrade(parts: &Parts) -> Result<Option<HeaderValue>, &'
     }
     if parts.method == Method::CONNECT || parts.method == Method::TRACE {
         return Err("request.method");
+    }
+    if !parts.uri.path().starts_with('/') {
+        return Err("request.target");
     }
     check_body_length(headers)?;
     check_authority(parts)?;
@@ -229,7 +247,15 @@ fn check_authority(parts: &Parts) -> Result<(), &'static str> {
     if second.is_some() {
         return Err("request.host");
     }
-    match (parts.version, host, parts.uri.authority()) {
+    let authority = parts.uri.authority();
+    if !host
+        .map(HeaderValue::as_bytes)
+        .or(authority.map(|name| name.as_str().as_bytes()))
+        .is_some_and(is_host)
+    {
+        return Err("request.host");
+    }
+    match (parts.version, host, authority) {
         (Version::HTTP_2, None, Some(_)) => Ok(()),
         (Version::HTTP_2, Some(host), Some(authority))
             if host.as_bytes() == authority.as_str().as_bytes() =>
@@ -237,9 +263,17 @@ fn check_authority(parts: &Parts) -> Result<(), &'static str> {
             Ok(())
         }
         // An absolute-form target on HTTP/1.1 names a second authority: refused rather than compared.
-        (Version::HTTP_11, Some(host), None) if !host.is_empty() => Ok(()),
+        (Version::HTTP_11, Some(_), None) => Ok(()),
         _ => Err("request.host"),
     }
+}
+
+/// A host's name or address, and perhaps a port. User information (RFC 9113 §8.3.1) and whatever else one reader takes
+/// for the name and another for what surrounds it is no part of it.
+fn is_host(name: &[u8]) -> bool {
+    let plain =
+        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']');
+    !name.is_empty() && name.iter().all(plain)
 }
 
 /// A trace context: which trace, and which span of it called.
@@ -431,6 +465,37 @@ mod tests {
             assert!(is_identity(&HeaderName::try_from(name).unwrap()), "{name}");
         }
         assert!(!is_identity(&HeaderName::from_static("x-custom.user")));
+    }
+
+    #[test]
+    fn gateway_30_what_says_how_a_request_is_read_has_one_spelling() {
+        for name in ["transfer_encoding", "content.length", "content_type", "te_", "transfer+encoding"] {
+            let said = is_identity(&HeaderName::try_from(name).unwrap());
+            assert_eq!(said, name != "te_", "{name}");
+        }
+        for name in [TRANSFER_ENCODING, CONTENT_LENGTH, TE, HOST] {
+            assert!(!is_identity(&name));
+        }
+    }
+
+    #[test]
+    fn gateway_30_a_host_is_a_name_and_a_port() {
+        let asked = |host: &str| check_framing(&parts(|b| b.header(HOST, host)));
+        for host in ["backend", "backend.example:8443", "10.0.0.2", "[fd00::2]:80", "under_score"] {
+            assert_eq!(asked(host), Ok(()), "{host}");
+        }
+        for host in
+            ["", "root@backend", "backend/pages", "backend?", "backend#", "a, b", "a b", "a\\b", "a%00b"]
+        {
+            assert_eq!(asked(host), Err("request.host"), "{host}");
+        }
+        let deep = |uri: &str| parts(|b| b.version(Version::HTTP_2).uri(uri));
+        assert_eq!(check_framing(&deep("http://backend/a")), Ok(()));
+        assert_eq!(check_framing(&deep("http://root@backend/a")), Err("request.host"));
+        assert_eq!(
+            check_framing(&parts(|b| b.uri("*").method("OPTIONS").header(HOST, "a"))),
+            Err("request.target")
+        );
     }
 
     #[test]

@@ -299,6 +299,34 @@ async fn our_client_gets_its_bodies_back_from_our_server() {
 }
 
 #[tokio::test]
+async fn trailers_that_came_with_their_body_go_on_and_so_does_the_connection() {
+    let scope = Scope::new();
+    let (app, _) = hyper_server(&scope, |asked| async move {
+        let body = asked.into_body().collect().await.unwrap();
+        let mut answer = status(StatusCode::OK);
+        if let Some(trailers) = body.trailers() {
+            answer.headers_mut().insert("x-trailer", trailers["x-sum"].clone());
+        }
+        answer
+    })
+    .await;
+    let client = Arc::new(Client::new(app, &scope));
+    let server = Server::start(move |asked| {
+        let client = Arc::clone(&client);
+        async move { client.send(asked).await.unwrap() }
+    })
+    .await;
+    let said = server
+        .says(
+            b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nx-sum: 7\r\n\r\n\
+              GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+        )
+        .await;
+    assert_eq!(said.matches("HTTP/1.1 200 ").count(), 2, "{said}");
+    assert_eq!(said.matches("x-trailer: 7").count(), 1, "{said}");
+}
+
+#[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let server = Server::start(echo).await;
     let mut bytes = Vec::new();

@@ -85,6 +85,8 @@ pub(crate) struct Stage {
     pub(crate) authority: TestAuthority,
     /// Where the client's app calls.
     pub(crate) client: SocketAddr,
+    /// The server's mTLS port.
+    pub(crate) door: SocketAddr,
     /// The server's.
     pub(crate) admin: SocketAddr,
 }
@@ -100,7 +102,7 @@ impl Stage {
     pub(crate) fn before(app: SocketAddr, policies: &Path) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [client, door, admin] = free_addresses();
-        let stage = Self { directory, authority: TestAuthority::new("mesh.test"), client, admin };
+        let stage = Self { directory, authority: TestAuthority::new("mesh.test"), client, door, admin };
         copy(policies, &stage.path("policies"));
         for who in ["client", "server"] {
             stage.issue(who, &format!("/ns/default/sa/{who}"));

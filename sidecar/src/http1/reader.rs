@@ -212,8 +212,12 @@ impl Incoming {
         self.first.is_empty() && self.trailers.is_none() && self.decoder.is_done()
     }
 
-    /// Bytes still to come, where that is known.
+    /// Bytes still to come, where that is known and nothing comes after them.
     pub(super) fn left(&self) -> Option<u64> {
+        if self.trailers.is_some() {
+            // A body of a known length is sent with `Content-Length`, which has no place for them.
+            return None;
+        }
         self.decoder.left().map(|left| left.saturating_add(self.first.len() as u64))
     }
 }

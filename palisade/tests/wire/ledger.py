@@ -1,0 +1,228 @@
+"""Both ends of gRPC, by the package `grpcio`. Messages are bytes: what is in them is nobody's business here.
+
+    ledger.py app             a service that says its port, and what becomes of calls that are cancelled
+    ledger.py call PORT       everything that a client expects to work, and what must be refused
+"""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+CLIENT = "spiffe://mesh.test/ns/default/sa/client"
+LARGE_BYTES = 3 << 20
+OPTIONS = [("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message_length", 8 << 20)]
+SAYING = threading.Lock()
+# Bounds a hang.
+DEADLINE_SECONDS = 60
+
+
+def say(*words):
+    with SAYING:
+        print(*words, flush=True)
+
+
+# The app.
+
+
+def echo(message, context):
+    seen = context.invocation_metadata()
+    context.send_initial_metadata([("x-first", "early"), ("x-first-bin", b"\x00\xff")])
+    claims = [value for name, value in seen if name == "x-forwarded-user"]
+    proved = [value for name, value in seen if name == "x-forwarded-client-cert"]
+    context.set_trailing_metadata(
+        [(name, value) for name, value in seen if name.startswith("x-echo")]
+        + [("x-claims", str(len(claims))), ("x-proved", ",".join(proved))]
+    )
+    return message
+
+
+def total(messages, context):
+    count = size = 0
+    for message in messages:
+        count += 1
+        size += len(message)
+    return f"{count} {size}".encode()
+
+
+def repeat(message, context):
+    count, size = (int(word) for word in message.split())
+    for number in range(count):
+        yield number.to_bytes(4, "big") + bytes(size)
+
+
+def converse(messages, context):
+    for message in messages:
+        if message == b"fail":
+            context.abort(grpc.StatusCode.DATA_LOSS, "in the middle")
+        yield b"heard " + message
+
+
+def fail(message, context):
+    context.set_trailing_metadata([("x-why", "because"), ("x-why-bin", bytes(range(256)))])
+    context.abort(grpc.StatusCode.NOT_FOUND, "no such Konto: größer, 100 %\n")
+
+
+def wait(message, context):
+    """Goes on until its caller does not want it any more."""
+    gone = threading.Event()
+    context.add_callback(gone.set)
+    yield b"waiting"
+    say("cancelled" if gone.wait(DEADLINE_SECONDS) and not context.is_active() else "forgotten")
+
+
+def wait_once(message, context):
+    gone = threading.Event()
+    context.add_callback(gone.set)
+    say("asked")
+    say("cancelled" if gone.wait(DEADLINE_SECONDS) else "forgotten")
+    return b""
+
+
+def drop(message, context):
+    say("dropped")
+    return b""
+
+
+def app():
+    server = grpc.server(ThreadPoolExecutor(64), options=OPTIONS)
+    procedures = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Total": grpc.stream_unary_rpc_method_handler(total),
+        "Repeat": grpc.unary_stream_rpc_method_handler(repeat),
+        "Converse": grpc.stream_stream_rpc_method_handler(converse),
+        "Fail": grpc.unary_unary_rpc_method_handler(fail),
+        "Wait": grpc.unary_stream_rpc_method_handler(wait),
+        "WaitOnce": grpc.unary_unary_rpc_method_handler(wait_once),
+        "Drop": grpc.unary_unary_rpc_method_handler(drop),
+    }
+    for service in ["bank.Ledger", "bank.Vault"]:
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, procedures)])
+    say(server.add_insecure_port("127.0.0.1:0"))
+    server.start()
+    server.wait_for_termination()
+
+
+# The client.
+
+
+def failure(call):
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+def unary(channel):
+    echo = channel.unary_unary("/bank.Ledger/Echo")
+    sent = [
+        ("x-echo", "a"),
+        ("x-echo", "b"),
+        ("x-echo-bin", bytes(range(256))),
+        ("x-forwarded-user", "root"),
+        ("x-forwarded-client-cert", "By=x;URI=spiffe://mesh.test/root"),
+    ]
+    for message in [b"", b"x", bytes(range(256)), bytes(LARGE_BYTES)]:
+        answer, call = echo.with_call(message, metadata=sent)
+        assert answer == message
+        assert call.code() == grpc.StatusCode.OK
+    first = dict(call.initial_metadata())
+    assert (first["x-first"], first["x-first-bin"]) == ("early", b"\x00\xff"), first
+    last = call.trailing_metadata()
+    assert [value for name, value in last if name == "x-echo"] == ["a", "b"], last
+    assert dict(last)["x-echo-bin"] == bytes(range(256))
+    assert dict(last)["x-claims"] == "0", last
+    assert dict(last)["x-proved"].endswith(f";URI={CLIENT}"), last
+    packed = echo(bytes(100_000), compression=grpc.Compression.Gzip)
+    assert packed == bytes(100_000)
+
+
+def streams(channel):
+    total = channel.stream_unary("/bank.Ledger/Total")
+    assert total(bytes(100) for _ in range(5_000)) == b"5000 500000"
+    assert total(iter([])) == b"0 0"
+    assert total(bytes(LARGE_BYTES) for _ in range(10)) == f"10 {10 * LARGE_BYTES}".encode()
+    repeat = channel.unary_stream("/bank.Ledger/Repeat")
+    for count, size in [(0, 0), (5_000, 100), (10, LARGE_BYTES)]:
+        heard = list(repeat(f"{count} {size}".encode()))
+        assert [int.from_bytes(message[:4], "big") for message in heard] == list(range(count))
+        assert all(len(message) == 4 + size for message in heard)
+
+
+def conversation(channel):
+    """Each side waits for the other: whatever is held back on the way holds it up for ever."""
+    converse = channel.stream_stream("/bank.Ledger/Converse")
+    turn = threading.Semaphore(0)
+
+    def questions():
+        for number in range(200):
+            yield str(number).encode()
+            assert turn.acquire(timeout=DEADLINE_SECONDS), "no answer"
+        yield b"fail"
+
+    answers = converse(questions(), timeout=DEADLINE_SECONDS)
+    for number in range(200):
+        assert next(answers) == f"heard {number}".encode()
+        turn.release()
+    error = failure(lambda: next(answers))
+    assert (error.code(), error.details()) == (grpc.StatusCode.DATA_LOSS, "in the middle"), error
+
+
+def failures(channel):
+    error = failure(lambda: channel.unary_unary("/bank.Ledger/Fail")(b""))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert error.details() == "no such Konto: größer, 100 %\n", error.details()
+    trailers = dict(error.trailing_metadata())
+    assert (trailers["x-why"], trailers["x-why-bin"]) == ("because", bytes(range(256))), trailers
+    error = failure(lambda: channel.unary_unary("/bank.Ledger/Nothing")(b""))
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED, error
+
+
+def cancellations(channel):
+    waiting = channel.unary_stream("/bank.Ledger/Wait")(b"")
+    assert next(waiting) == b"waiting"
+    waiting.cancel()
+    assert failure(lambda: next(waiting)).code() == grpc.StatusCode.CANCELLED
+    say("cancelled a stream")
+    # One that the app has not answered at all.
+    once = channel.unary_unary("/bank.Ledger/WaitOnce").future(b"")
+    say("asks")
+    assert sys.stdin.readline() == "asked\n"
+    once.cancel()
+    say("cancelled a call")
+    # The channel is as good as before.
+    assert channel.unary_unary("/bank.Ledger/Echo")(b"after") == b"after"
+
+
+def crowd(channel):
+    def one(number):
+        message = str(number).encode()
+        for _ in range(20):
+            assert channel.unary_unary("/bank.Ledger/Echo")(message) == message
+            assert channel.stream_unary("/bank.Ledger/Total")(iter([message] * 3)).startswith(b"3 ")
+            assert len(list(channel.unary_stream("/bank.Ledger/Repeat")(b"5 5"))) == 5
+
+    with ThreadPoolExecutor(32) as together:
+        list(together.map(one, range(32)))
+
+
+def refusals(channel):
+    for method in ["/bank.Ledger/Drop", "/bank.Vault/Echo", "/bank.Ledger/.", "/bank.Ledger/Echo/", "//bank.Ledger/Echo"]:
+        error = failure(lambda: channel.unary_unary(method)(b"x"))
+        assert error.code() not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE), (method, error)
+        error = failure(lambda: list(channel.stream_stream(method)(iter([b"x"] * 3))))
+        assert error.code() not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE), (method, error)
+    assert channel.unary_unary("/bank.Ledger/Echo")(b"after") == b"after"
+
+
+def call(port):
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
+        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals]:
+            part(channel)
+            say(part.__name__)
+
+
+if __name__ == "__main__":
+    app() if sys.argv[1] == "app" else call(sys.argv[2])
