@@ -57,7 +57,8 @@ class Collector(http.server.BaseHTTPRequestHandler):
                         "scope": of_scope.scope.name,
                         **shown(span),
                     }
-                    print(json.dumps(line), flush=True)
+                    # In one piece: two sidecars may post at once.
+                    print(json.dumps(line) + "\n", end="", flush=True)
         answer = service.ExportTraceServiceResponse().SerializeToString()
         self.send_response(200)
         self.send_header("content-type", "application/x-protobuf")
