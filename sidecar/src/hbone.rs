@@ -28,6 +28,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::BoxError;
 use crate::accept::Slot;
+use crate::http2::{Greeting, Guarded};
 use crate::live::Kind;
 use crate::server::{Limits, RefusedConnection};
 use crate::tcp::inbound::{Origin, Stop};
@@ -37,8 +38,9 @@ use crate::tcp::{Side, Stream, TcpInbound};
 pub const DEFAULT_PORT: u16 = 15008;
 /// From accept to the end of the HTTP/2 preface.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Tunnels of one connection at once: ztunnel opens 100 before it takes another.
-const MAX_STREAMS: u32 = 200;
+/// Tunnels of one connection at once: ztunnel opens 100 before it takes another. What they hold for peers that take
+/// nothing stays below 16 MB.
+const MAX_STREAMS: u32 = 100;
 /// A CONNECT has hardly any headers.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Flow control of a tunnel and of a connection. The connection's window is several times a tunnel's, so that one
@@ -46,13 +48,18 @@ const MAX_HEADER_BYTES: u32 = 16 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
 /// Bytes of one tunnel that wait to be sent.
-const MAX_SEND_BUFFER_BYTES: usize = 64 * 1024;
+const MAX_SEND_BUFFER_BYTES: usize = 16 * 1024;
 /// Bytes put into HTTP/2 at a time: one DATA frame of the default size.
 const CHUNK_BYTES: usize = 16 * 1024;
 /// Streams that a peer may reset before they were looked at (rapid reset, CVE-2023-44487).
 const MAX_PENDING_RESETS: usize = 20;
-/// Ping interval; a peer that does not answer within as long again is gone.
+/// Ping interval.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
+/// A peer that does not answer within this time is gone, or keeps a header block from its end.
+const PONG_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection's tunnels.
+type Streams = h2::server::Connection<Guarded<tokio_rustls::server::TlsStream<Stream>>, Bytes>;
 
 /// Serves requests that arrive through a tunnel as it serves those of the mTLS listener.
 pub trait HttpTunnels: Send + Sync + 'static {
@@ -106,20 +113,23 @@ impl Hbone {
             () = self.clock.sleep(HANDSHAKE_TIMEOUT) => Err(RefusedConnection::Timeout),
             () = scope.draining() => return,
         };
-        let (connection, peer) = match handshake {
+        let (connection, peer, greeting) = match handshake {
             Ok(done) => done,
             Err(refused) => return self.tcp.refused(remote, &refused),
         };
-        self.streams(connection, &peer, remote, scope).await;
+        let silent = async {
+            self.clock.sleep(HANDSHAKE_TIMEOUT).await;
+            if greeting.is_over() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = self.streams(connection, &peer, remote, scope) => {}
+            () = silent => tracing::debug!(%remote, "HBONE connection ended: it does not begin"),
+        }
     }
 
-    async fn handshake(
-        &self,
-        stream: TcpStream,
-    ) -> Result<
-        (h2::server::Connection<tokio_rustls::server::TlsStream<Stream>, Bytes>, Peer),
-        RefusedConnection,
-    > {
+    async fn handshake(&self, stream: TcpStream) -> Result<(Streams, Peer, Greeting), RefusedConnection> {
         let tls = self.tls.accept(Stream::new(stream)).await.map_err(RefusedConnection::Handshake)?;
         let failed = |error: BoxError| RefusedConnection::Handshake(io::Error::other(error));
         let peer = match Peer::from_handshake(tls.get_ref().1.peer_certificates()) {
@@ -127,6 +137,7 @@ impl Hbone {
             Some(Err(error)) => return Err(failed(error.into())),
             None => return Err(failed("no certificate".into())),
         };
+        let (tls, greeting) = Guarded::new(tls);
         let connection = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -137,7 +148,7 @@ impl Hbone {
             .handshake(tls)
             .await
             .map_err(|error| failed(error.into()))?;
-        Ok((connection, peer))
+        Ok((connection, peer, greeting))
     }
 
     /// Serves a connection's tunnels until it ends, its peer's certificate does, or `scope` drains and the last
@@ -233,7 +244,7 @@ async fn no_answer(pings: Option<PingPong>, clock: SharedClock) {
         clock.sleep(PING_INTERVAL).await;
         tokio::select! {
             pong = pings.ping(Ping::opaque()) => if pong.is_err() { return },
-            () = clock.sleep(PING_INTERVAL) => return,
+            () = clock.sleep(PONG_TIMEOUT) => return,
         }
     }
 }

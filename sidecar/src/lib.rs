@@ -41,6 +41,7 @@ pub mod ext_authz;
 pub mod hbone;
 pub mod headers;
 pub mod http1;
+mod http2;
 pub mod inbound;
 pub mod live;
 pub mod metrics;

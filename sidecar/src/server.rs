@@ -1,6 +1,7 @@
 //! Accepting connections: limits, handshakes, draining. Shared by the sidecar's listeners, its admin
 //! port and the gateway's front door.
 
+use std::convert::Infallible;
 use std::fmt::{Debug, Display};
 use std::io;
 use std::net::SocketAddr;
@@ -13,7 +14,6 @@ use futures::future::{BoxFuture, Either, Ready, ready};
 use http::HeaderValue;
 use http::{Request, Response};
 use hyper::body::Incoming;
-use hyper::rt::{Read, Write};
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -31,6 +31,7 @@ use tokio_rustls::server::TlsStream;
 use crate::accept::{Accepting, MAX_CONNECTIONS, Slot};
 use crate::debug::connections::{Connections, Noted};
 use crate::hbone::{HttpTunnels, Tunnel};
+use crate::http2::{Guarded, Streams, paced_request};
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::overload::Overload;
 use crate::proxy_protocol::{self, Networks, ProxyError};
@@ -52,7 +53,7 @@ pub(crate) const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 pub struct Limits {
     /// Connections at once; more wait in the kernel's backlog.
     pub max_connections: usize,
-    /// From accept to the end of the TLS handshake.
+    /// From accept to the end of the TLS handshake, and from there to what an HTTP/2 client begins with.
     pub handshake_timeout: Duration,
     /// For a request's head on HTTP/1.1; also how long a kept-alive connection may idle.
     pub header_timeout: Duration,
@@ -62,7 +63,7 @@ pub struct Limits {
     pub max_headers: usize,
     /// Concurrent streams of an HTTP/2 connection.
     pub max_streams: u32,
-    /// HTTP/2 keep-alive ping interval; a peer that does not answer within as long again is gone.
+    /// HTTP/2 keep-alive ping interval; a peer that does not answer within half as long again is gone.
     pub ping_interval: Duration,
     /// Where to ask whether there is too much to do already; `None` never refuses for that.
     pub overload: Option<Arc<Overload>>,
@@ -82,7 +83,8 @@ impl Default for Limits {
             // Room for a transaction token of eight links beside ordinary headers.
             max_header_bytes: 64 * 1024,
             max_headers: 100,
-            max_streams: 200,
+            // No fewer, says RFC 9113 §6.5.2. What they hold of answers that nobody takes stays below 16 MB.
+            max_streams: 100,
             ping_interval: Duration::from_secs(20),
             overload: None,
             proxies: Networks::default(),
@@ -103,6 +105,9 @@ impl Limits {
 /// several times a stream's, so that one stalled stream cannot starve the others.
 const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
+/// Bytes of one answer that wait for a peer that does not read, however large a window it gives: a DATA frame of the
+/// default size.
+const MAX_SEND_BUFFER_BYTES: usize = 16 * 1024;
 
 /// What is known of a connection before its first request.
 #[derive(Debug)]
@@ -391,7 +396,7 @@ async fn connection(
     if multiplexed {
         exchanges(stream, connection, listen, handler).await;
     } else if http2 {
-        Box::pin(streams(TokioIo::new(stream), Arc::new(connection), listen, handler)).await;
+        Box::pin(streams(stream, Arc::new(connection), listen, handler)).await;
     } else {
         let (reader, writer) = tokio::io::split(stream);
         Box::pin(requests(reader, writer, connection, listen, handler)).await;
@@ -481,9 +486,7 @@ async fn requests<R, W>(
     };
     match ended {
         http1::Ended::Closed => {}
-        http1::Ended::Http2(unread) => {
-            Box::pin(streams(TokioIo::new(unread), connection, listen, handler)).await
-        }
+        http1::Ended::Http2(unread) => Box::pin(streams(unread, connection, listen, handler)).await,
         ended => tracing::debug!(remote = %connection.remote, ?ended, "connection ended"),
     }
 }
@@ -533,17 +536,28 @@ async fn lost(live: Option<&Live>) -> Duration {
 /// Serves HTTP/2 until the connection ends, the scope drains, or the peer's certificate expires.
 async fn streams<S>(stream: S, connection: Arc<Connection>, listen: &Listen, handler: &Arc<impl Handler>)
 where
-    S: Read + Write + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let leaving = leaving(&connection, listen);
+    let (stream, greeting) = Guarded::new(stream);
     let service = service_fn(|request: Request<Incoming>| {
-        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request.map(Body::from));
-        unless_overloaded(&listen.limits, answer).map(Ok::<_, std::convert::Infallible>)
+        let (request, answering) = paced_request(request);
+        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request);
+        unless_overloaded(&listen.limits, answer)
+            .map(|response| Ok::<_, Infallible>(answering.begun(response)))
     });
-    let mut serving = pin!(http2(&listen.limits, &listen.scope).serve_connection(stream, service));
+    let serving = http2(&listen.limits, &listen.scope).serve_connection(TokioIo::new(stream), service);
+    let mut serving = pin!(serving);
+    let silent = async {
+        listen.clock.sleep(listen.limits.handshake_timeout).await;
+        if greeting.is_over() {
+            std::future::pending::<()>().await;
+        }
+    };
     let bound = tokio::select! {
         outcome = serving.as_mut() => return log_end(outcome),
         bound = leaving => bound,
+        () = silent => return tracing::debug!(remote = %connection.remote, "connection ended: it does not begin"),
     };
     serving.as_mut().graceful_shutdown();
     tokio::select! {
@@ -572,16 +586,17 @@ fn log_end(outcome: Result<(), impl Display>) {
     }
 }
 
-fn http2(limits: &Limits, scope: &Scope) -> http2::Builder<ScopeExecutor> {
-    let mut builder = http2::Builder::new(ScopeExecutor(scope.clone()));
+fn http2(limits: &Limits, scope: &Scope) -> http2::Builder<Streams> {
+    let mut builder = http2::Builder::new(Streams(scope.clone()));
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
         .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_send_buf_size(MAX_SEND_BUFFER_BYTES)
         .keep_alive_interval(limits.ping_interval)
-        .keep_alive_timeout(limits.ping_interval);
+        .keep_alive_timeout(limits.ping_interval / 2);
     builder
 }
 

@@ -65,6 +65,10 @@ pub struct SidecarConfig {
     pub budget: Budget,
 }
 
+/// Concurrent streams of an HTTP/2 connection of the app beside us, which is no stranger: more than [`Limits`] gives
+/// those, since clients of gRPC let calls wait where a connection takes no more.
+const MAX_STREAMS_OF_THE_APP: u32 = 200;
+
 /// The app, and who may come to it.
 #[derive(Debug)]
 pub struct InboundConfig {
@@ -311,7 +315,8 @@ impl Sidecar {
                 spans: Arc::clone(&spans),
                 watchers: Arc::clone(&watchers),
             };
-            let (listener, limits) = (tokio_listener(call.listener)?, limits.clone());
+            let limits = Limits { max_streams: MAX_STREAMS_OF_THE_APP, ..limits.clone() };
+            let listener = tokio_listener(call.listener)?;
             let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
             let door = Door::new(None, limits.clone(), &calls, clock.clone(), Arc::clone(&outbound));
             ways.insert(service, Way::Requests(door));

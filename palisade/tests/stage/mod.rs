@@ -56,6 +56,10 @@ impl Alone {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn hang_up(&self) {
         self.signal(rustix::process::Signal::HUP);
     }

@@ -13,7 +13,7 @@ mod decode;
 mod head;
 mod loan;
 mod outgoing;
-mod pace;
+pub(crate) mod pace;
 mod reader;
 mod server;
 

@@ -17,10 +17,10 @@ const MIN_WINDOW_BYTES: u64 = 15 * 1024;
 
 /// A timer that is made once and then moved.
 #[derive(Debug, Default)]
-pub(super) struct Timer(Option<Pin<Box<Sleep>>>);
+pub(crate) struct Timer(Option<Pin<Box<Sleep>>>);
 
 impl Timer {
-    pub(super) fn set(&mut self, deadline: Instant) {
+    pub(crate) fn set(&mut self, deadline: Instant) {
         match &mut self.0 {
             // Moving a deadline that has not come yet further away is one atomic operation.
             Some(sleep) => sleep.as_mut().reset(deadline),
@@ -29,7 +29,7 @@ impl Timer {
     }
 
     /// Ready at the deadline; pending for ever if none was set.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.0 {
             Some(sleep) => sleep.as_mut().poll(cx),
             None => Poll::Pending,
@@ -39,7 +39,7 @@ impl Timer {
 
 /// Whether a peer that is being waited for moves bytes at a rate worth it.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     moved: u64,
     waited: Duration,
     since: Option<Instant>,
@@ -47,20 +47,20 @@ pub(super) struct Pace {
 
 impl Pace {
     /// The peer moved something.
-    pub(super) fn moved(&mut self, bytes: usize) {
+    pub(crate) fn moved(&mut self, bytes: usize) {
         self.moved = self.moved.saturating_add(bytes as u64);
         self.pause();
     }
 
     /// Nobody waits for the peer just now.
-    pub(super) fn pause(&mut self) {
+    pub(crate) fn pause(&mut self) {
         if let Some(since) = self.since.take() {
             self.waited += since.elapsed();
         }
     }
 
     /// Waits on; ready once the peer has proved too slow.
-    pub(super) fn poll_too_slow(&mut self, timer: &mut Timer, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_too_slow(&mut self, timer: &mut Timer, cx: &mut Context<'_>) -> Poll<()> {
         if self.since.is_none() {
             let now = Instant::now();
             self.since = Some(now);
