@@ -91,7 +91,7 @@ impl Clock for ManualClock {
 
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
         let mut now = self.now.subscribe();
-        let until = *now.borrow() + duration;
+        let until = now.borrow().saturating_add(duration);
         Box::pin(async move {
             // The sender lives in the clock; if the clock is gone nobody will ever wake us, so end.
             let _gone = now.wait_for(|now| *now >= until).await.is_err();

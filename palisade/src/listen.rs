@@ -9,9 +9,14 @@ use std::path::Path;
 
 use listenfd::ListenFd;
 use rustix::net::sockopt::socket_acceptconn;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::failure::Failure;
 use crate::handover::Named;
+
+/// Connections that wait to be accepted. Where this many are too few, clients are told nothing and ask again a second
+/// later; the kernel's own bound (net.core.somaxconn) is this by default.
+const BACKLOG: i32 = 4096;
 
 /// Listening sockets that this process was given, and those it listens on.
 #[derive(Debug, Default)]
@@ -144,7 +149,19 @@ impl Listeners {
 
 /// Binds `address`, before anything is started, for `what`, such as "the gateway"; `key` is where mesh.toml sets it.
 pub(crate) fn tcp(what: &str, key: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(address).map_err(|error| refused(what, key, address, &error))
+    listen(address).map_err(|error| refused(what, key, address, &error))
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // Connections of the process before may linger: that must not keep this one from starting.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    if address.ip().is_loopback() {
+        sidecar::unpaced(&socket);
+    }
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Why `address` could not be bound.

@@ -1,9 +1,11 @@
 //! Answers that the sidecar gives itself: terse to the peer, full in the log.
 
+use std::fmt::Display;
+
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 
-use crate::{Body, full};
+use crate::{Body, full, grpc};
 
 /// A JSON answer that no cache keeps.
 pub(crate) fn json(status: StatusCode, body: impl Into<bytes::Bytes>) -> Response<Body> {
@@ -40,12 +42,26 @@ pub(crate) fn failed(status: StatusCode, service: &str, cause: &dyn std::fmt::Di
 
 /// What the caller hears of a failure.
 pub(crate) fn failure(status: StatusCode, service: &str) -> String {
-    let error = match status {
+    serde_json::json!({ "error": word(status), "service": service }).to_string()
+}
+
+/// A denial of a gRPC call.
+pub(crate) fn denied_call(status: StatusCode, receipt: &impl Display) -> Response<Body> {
+    grpc::failed(status, &format!("denied, receipt {receipt}"))
+}
+
+/// A gRPC call's failure on the way to `service`.
+pub(crate) fn failed_call(status: StatusCode, service: &str) -> Response<Body> {
+    grpc::failed(status, &format!("{}: {service}", word(status)))
+}
+
+fn word(status: StatusCode) -> &'static str {
+    match status {
         StatusCode::FORBIDDEN => "denied",
         StatusCode::BAD_REQUEST => "bad_request",
         StatusCode::GATEWAY_TIMEOUT => "timeout",
         StatusCode::BAD_GATEWAY => "bad_gateway",
+        StatusCode::PAYLOAD_TOO_LARGE => "too_large",
         _ => "unavailable",
-    };
-    serde_json::json!({ "error": error, "service": service }).to_string()
+    }
 }

@@ -1,7 +1,7 @@
 //! The loopback connection to the app this sidecar stands before, and the body that relays to and from it.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,21 +11,26 @@ use http::uri::{Authority, Scheme};
 use http::{Request, Response, StatusCode, Uri, Version};
 use http_body::{Frame, SizeHint};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioTimer;
 use identity::Scope;
 use identity::clock::SharedClock;
 use thiserror::Error;
 
-use crate::headers;
+use crate::dial::Dial;
 use crate::http1;
 use crate::server::ScopeExecutor;
-use crate::{Body, BoxError};
+use crate::traffic::config::Timeouts;
+use crate::traffic::timeouts::{Bounds, MalformedTimeout};
+use crate::{Body, BoxError, bounded, grpc, headers};
 
 /// The app is on this machine: if it does not accept within this, it is down.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Shorter than any server's keep-alive that we know of, so that we close first.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Nothing but the time to the head of the answer is bounded here: the callers' sidecars have their own.
+const NO_TIMEOUTS: Timeouts =
+    Timeouts { connect: CONNECT_TIMEOUT, tls: CONNECT_TIMEOUT, idle: None, whole: None };
 
 /// What the app speaks on loopback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -52,15 +57,21 @@ pub enum AppError {
     /// The request's target is not in origin form.
     #[error("the request's target is not in origin form")]
     Target,
+    /// The request's own deadline is none.
+    #[error(transparent)]
+    Deadline(#[from] MalformedTimeout),
 }
 
 impl AppError {
     /// The status that the caller gets.
     pub fn status(&self) -> StatusCode {
         match self {
+            Self::Http1(_) | Self::H2c(_) if OverLimit::caused(self) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Http1(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
             Self::H2c(error) if error.is_connect() => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Http1(http1::ClientError::Target) | Self::Target => StatusCode::BAD_REQUEST,
+            Self::Http1(http1::ClientError::Target) | Self::Target | Self::Deadline(_) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Http1(_) | Self::H2c(_) => StatusCode::BAD_GATEWAY,
             Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -84,7 +95,7 @@ enum Transport {
 #[derive(Debug)]
 struct H2c {
     authority: Authority,
-    client: Client<HttpConnector, Body>,
+    client: Client<Dial, Body>,
 }
 
 impl App {
@@ -99,27 +110,40 @@ impl App {
         let transport = match protocol {
             AppProtocol::Http1 => Transport::Http1(http1::Client::new(address, scope)),
             AppProtocol::H2c => {
-                let mut connector = HttpConnector::new();
-                connector.set_nodelay(true);
-                connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
                 let client = Client::builder(ScopeExecutor(scope.clone()))
                     .pool_timer(TokioTimer::new())
                     .pool_idle_timeout(IDLE_TIMEOUT)
                     .http2_only(true)
-                    .build(connector);
+                    .build(Dial(address));
                 Transport::H2c(Box::new(H2c { authority: address.to_string().parse()?, client }))
             }
         };
         Ok(Self { transport, clock, response_timeout })
     }
 
-    /// Sends one request in origin form. `Host` stays what the caller asked for.
-    pub async fn send(&self, request: Request<Body>) -> Result<Response<Body>, AppError> {
-        tokio::select! {
-            biased;
-            answer = self.send_unbounded(request) => answer,
-            () = self.clock.sleep(self.response_timeout) => Err(AppError::Timeout),
-        }
+    /// Whether it speaks HTTP/2, as gRPC servers do.
+    pub(crate) fn speaks_http2(&self) -> bool {
+        matches!(self.transport, Transport::H2c(_))
+    }
+
+    /// Sends one request in origin form. `Host` stays what the caller asked for. A gRPC call has the time that its
+    /// caller gives it, and what is left of that is passed on.
+    pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, AppError> {
+        let (headers, now) = (request.headers_mut(), self.clock.now());
+        let call = grpc::is_call(headers);
+        let bounds = Bounds::of(headers, self.response_timeout, &NO_TIMEOUTS, now)?;
+        bounds.whole.pass_on(headers, now);
+        // Pinned where it is made: what `select!` is given by value is moved, and it is large.
+        let mut answer = pin!(self.send_unbounded(request));
+        let answer = match bounds.head.left(now) {
+            None => answer.await,
+            Some(left) => tokio::select! {
+                biased;
+                answer = &mut answer => answer,
+                () = self.clock.sleep(left) => Err(AppError::Timeout),
+            },
+        };
+        Ok(answer?.map(|body| bounded::body(body, &bounds, call, &self.clock)))
     }
 
     async fn send_unbounded(&self, request: Request<Body>) -> Result<Response<Body>, AppError> {
@@ -148,19 +172,110 @@ fn absolute(mut request: Request<Body>, authority: &Authority) -> Result<Request
     Ok(request)
 }
 
+/// What a body that is passed on may hold.
+#[derive(Debug)]
+pub enum Bound {
+    /// Whatever comes.
+    Endless,
+    /// So many more bytes.
+    Bytes(u64),
+    /// gRPC messages, each of so many bytes (gRPC over HTTP/2, "Length-Prefixed-Message").
+    Messages(Messages),
+}
+
+impl Bound {
+    /// Messages of at most `max_bytes` each: a stream of them may go on for ever.
+    pub fn messages(max_bytes: u64) -> Self {
+        Self::Messages(Messages { max_bytes, prefix: [0; PREFIX_BYTES], have: 0, left_bytes: 0 })
+    }
+
+    fn admits(&self, whole: &[u8]) -> bool {
+        match self {
+            Self::Endless => true,
+            Self::Bytes(max) => whole.len() as u64 <= *max,
+            // No message in it is larger than all of it; otherwise they are looked at.
+            Self::Messages(messages) => whole.len() as u64 <= messages.max_bytes,
+        }
+    }
+
+    fn take(&mut self, data: &[u8]) -> Result<(), OverLimit> {
+        match self {
+            Self::Endless => Ok(()),
+            Self::Bytes(left) => {
+                *left = left.checked_sub(data.len() as u64).ok_or(OverLimit)?;
+                Ok(())
+            }
+            Self::Messages(messages) => messages.take(data),
+        }
+    }
+}
+
+/// One byte of flags and four of length.
+const PREFIX_BYTES: usize = 5;
+
+/// Where the messages of a gRPC call begin and end.
+#[derive(Debug)]
+pub struct Messages {
+    max_bytes: u64,
+    prefix: [u8; PREFIX_BYTES],
+    /// Bytes of `prefix` that have come.
+    have: usize,
+    /// Left of the message that is under way.
+    left_bytes: u64,
+}
+
+impl Messages {
+    fn take(&mut self, mut data: &[u8]) -> Result<(), OverLimit> {
+        while let Some((first, rest)) = data.split_first() {
+            if self.left_bytes > 0 {
+                let skipped = data.len().min(usize::try_from(self.left_bytes).unwrap_or(usize::MAX));
+                self.left_bytes -= skipped as u64;
+                data = data.get(skipped..).unwrap_or_default();
+                continue;
+            }
+            if let Some(slot) = self.prefix.get_mut(self.have) {
+                *slot = *first;
+            }
+            self.have += 1;
+            data = rest;
+            if self.have == PREFIX_BYTES {
+                let [_, length @ ..] = self.prefix;
+                self.left_bytes = u32::from_be_bytes(length).into();
+                self.have = 0;
+                if self.left_bytes > self.max_bytes {
+                    return Err(OverLimit);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A body, or a message in it, holds more than it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the body is over its limit")]
+pub struct OverLimit;
+
+impl OverLimit {
+    /// Whether it is why `error` happened.
+    fn caused(error: &(dyn std::error::Error + 'static)) -> bool {
+        std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<Self>())
+    }
+}
+
 /// A body passed on frame by frame: bounded, its trailers cleaned, something kept alive meanwhile.
 pub struct Relay<G> {
     body: Body,
-    left_bytes: Option<u64>,
+    bound: Bound,
     _guard: G,
 }
 
 impl<G: Unpin + Send + 'static> Relay<G> {
-    /// Passes `body` on; `max_bytes` bounds it, `guard` is dropped with it.
-    pub fn body(body: Body, max_bytes: Option<u64>, guard: G) -> Body {
+    /// Passes `body` on within `bound`; `guard` is dropped with it.
+    pub fn body(body: Body, bound: Bound, guard: G) -> Body {
         match body.whole() {
-            Some(bytes) if max_bytes.is_none_or(|max| bytes.len() as u64 <= max) => body,
-            _ => Body::new(Self { body, left_bytes: max_bytes, _guard: guard }),
+            Some(bytes) if bound.admits(bytes) => body,
+            _ => Body::new(Self { body, bound, _guard: guard }),
         }
     }
 }
@@ -181,11 +296,8 @@ impl<G: Unpin> http_body::Body for Relay<G> {
         };
         let frame = match frame.into_data() {
             Ok(data) => {
-                if let Some(left) = &mut this.left_bytes {
-                    match left.checked_sub(data.len() as u64) {
-                        Some(rest) => *left = rest,
-                        None => return Poll::Ready(Some(Err("the body is over its limit".into()))),
-                    }
+                if let Err(over) = this.bound.take(&data) {
+                    return Poll::Ready(Some(Err(over.into())));
                 }
                 Frame::data(data)
             }
@@ -205,5 +317,43 @@ impl<G: Unpin> http_body::Body for Relay<G> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message(bytes: usize) -> Vec<u8> {
+        let mut message = vec![0];
+        message.extend_from_slice(&(bytes as u32).to_be_bytes());
+        message.resize(PREFIX_BYTES + bytes, 7);
+        message
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_bounded_one_by_one_however_they_are_cut(
+            sizes in prop::collection::vec(0usize..300, 0..20), cut in 1usize..50,
+        ) {
+            let stream: Vec<u8> = sizes.iter().flat_map(|size| message(*size)).collect();
+            let largest = sizes.iter().copied().max().unwrap_or(0);
+            let passes = |max: usize| {
+                let mut bound = Bound::messages(max as u64);
+                stream.chunks(cut).all(|piece| bound.take(piece).is_ok())
+            };
+            prop_assert!(passes(largest));
+            prop_assert!(largest == 0 || !passes(largest - 1));
+        }
+    }
+
+    #[test]
+    fn whatever_wraps_it_an_overrun_is_the_callers_fault() {
+        let error = AppError::Http1(http1::ClientError::Request(OverLimit.into()));
+        assert_eq!(error.status(), StatusCode::PAYLOAD_TOO_LARGE);
+        let error = AppError::Http1(http1::ClientError::Request("cut".into()));
+        assert_eq!(error.status(), StatusCode::BAD_GATEWAY);
     }
 }

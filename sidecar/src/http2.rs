@@ -12,8 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use identity::Scope;
@@ -21,7 +20,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::http1::pace::{Pace, Timer};
-use crate::{Body, BoxError, answer};
+use crate::{Body, BoxError, answer, grpc};
 
 /// Bytes of an answer that hyper gets at a time. What a peer takes is counted in these, and one is too little for a window of
 /// [`Pace`]: who takes less than half of the minimum is dropped in time, and who takes a little less a window or two later.
@@ -76,8 +75,10 @@ pub(crate) fn paced_request(request: Request<Incoming>) -> (Request<Body>, Answe
     if body.is_end_stream() {
         return (Request::from_parts(parts, Body::from(body)), Answering(None));
     }
-    let told =
-        Arc::new(Told { answering: AtomicBool::new(is_grpc(&parts.headers)), slow: AtomicBool::default() });
+    let told = Arc::new(Told {
+        answering: AtomicBool::new(grpc::is_call(&parts.headers)),
+        slow: AtomicBool::default(),
+    });
     let upload = Upload { body, told: Arc::clone(&told), pace: Pace::default(), timer: Timer::default() };
     (Request::from_parts(parts, Body::new(upload)), Answering(Some(told)))
 }
@@ -105,10 +106,6 @@ impl Answering {
         }
         response.map(|body| Answer { body, rest: Bytes::new(), given: 0 })
     }
-}
-
-fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The request's body came too slowly.

@@ -28,7 +28,7 @@ use policy::{
 use tokio_rustls::server::TlsStream;
 
 use crate::access::Finished;
-use crate::app::{App, AppError, Relay};
+use crate::app::{App, AppError, Bound, Relay};
 use crate::correlate::{Correlator, Remembered};
 use crate::debug::connections::Connections;
 use crate::entities::Unanswered;
@@ -41,7 +41,7 @@ use crate::streams::{Asked, Streams};
 use crate::tcp::TcpInbound;
 use crate::trace::{Place, Spans};
 use crate::watchers::Watchers;
-use crate::{Body, Buffered, answer, body, empty, entities, full, transaction};
+use crate::{Body, Buffered, answer, body, empty, entities, full, grpc, transaction};
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
@@ -142,6 +142,7 @@ impl Handler for Inbound {
             noted.count_request();
         }
         let (method, target) = (request.method().clone(), request.uri().clone());
+        let is_call = grpc::is_call(request.headers());
         let Ok(receipt) = self.receipts.draw() else {
             // Without randomness nothing can be recorded so that it is found again: answer nobody.
             return answer::failed(StatusCode::SERVICE_UNAVAILABLE, &self.service, &"no randomness");
@@ -162,7 +163,7 @@ impl Handler for Inbound {
         let ended = self.ended(outcome, &understood);
         let now = self.clock.now();
         let took = now.saturating_sub(started);
-        let status = ended.response.status();
+        let status = if is_call { grpc::status(&ended.response) } else { ended.response.status() };
         let peer = connection.peer.as_ref().map_or("", |peer| peer.id().as_str());
         let mapped = understood.mapped.as_ref();
         let route = mapped.map_or("", Mapped::route);
@@ -189,7 +190,11 @@ impl Handler for Inbound {
             };
             self.watchers.tell(&seen, now);
         }
-        ended.response
+        match ended.by {
+            By::Denial(_) if is_call => answer::denied_call(status, &understood.occasion.receipt),
+            By::Nothing if is_call => answer::failed_call(status, &self.service),
+            _ => ended.response,
+        }
     }
 
     fn connections(&self) -> Option<&Arc<Connections>> {
@@ -272,7 +277,9 @@ impl Inbound {
         }
         let (mapped, body) = match &upgrade {
             // What the client says in the other protocol, once it is spoken.
-            Some(protocol) => (upgraded(mapped, protocol).map_err(refuse)?, Relay::body(body, None, ())),
+            Some(protocol) => {
+                (upgraded(mapped, protocol).map_err(refuse)?, Relay::body(body, Bound::Endless, ()))
+            }
             None => self.body(mapped, &parts, body).await.map_err(refuse)?,
         };
         let mapped = &*understood.mapped.insert(mapped);
@@ -322,7 +329,13 @@ impl Inbound {
                 Err(_some) => Err(Refusal::malformed("request.body", "this route takes no body")),
             },
             BodyRule::None => Ok((mapped, empty())),
-            BodyRule::Opaque { max_bytes } => Ok((mapped, Relay::body(body, Some(max_bytes as u64), ()))),
+            BodyRule::Opaque { max_bytes } => {
+                // A stream of messages may go on for ever, if its app reads it as one.
+                let messages = self.app.speaks_http2() && grpc::is_call(&parts.headers);
+                let max_bytes = max_bytes as u64;
+                let bound = if messages { Bound::messages(max_bytes) } else { Bound::Bytes(max_bytes) };
+                Ok((mapped, Relay::body(body, bound, ())))
+            }
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
                 let bytes = Box::pin(self.collect(body, max_bytes)).await?;
@@ -415,7 +428,10 @@ impl Inbound {
         };
         let facts =
             Facts { kind: Kind::Stream, peer: peer.clone(), remote: connection.remote, since: occasion.now };
-        response.map(|body| self.streams.watch(Relay::body(body, None, remembered), facts, policy, asked))
+        response.map(|body| {
+            let body = Relay::body(body, Bound::Endless, remembered);
+            self.streams.watch(body, facts, policy, asked)
+        })
     }
 
     /// Asks the app for a safe request's answer and holds it: whose object it is stands inside.

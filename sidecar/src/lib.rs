@@ -31,13 +31,16 @@ pub mod admin;
 mod answer;
 pub mod app;
 mod body;
+mod bounded;
 mod buffered;
 pub mod capture;
 pub mod correlate;
 pub mod debug;
 pub mod detect;
+mod dial;
 mod entities;
 pub mod ext_authz;
+pub mod grpc;
 pub mod hbone;
 pub mod headers;
 pub mod http1;
@@ -49,6 +52,7 @@ mod mux;
 pub mod otlp;
 pub mod outbound;
 pub mod overload;
+mod pieces;
 pub mod proxy_protocol;
 mod sample;
 pub mod server;
@@ -66,6 +70,7 @@ use bytes::Bytes;
 
 pub use body::{Body, BoxError};
 pub use buffered::Buffered;
+pub use dial::unpaced;
 pub use sidecar::{Call, Carries, HboneConfig, InboundConfig, Sidecar, SidecarConfig, SidecarError};
 
 /// A body that is already here.

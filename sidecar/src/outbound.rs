@@ -11,7 +11,7 @@ use identity::{IdentitySource, SpiffeId};
 use thiserror::Error;
 
 use crate::access::Finished;
-use crate::app::Relay;
+use crate::app::{Bound, Relay};
 use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
@@ -19,7 +19,7 @@ use crate::server::{Connection, Handler};
 use crate::trace::{Place, Spans};
 use crate::upstream::{Upstream, UpstreamError};
 use crate::watchers::Watchers;
-use crate::{Body, answer};
+use crate::{Body, answer, grpc};
 
 /// Everything one outbound listener needs.
 pub struct Outbound {
@@ -65,9 +65,14 @@ impl Handler for Outbound {
     async fn handle(self: Arc<Self>, connection: Arc<Connection>, request: Request<Body>) -> Response<Body> {
         let started = self.clock.now();
         let (method, target) = (request.method().clone(), request.uri().clone());
+        let is_call = grpc::is_call(request.headers());
         let mut trace = Place { parent: TraceParent::from_headers(request.headers()), span: None };
         let outcome = self.call(connection.remote, request, &mut trace).await;
-        let status = outcome.as_ref().map_or_else(|error| error.status(), Response::status);
+        let status = match &outcome {
+            Ok(response) if is_call => grpc::status(response),
+            Ok(response) => response.status(),
+            Err(error) => error.status(),
+        };
         let now = self.clock.now();
         let took = now.saturating_sub(started);
         self.metrics.observe(&Observation {
@@ -94,7 +99,11 @@ impl Handler for Outbound {
             };
             self.watchers.tell(&seen, now);
         }
-        outcome.unwrap_or_else(|error| answer::failed(error.status(), self.upstream.service(), &error))
+        outcome.unwrap_or_else(|error| {
+            let service = self.upstream.service();
+            let failed = answer::failed(status, service, &error);
+            if is_call { answer::failed_call(status, service) } else { failed }
+        })
     }
 }
 
@@ -135,7 +144,7 @@ impl Outbound {
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
 
         // Call on, over mTLS, to exactly the identity that was meant.
-        let body = Relay::body(body, None, ());
+        let body = Relay::body(body, Bound::Endless, ());
         let mut response = self.upstream.send(Request::from_parts(parts, body)).await?;
         headers::strip_answer(&mut response, upgrade.as_ref());
         Ok(response)

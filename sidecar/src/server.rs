@@ -9,8 +9,7 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use futures::FutureExt as _;
-use futures::future::{BoxFuture, Either, Ready, ready};
+use futures::future::BoxFuture;
 use http::HeaderValue;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -316,14 +315,18 @@ impl Judge for Requests {
     }
 }
 
-/// `answer`, or the refusal of a request that there is no memory for. No future of its own, which would hold room
-/// for `answer` twice.
-fn unless_overloaded<A>(limits: &Limits, answer: A) -> Either<Ready<Response<Body>>, A>
-where
-    A: Future<Output = Response<Body>>,
-{
-    let shed = limits.overload.as_ref().is_some_and(|overload| overload.shed());
-    if shed { Either::Left(ready(answer::unavailable("overloaded"))) } else { Either::Right(answer) }
+/// The handler's answer, or the refusal of a request that there is no memory for. The handler's future is made where it
+/// stays: it is large, and given by value it would be moved.
+async fn answer_within(
+    limits: &Limits,
+    handler: Arc<impl Handler>,
+    connection: Arc<Connection>,
+    request: Request<Body>,
+) -> Response<Body> {
+    if limits.overload.as_ref().is_some_and(|overload| overload.shed()) {
+        return answer::unavailable("overloaded");
+    }
+    handler.handle(connection, request).await
 }
 
 async fn connection(
@@ -336,7 +339,7 @@ async fn connection(
         tracing::debug!(%error, "no TCP_NODELAY");
     }
     let Some(acceptor) = &listen.tls else {
-        plain(stream, remote, listen, handler).await;
+        Box::pin(plain(stream, remote, listen, handler)).await;
         return Ok(());
     };
     let handshake = async {
@@ -360,8 +363,11 @@ async fn connection(
             Err(error) => return Err(RefusedConnection::Handshake(error)),
         }
         let accepted = acceptor.accept(Buffered::after(stream, unread)).await;
-        accepted.map(|stream| Some((stream, remote))).map_err(RefusedConnection::Handshake)
+        // Boxed, since it is passed on and is as large as a session is.
+        accepted.map(|stream| Some((Box::new(stream), remote))).map_err(RefusedConnection::Handshake)
     };
+    // Boxed, since a connection need not hold room for its beginning.
+    let handshake = Box::pin(handshake);
     let stream = tokio::select! {
         stream = handshake => stream?,
         () = listen.clock.sleep(listen.limits.handshake_timeout) => return Err(RefusedConnection::Timeout),
@@ -381,7 +387,7 @@ async fn connection(
     if protocol == Some(ALPN_TCP) {
         if let Some(peer) = peer {
             // Boxed: connections that carry requests need not hold room for it.
-            Box::pin(handler.plain(stream, peer, remote, &listen.scope)).await;
+            Box::pin(handler.plain(*stream, peer, remote, &listen.scope)).await;
         }
         return Ok(());
     }
@@ -476,9 +482,8 @@ async fn requests<R, W>(
         listen.clock.sleep(grace).await;
     };
     let connection = Arc::new(connection);
-    let answer = |request| {
-        unless_overloaded(&listen.limits, Arc::clone(handler).handle(Arc::clone(&connection), request))
-    };
+    let answer =
+        |request| answer_within(&listen.limits, Arc::clone(handler), Arc::clone(&connection), request);
     let serving = http1::serve(reader, writer, &listen.limits, &listen.scope, over, answer);
     let ended = tokio::select! {
         ended = serving => ended,
@@ -493,7 +498,7 @@ async fn requests<R, W>(
 
 /// Serves another sidecar until the connection ends, the scope drains, or the peer's certificate expires.
 async fn exchanges(
-    stream: TlsStream<Buffered>,
+    stream: Box<TlsStream<Buffered>>,
     connection: Connection,
     listen: &Listen,
     handler: &Arc<impl Handler>,
@@ -503,7 +508,9 @@ async fn exchanges(
     let handler = Arc::clone(handler);
     let limits = Arc::clone(&listen.limits);
     let answer = move |request| {
-        unless_overloaded(&limits, Arc::clone(&handler).handle(Arc::clone(&connection), request))
+        let (limits, handler, connection) =
+            (Arc::clone(&limits), Arc::clone(&handler), Arc::clone(&connection));
+        async move { answer_within(&limits, handler, connection, request).await }
     };
     log_end(mux::serve(stream, &listen.clock, &listen.scope, leaving, answer).await);
 }
@@ -542,9 +549,12 @@ where
     let (stream, greeting) = Guarded::new(stream);
     let service = service_fn(|request: Request<Incoming>| {
         let (request, answering) = paced_request(request);
-        let answer = Arc::clone(handler).handle(Arc::clone(&connection), request);
-        unless_overloaded(&listen.limits, answer)
-            .map(|response| Ok::<_, Infallible>(answering.begun(response)))
+        let (limits, handler) = (Arc::clone(&listen.limits), Arc::clone(handler));
+        let connection = Arc::clone(&connection);
+        async move {
+            let response = answer_within(&limits, handler, connection, request).await;
+            Ok::<_, Infallible>(answering.begun(response))
+        }
     });
     let serving = http2(&listen.limits, &listen.scope).serve_connection(TokioIo::new(stream), service);
     let mut serving = pin!(serving);

@@ -7,8 +7,8 @@
 
 mod look;
 
-use std::net::SocketAddr;
-use std::pin::Pin;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use http::header::{CONNECTION, HOST, UPGRADE};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderValue, Request, Response, Uri, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri, Version};
 use http_body::{Frame, SizeHint};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -27,19 +27,20 @@ use identity::tls::ALPN_H2;
 use identity::verify::handshake_failure;
 use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::headers;
 use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
 use crate::traffic::breaker::{Overload, Permit, Resource};
 use crate::traffic::config::{RetryOn, Traffic};
-use crate::traffic::endpoint::{self, Locality, Member};
+use crate::traffic::endpoint::{self, InFlight, Locality, Member};
+use crate::traffic::hedge;
 use crate::traffic::random::Dice;
+use crate::traffic::retry::Tries;
 use crate::traffic::steer::Steering;
-use crate::{Body, BoxError, Buffered};
+use crate::traffic::timeouts::{Bounds, MalformedTimeout};
+use crate::{Body, BoxError, Buffered, bounded, dial, grpc, headers};
 
 /// Streams on one connection before another is opened: more only queue behind one socket.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
@@ -102,6 +103,9 @@ pub enum UpstreamError {
     /// The request's target is not in origin form.
     #[error("the request's target is not in origin form")]
     Target,
+    /// The request's own deadline is none.
+    #[error(transparent)]
+    Deadline(#[from] MalformedTimeout),
     /// Too much is under way to the service already.
     #[error("{service}: {overload}")]
     Overload {
@@ -119,7 +123,7 @@ impl UpstreamError {
             Self::NoIdentity | Self::Connect { .. } => http::StatusCode::SERVICE_UNAVAILABLE,
             Self::Tls(_) | Self::Broken { .. } => http::StatusCode::BAD_GATEWAY,
             Self::Timeout(_) => http::StatusCode::GATEWAY_TIMEOUT,
-            Self::Target => http::StatusCode::BAD_REQUEST,
+            Self::Target | Self::Deadline(_) => http::StatusCode::BAD_REQUEST,
             Self::Overload { .. } => Overload::STATUS,
         }
     }
@@ -246,53 +250,87 @@ impl Upstream {
     /// What is sent again, and how often, is the configuration's to say; a single-use transaction token
     /// never is once it may have arrived.
     pub async fn send(&self, request: Request<Body>) -> Result<Response<Body>, UpstreamError> {
+        self.send_keyed(request, None).await
+    }
+
+    /// The key by which a request is kept together with others, if the configuration says so.
+    pub(crate) fn key(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> Option<u64> {
+        self.steering.key(headers, source, user)
+    }
+
+    /// Sends one request as [`Upstream::send`] does, to where others with the same key go.
+    pub(crate) async fn send_keyed(
+        &self,
+        request: Request<Body>,
+        key: Option<u64>,
+    ) -> Result<Response<Body>, UpstreamError> {
         let steering = &self.steering;
         let permit = steering.breaker.take(Resource::Request).map_err(|overload| self.overload(overload))?;
         let (mut head, mut body) = request.into_parts();
         head.headers.insert(HOST, self.host.clone());
+        let call = grpc::is_call(&head.headers);
         let started = self.clock.now();
+        let bounds = Bounds::of(&head.headers, self.config.response_timeout, &steering.timeouts, started)?;
         let mut tries = steering.retrier.begin(&head.method, started);
         let mut avoid = None;
         let mut began = started;
         loop {
-            let left = self.config.response_timeout.saturating_sub(began.saturating_sub(started));
+            bounds.whole.pass_on(&mut head.headers, began);
             let generation = self.source.valid_at(began).ok_or(UpstreamError::NoIdentity)?.generation;
             let endpoint = steering
-                .pick(None, avoid.as_ref(), began)
+                .pick(key, avoid.as_ref(), began)
                 .ok_or_else(|| self.unreachable("no endpoint is available"))?;
+            let member = Arc::clone(endpoint.member());
             let copy = self.copy(&body);
-            let limit = steering.retrier.config().per_try.map_or(left, |per_try| per_try.min(left));
-            let outcome = tokio::select! {
-                biased;
-                outcome = self.attempt(&endpoint, generation, &head, body) => outcome,
-                () = self.clock.sleep(limit) => Err(Failure::late(self.config.service.clone())),
+            let left = bounds.head.left(began);
+            let limit = match steering.retrier.config().per_try {
+                Some(per_try) => Some(left.map_or(per_try, |left| per_try.min(left))),
+                None => left,
+            };
+            let to = Aim { head: &head, generation, key, tries };
+            // Pinned where it is made: what is given to a future by value is moved, and it is large.
+            let attempt = pin!(self.attempt(endpoint, &to, body));
+            let second = copy.as_ref().and_then(Body::repeat);
+            let outcome = match self.hedged_after(&to).zip(second) {
+                Some((late, copy)) => {
+                    let hedged = self.hedged(attempt, late, &member, &to, copy);
+                    self.within(limit, pin!(Box::pin(hedged))).await
+                }
+                None => self.within(limit, attempt).await,
             };
             let now = self.clock.now();
-            let took = now.saturating_sub(began);
             let (after, unsent, outcome) = match outcome {
-                Ok(response) => {
-                    let status = response.status();
-                    steering.answered(&endpoint, status, took, now);
-                    (RetryOn::Status(status), None, Ok(response))
+                Ok(Answered { endpoint, began, response }) => {
+                    let took = now.saturating_sub(began);
+                    let status = if call { grpc::status(&response) } else { response.status() };
+                    steering.answered(endpoint.member(), status, took, now);
+                    if let Some(hedging) = &steering.hedging {
+                        hedging.answered(took);
+                    }
+                    (RetryOn::Status(status), None, Ok((endpoint, response)))
                 }
                 Err(Failure { after: None, error, .. }) => return Err(error),
                 Err(Failure { after: Some(after), unsent, error }) => {
-                    steering.failed(&endpoint, took, now);
+                    steering.failed(&member, now.saturating_sub(began), now);
                     (after, unsent, Err(error))
                 }
             };
-            let left = self.config.response_timeout.saturating_sub(now.saturating_sub(started));
+            let left = bounds.head.left(now);
             let again =
                 unsent.or_else(|| copy.filter(|_| after == RetryOn::Refused || !is_single_use(&head)));
             let whole = again.is_some();
-            match tries.again(&steering.retrier, after, whole, Some(left), &steering.dice, now).zip(again) {
-                None => return Ok(hold(outcome?, (endpoint, permit))),
+            match tries.again(&steering.retrier, after, whole, left, &steering.dice, now).zip(again) {
+                None => {
+                    let (endpoint, response) = outcome?;
+                    let response = response.map(|body| bounded::body(body, &bounds, call, &self.clock));
+                    return Ok(hold(response, (endpoint, permit)));
+                }
                 Some((wait, again)) => {
                     let (service, try_again) = (&self.config.service, tries.done());
-                    tracing::debug!(service, endpoint = %endpoint.address, ?after, ?wait, try_again, "trying again");
+                    tracing::debug!(service, endpoint = %member.address, ?after, ?wait, try_again, "trying again");
                     body = again;
-                    avoid = Some(Arc::clone(endpoint.member()));
-                    drop((outcome, endpoint));
+                    avoid = Some(member);
+                    drop(outcome);
                     self.clock.sleep(wait).await;
                     began = self.clock.now();
                 }
@@ -303,18 +341,71 @@ impl Upstream {
     /// The body for another try, if it is here and worth keeping.
     fn copy(&self, body: &Body) -> Option<Body> {
         let bytes = body.whole()?.len() as u64;
-        if self.steering.retrier.keeps(bytes) { body.repeat() } else { None }
+        let kept = self.steering.hedging.is_some() || self.steering.retrier.keeps(bytes);
+        if kept { body.repeat() } else { None }
     }
 
+    /// The outcome of a try, or of its pair, within `limit`.
+    async fn within(
+        &self,
+        limit: Option<Duration>,
+        mut attempt: Pin<&mut impl Future<Output = Result<Answered, Failure>>>,
+    ) -> Result<Answered, Failure> {
+        let Some(limit) = limit else { return attempt.await };
+        tokio::select! {
+            biased;
+            outcome = &mut attempt => outcome,
+            () = self.clock.sleep(limit) => Err(Failure::late(self.config.service.clone())),
+        }
+    }
+
+    /// After what time a second copy of this request goes out; `None`: never.
+    fn hedged_after(&self, to: &Aim<'_>) -> Option<Duration> {
+        let hedging = self.steering.hedging.as_ref()?;
+        (to.tries.is_repeatable() && !is_single_use(to.head)).then(|| hedging.delay()).flatten()
+    }
+
+    /// A try, and if it is late a second one, to another endpoint than `first`.
+    async fn hedged(
+        &self,
+        attempt: Pin<&mut impl Future<Output = Result<Answered, Failure>>>,
+        late: Duration,
+        first: &Arc<Member<Pool>>,
+        to: &Aim<'_>,
+        copy: Body,
+    ) -> Result<Answered, Failure> {
+        let steering = &self.steering;
+        let second = || {
+            let now = self.clock.now();
+            let endpoint = steering.pick(to.key, Some(first), now)?;
+            // A second one to the same would wait behind the first.
+            if Arc::ptr_eq(endpoint.member(), first) || !steering.retrier.may_hedge(&to.tries, now) {
+                return None;
+            }
+            tracing::debug!(service = self.config.service, endpoint = %endpoint.address, "sending a second copy");
+            let member = Arc::clone(endpoint.member());
+            Some(async move {
+                let outcome = self.attempt(endpoint, to, copy).await;
+                if let Err(Failure { after: Some(_), .. }) = &outcome {
+                    let failed = self.clock.now();
+                    steering.failed(&member, failed.saturating_sub(now), failed);
+                }
+                outcome
+            })
+        };
+        hedge::first_of(attempt, self.clock.sleep(late), second).await
+    }
+
+    /// One try, over whatever connections the endpoint's pool has or makes.
     async fn attempt(
         &self,
-        endpoint: &Member<Pool>,
-        generation: u64,
-        head: &Parts,
+        endpoint: InFlight<Pool>,
+        to: &Aim<'_>,
         mut body: Body,
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Answered, Failure> {
+        let began = self.clock.now();
         for _ in 0..MAX_CLOSING {
-            let link = match self.link(endpoint, generation).await {
+            let link = match self.link(&endpoint, to.generation).await {
                 Ok(link) => link,
                 Err(Unlinked::Overload(overload)) => return Err(Failure::ours(self.overload(overload))),
                 Err(Unlinked::Dial(cause)) => {
@@ -323,18 +414,19 @@ impl Upstream {
                     return Err(Failure { after: Some(RetryOn::Connect), unsent: Some(body), error });
                 }
             };
-            match link {
-                Link::Mux(handle) => match handle.send(head, body).await {
-                    Ok(response) => return Ok(response),
-                    Err(SendError::NotSent(unsent)) => body = unsent,
+            let sent = match link {
+                Link::Mux(handle) => match handle.send(to.head, body).await {
+                    Ok(response) => Sent::Answered(response),
+                    Err(SendError::NotSent(unsent)) => Sent::NotSent(unsent),
                     Err(error) => return Err(self.unanswered(&error)),
                 },
                 Link::Http2 { sender, in_flight } => {
-                    match Box::pin(self.send_http2(sender, &in_flight, head, body)).await? {
-                        Sent::Answered(response) => return Ok(response),
-                        Sent::NotSent(unsent) => body = unsent,
-                    }
+                    Box::pin(self.send_http2(sender, &in_flight, to.head, body)).await?
                 }
+            };
+            match sent {
+                Sent::Answered(response) => return Ok(Answered { endpoint, began, response }),
+                Sent::NotSent(unsent) => body = unsent,
             }
         }
         let error = self.broken("every connection was closing");
@@ -372,7 +464,7 @@ impl Upstream {
         head: &Parts,
         body: Body,
     ) -> Result<Sent, Failure> {
-        let guard = InFlight::new(in_flight);
+        let guard = Streaming::new(in_flight);
         let request = Request::from_parts(self.pseudo_headers(head).map_err(Failure::ours)?, body);
         match sender.try_send_request(request).await {
             Ok(response) => {
@@ -429,7 +521,7 @@ impl Upstream {
     async fn dial(&self, address: SocketAddr) -> Result<Link, BoxError> {
         let timeouts = &self.steering.timeouts;
         let stream = tokio::select! {
-            stream = TcpStream::connect(address) => stream?,
+            stream = dial::connect(address) => stream?,
             () = self.clock.sleep(timeouts.connect) => return Err("connecting took too long".into()),
         };
         stream.set_nodelay(true)?;
@@ -507,6 +599,21 @@ enum Unlinked {
     Dial(BoxError),
 }
 
+/// A request as it goes to an endpoint, and what is known of its tries.
+struct Aim<'a> {
+    head: &'a Parts,
+    generation: u64,
+    key: Option<u64>,
+    tries: Tries,
+}
+
+/// An answer, from where, and when that was asked.
+struct Answered {
+    endpoint: InFlight<Pool>,
+    began: Duration,
+    response: Response<Body>,
+}
+
 /// Why an attempt got no answer.
 struct Failure {
     /// As the endpoint's failure; `None` if it is not the endpoint's.
@@ -546,16 +653,16 @@ enum Sent {
 }
 
 /// Counts a request on its connection until its answer's body has ended.
-struct InFlight(Arc<AtomicUsize>);
+struct Streaming(Arc<AtomicUsize>);
 
-impl InFlight {
+impl Streaming {
     fn new(counter: &Arc<AtomicUsize>) -> Self {
         counter.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(counter))
     }
 }
 
-impl Drop for InFlight {
+impl Drop for Streaming {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -11,6 +11,8 @@ use tokio::net::{TcpStream, UdpSocket};
 
 use super::Refused;
 
+use crate::dial;
+
 /// Which destinations outside the mesh an app may dial.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Egress {
@@ -41,7 +43,7 @@ impl Egress {
         if is_own_address(destination).await.map_err(EgressError::Connect)? {
             return Err(EgressError::Refused(Refused::OwnHost(destination)));
         }
-        TcpStream::connect(destination).await.map_err(EgressError::Connect)
+        dial::connect(destination).await.map_err(EgressError::Connect)
     }
 }
 

@@ -14,7 +14,6 @@ use http_body::{Frame, SizeHint};
 use identity::Scope;
 use thiserror::Error;
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
@@ -24,7 +23,7 @@ use super::head::{HeadError, HeadLimits, HeadScan, Length, ResponseHead};
 use super::outgoing::{NoTarget, Outgoing, SendError};
 use super::reader::{Arrived, Incoming, Pacing, Reader};
 use super::{MAX_WHOLE_BYTES, poll_fn};
-use crate::{Body, BoxError};
+use crate::{Body, BoxError, dial};
 
 /// The app is on this machine: if it does not accept within this, it is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -175,8 +174,8 @@ impl Client {
         Ok(response)
     }
 
-    async fn connect(&self) -> Result<Connection, ClientError> {
-        let stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address)).await {
+    async fn connect(&self) -> Result<Box<Connection>, ClientError> {
+        let stream = match timeout(CONNECT_TIMEOUT, dial::connect(self.address)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Err(ClientError::Connect(error)),
             Err(_) => return Err(ClientError::ConnectTimeout),
@@ -184,11 +183,11 @@ impl Client {
         stream.set_nodelay(true).map_err(ClientError::Connect)?;
         let (reader, writer) = stream.into_split();
         let reader = Reader::new(reader, FIRST_READ_BYTES);
-        Ok(Connection { reader, writer, out: Outgoing::default(), broken: false })
+        Ok(Box::new(Connection { reader, writer, out: Outgoing::default(), broken: false }))
     }
 }
 
-/// One connection, wholly its holder's.
+/// One connection, wholly its holder's. Boxed, since it passes from hand to hand with each request.
 #[derive(Debug)]
 struct Connection {
     reader: Reader<OwnedReadHalf>,
@@ -263,7 +262,7 @@ impl Connection {
     }
 
     /// The body of the answer: whole, with the connection back in the pool, or one that owns the connection.
-    async fn body(mut self, head: &ResponseHead, pool: &Arc<Pool>) -> Result<Body, ClientError> {
+    async fn body(mut self: Box<Self>, head: &ResponseHead, pool: &Arc<Pool>) -> Result<Body, ClientError> {
         if let Length::Exactly(small @ 1..=MAX_WHOLE_BYTES) = head.length {
             let small = usize::try_from(small).unwrap_or(usize::MAX);
             self.reader.fill(small, Pacing::Never).await.map_err(ClientError::Body)?;
@@ -282,20 +281,21 @@ impl Connection {
     }
 
     /// Both directions of another protocol.
-    fn tunnel(mut self, body: Body, pool: &Arc<Pool>) -> Body {
+    fn tunnel(mut self: Box<Self>, body: Body, pool: &Arc<Pool>) -> Body {
         self.out.raw(body);
         Body::new(self.answer(Incoming::raw(), false, pool))
     }
 
-    fn answer(self, incoming: Incoming, keep: bool, pool: &Arc<Pool>) -> Answer {
-        let writing = match self.out.is_done() || self.broken {
-            true => Writing::Done(self.writer, self.out),
+    fn answer(self: Box<Self>, incoming: Incoming, keep: bool, pool: &Arc<Pool>) -> Answer {
+        let Self { reader, writer, out, broken } = *self;
+        let writing = match out.is_done() || broken {
+            true => Writing::Done(writer, out),
             // The answer came first. Sending must not depend on somebody reading it, nor outlive it.
-            false => Writing::Elsewhere(send_on(self.out, self.writer, !keep, &pool.scope)),
+            false => Writing::Elsewhere(send_on(out, writer, !keep, &pool.scope)),
         };
         Answer {
             incoming,
-            reader: Some(self.reader),
+            reader: Some(reader),
             writing: Some(writing),
             keep,
             ended: false,
@@ -370,7 +370,7 @@ impl Answer {
         if let Some((writer, out)) = sent
             && self.keep
         {
-            self.pool.put(Connection { reader, writer, out, broken: false });
+            self.pool.put(Box::new(Connection { reader, writer, out, broken: false }));
         }
     }
 }
@@ -418,14 +418,14 @@ struct Pool {
 
 #[derive(Debug, Default)]
 struct Idle {
-    connections: VecDeque<(Instant, Connection)>,
+    connections: VecDeque<(Instant, Box<Connection>)>,
     /// Whether a task looks after connections that nobody asks for.
     tended: bool,
 }
 
 impl Pool {
     /// The connection that was used last, if the app has not closed it.
-    async fn take(&self) -> Option<Connection> {
+    async fn take(&self) -> Option<Box<Connection>> {
         loop {
             let (since, mut connection) = self.idle().connections.pop_back()?;
             if since.elapsed() >= IDLE_TIMEOUT {
@@ -443,7 +443,7 @@ impl Pool {
     }
 
     /// Keeps a connection whose last answer has been read to its end.
-    fn put(self: &Arc<Self>, mut connection: Connection) {
+    fn put(self: &Arc<Self>, mut connection: Box<Connection>) {
         if !connection.reader.bytes.is_empty() {
             // More than was asked for: an answer too long, or one to a question that nobody put.
             tracing::debug!("bytes after the end of an answer; the connection is closed");

@@ -67,10 +67,10 @@ impl Handle {
 
     /// Sends a request and waits for the head of its response, whose body then streams.
     pub(crate) async fn send(&self, head: &request::Parts, body: Body) -> Result<Response<Body>, SendError> {
-        let Some(exchange) = self.shared.request(head, &body)? else {
+        let Some((exchange, unsent)) = self.shared.request(head, &body)? else {
             return Err(SendError::NotSent(body));
         };
-        if let Some(sending) = exchange.unsent() {
+        if let Some(sending) = unsent {
             self.scope.spawn("request body", async move { sending.body(body).await });
         }
         exchange.response().await.map_err(|ended| match ended {

@@ -15,8 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::io::poll_read_buf;
 
 use super::MAX_WAITING_BYTES;
-use super::exchange::{Open, Role, Shared};
+use super::exchange::{Role, Shared, Worker};
 use super::frame::{self, Kind, Malformed};
+use crate::pieces;
 
 /// What one read may bring at first, so that an idle connection holds little, and where it grows to: several TLS
 /// records of a body, or dozens of small requests.
@@ -56,7 +57,8 @@ pub(super) struct Driver<S, F> {
     stream: S,
     shared: Arc<Shared>,
     role: Role,
-    on_request: F,
+    /// Sets a worker to work.
+    hire: F,
     clock: SharedClock,
     tick: BoxFuture<'static, ()>,
     input: BytesMut,
@@ -78,9 +80,9 @@ struct Seen {
 impl<S, F> Driver<S, F>
 where
     S: AsyncRead + AsyncWrite + Unpin,
-    F: FnMut(Open),
+    F: FnMut(Worker),
 {
-    pub(super) fn new(stream: S, shared: Arc<Shared>, role: Role, clock: SharedClock, on_request: F) -> Self {
+    pub(super) fn new(stream: S, shared: Arc<Shared>, role: Role, clock: SharedClock, hire: F) -> Self {
         let tick = clock.sleep(TICK);
         let (input, output) = (BytesMut::new(), BytesMut::new());
         let seen = Seen::default();
@@ -88,7 +90,7 @@ where
             stream,
             shared,
             role,
-            on_request,
+            hire,
             clock,
             tick,
             input,
@@ -147,8 +149,8 @@ where
     fn understand(&mut self) -> Result<(), ConnectionError> {
         while let Some(frame) = frame::take(&mut self.input)? {
             let goes_away = frame.kind == Kind::GoAway;
-            if let Some(open) = self.shared.received(frame)? {
-                (self.on_request)(open);
+            if let Some(worker) = self.shared.received(frame)? {
+                (self.hire)(worker);
             }
             if goes_away {
                 self.shared.go_away();
@@ -172,7 +174,7 @@ where
                 state.unblock();
             }
             while !self.output.is_empty() {
-                match Pin::new(&mut self.stream).poll_write(cx, &self.output)? {
+                match pieces::poll_write(Pin::new(&mut self.stream), cx, &[], &self.output)? {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                     Poll::Ready(bytes) => {
@@ -196,7 +198,8 @@ where
             let seen = std::mem::take(&mut self.seen);
             let idle = self.shared.lock().is_idle();
             if seen.read_bytes == 0 && self.input.is_empty() {
-                // An idle connection holds no buffers.
+                // An idle connection holds no buffers, and nobody who would work on what is in them.
+                self.shared.dismiss_idle();
                 self.input = BytesMut::new();
                 self.read_bytes = MIN_READ_BYTES;
                 if self.output.is_empty() {
@@ -227,7 +230,7 @@ where
 impl<S, F> std::future::Future for Driver<S, F>
 where
     S: AsyncRead + AsyncWrite + Unpin,
-    F: FnMut(Open) + Unpin,
+    F: FnMut(Worker) + Unpin,
 {
     type Output = Result<(), ConnectionError>;
 

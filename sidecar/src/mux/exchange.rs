@@ -14,8 +14,8 @@ use http_body::{Body as _, Frame as BodyFrame};
 
 use super::frame::{self, Kind, Malformed, Reset, TooLarge};
 use super::{
-    EXTRA_WINDOW_BYTES, INITIAL_WINDOW_BYTES, MAX_DATA_BYTES, MAX_EXCHANGES, MAX_WAITING_BYTES,
-    MAX_WINDOW_BYTES,
+    EXTRA_WINDOW_BYTES, INITIAL_WINDOW_BYTES, MAX_DATA_BYTES, MAX_EXCHANGES, MAX_IDLE_WORKERS,
+    MAX_WAITING_BYTES, MAX_WINDOW_BYTES,
 };
 use crate::{Body, BoxError};
 
@@ -60,6 +60,55 @@ pub(super) struct State {
     pub(super) peer_goes_away: bool,
     pub(super) pong_due: bool,
     closed: bool,
+    requests: Requests,
+}
+
+/// Server: requests that nobody works on yet, and workers that have nothing to do.
+///
+/// A task of its own for each request would be allocated and freed with it, and its future, which is large, written
+/// anew; workers stay and take the next.
+#[derive(Debug, Default)]
+struct Requests {
+    waiting: VecDeque<u32>,
+    /// The last to wait is the first to be woken: its memory is still in the processor's cache.
+    idle: Vec<(u32, Waker)>,
+    workers: u32,
+    /// How often those that were idle were let go.
+    dismissals: u32,
+}
+
+impl Requests {
+    /// Notes a request and wakes a worker for it. `Some` is a worker that has yet to be set to work, for want of an
+    /// idle one.
+    fn push(&mut self, exchange: u32) -> Option<Worker> {
+        self.waiting.push_back(exchange);
+        if let Some((_, idle)) = self.idle.pop() {
+            idle.wake();
+            return None;
+        }
+        self.workers = self.workers.wrapping_add(1);
+        Some(Worker { number: self.workers, listed_at: None })
+    }
+
+    /// Takes a worker off the list of those that wait, if it is still there: it may have been woken for something else.
+    fn unlist(&mut self, worker: u32) {
+        if let Some(place) = self.idle.iter().rposition(|(number, _)| *number == worker) {
+            self.idle.remove(place);
+        }
+    }
+
+    fn dismiss_idle(&mut self) {
+        self.dismissals = self.dismissals.wrapping_add(1);
+        self.idle.drain(..).for_each(|(_, idle)| idle.wake());
+    }
+}
+
+/// Whoever answers requests of one connection, one after the other.
+#[derive(Debug)]
+pub(super) struct Worker {
+    number: u32,
+    /// Since when it waits, in [`Requests::dismissals`].
+    listed_at: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -155,6 +204,7 @@ impl Shared {
             peer_goes_away: false,
             pong_due: false,
             closed: false,
+            requests: Requests::default(),
         };
         Arc::new(Self { role, state: Mutex::new(state) })
     }
@@ -187,14 +237,60 @@ impl Shared {
             exchange.wake_all();
         }
         state.blocked.drain(..).for_each(Waker::wake);
+        state.requests.dismiss_idle();
     }
 
-    /// Opens an exchange with its request.
+    /// Lets workers go that have nothing to do.
+    pub(super) fn dismiss_idle(&self) {
+        self.lock().requests.dismiss_idle();
+    }
+
+    /// Server: waits for the next request and the half that answers it. `None` when the worker is not needed any
+    /// more.
+    pub(super) async fn next_request(
+        self: &Arc<Self>,
+        worker: &mut Worker,
+    ) -> Option<(http::Request<Body>, Sending)> {
+        std::future::poll_fn(|cx| self.poll_request(worker, cx)).await
+    }
+
+    fn poll_request(
+        self: &Arc<Self>,
+        worker: &mut Worker,
+        cx: &Context<'_>,
+    ) -> Poll<Option<(http::Request<Body>, Sending)>> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let dismissed = worker.listed_at.take().is_some_and(|then| {
+            state.requests.unlist(worker.number);
+            then != state.requests.dismissals
+        });
+        while let Some(id) = state.requests.waiting.pop_front() {
+            // Its client may have given it up already.
+            let Some(exchange) = state.exchanges.get_mut(&id) else { continue };
+            let Head::Request(head) = std::mem::replace(&mut exchange.head, Head::Taken) else { continue };
+            let whole = exchange.take_whole();
+            let sending = Sending { shared: Arc::clone(self), id, over: false };
+            let body = whole.unwrap_or_else(|| {
+                Body::new(Receiver { open: Open { shared: Arc::clone(self), id, over: false }, done: false })
+            });
+            return Poll::Ready(Some((http::Request::from_parts(*head, body), sending)));
+        }
+        if state.closed || dismissed || state.requests.idle.len() >= MAX_IDLE_WORKERS {
+            return Poll::Ready(None);
+        }
+        worker.listed_at = Some(state.requests.dismissals);
+        state.requests.idle.push((worker.number, cx.waker().clone()));
+        Poll::Pending
+    }
+
+    /// Client: opens an exchange with its request. With it comes the half that still has to be sent, if the request
+    /// did not go out whole. `None` if the connection takes no more.
     pub(super) fn request(
         self: &Arc<Self>,
         head: &request::Parts,
         body: &Body,
-    ) -> Result<Option<Open>, TooLarge> {
+    ) -> Result<Option<(Open, Option<Sending>)>, TooLarge> {
         let mut state = self.lock();
         if !state.takes_more() {
             return Ok(None);
@@ -205,11 +301,12 @@ impl Shared {
         let awaited = Head::Awaited { upgrade: head.headers.contains_key(http::header::UPGRADE) };
         state.exchanges.insert(id, Exchange::new(awaited, false, sent));
         state.wake_driver();
-        Ok(Some(Open { shared: Arc::clone(self), id }))
+        let sending = (!sent).then(|| Sending { shared: Arc::clone(self), id, over: false });
+        Ok(Some((Open { shared: Arc::clone(self), id, over: false }, sending)))
     }
 
-    /// Understands one frame. `Some` is a request that somebody must answer.
-    pub(super) fn received(self: &Arc<Self>, frame: frame::Frame) -> Result<Option<Open>, Malformed> {
+    /// Understands one frame. `Some` is a worker that has to be set to work, since a request came and none is idle.
+    pub(super) fn received(&self, frame: frame::Frame) -> Result<Option<Worker>, Malformed> {
         let mut state = self.lock();
         let id = frame.exchange;
         match (frame.kind, self.role) {
@@ -226,7 +323,7 @@ impl Shared {
                 }
                 let head = frame::read_request(frame.payload)?;
                 state.exchanges.insert(id, Exchange::new(Head::Request(Box::new(head)), frame.ends, false));
-                return Ok(Some(Open { shared: Arc::clone(self), id }));
+                return Ok(state.requests.push(id));
             }
             (Kind::Response, Role::Client) => {
                 let head = frame::read_response(frame.payload)?;
@@ -413,40 +510,23 @@ impl Exchange {
 pub(super) struct Open {
     shared: Arc<Shared>,
     id: u32,
+    /// Nothing is left of it that would have to be reset.
+    over: bool,
 }
 
 impl Open {
-    /// Client: the half that still has to be sent, if the request did not go out whole.
-    pub(super) fn unsent(&self) -> Option<Sending> {
-        let sent = self.shared.lock().exchanges.get(&self.id).is_none_or(|exchange| exchange.sent);
-        (!sent).then(|| self.sending())
-    }
-
-    fn sending(&self) -> Sending {
-        Sending { shared: Arc::clone(&self.shared), id: self.id }
-    }
-
-    /// Server: the request that opened it.
-    pub(super) fn take_request(self) -> Option<(http::Request<Body>, Sending)> {
-        let sending = self.sending();
-        let head = {
-            let mut state = self.shared.lock();
-            let exchange = state.exchanges.get_mut(&self.id)?;
-            match std::mem::replace(&mut exchange.head, Head::Taken) {
-                Head::Request(head) => *head,
-                _ => return None,
-            }
-        };
-        Some((http::Request::from_parts(head, self.into_body()), sending))
-    }
-
     /// Client: waits for the response.
-    pub(super) async fn response(self) -> Result<http::Response<Body>, Ended> {
-        let head = std::future::poll_fn(|cx| self.poll_response(cx)).await?;
-        Ok(http::Response::from_parts(*head, self.into_body()))
+    pub(super) async fn response(mut self) -> Result<http::Response<Body>, Ended> {
+        let (head, whole) = std::future::poll_fn(|cx| self.poll_response(cx)).await?;
+        let body = whole.unwrap_or_else(|| Body::new(Receiver { open: self, done: false }));
+        Ok(http::Response::from_parts(*head, body))
     }
 
-    fn poll_response(&self, cx: &Context<'_>) -> Poll<Result<Box<response::Parts>, Ended>> {
+    /// The head, and the body if that is all here.
+    fn poll_response(
+        &mut self,
+        cx: &Context<'_>,
+    ) -> Poll<Result<(Box<response::Parts>, Option<Body>), Ended>> {
         let mut state = self.shared.lock();
         let closed = state.closed;
         let Some(exchange) = state.exchanges.get_mut(&self.id) else {
@@ -455,7 +535,12 @@ impl Open {
         if matches!(exchange.head, Head::Response(_))
             && let Head::Response(head) = std::mem::replace(&mut exchange.head, Head::Taken)
         {
-            return Poll::Ready(Ok(head));
+            let whole = exchange.take_whole();
+            self.over = whole.is_some();
+            if self.over {
+                state.forget_if_done(self.id);
+            }
+            return Poll::Ready(Ok((head, whole)));
         }
         match exchange.reset {
             Some(why) => Poll::Ready(Err(why.into())),
@@ -466,22 +551,13 @@ impl Open {
             }
         }
     }
-
-    fn into_body(self) -> Body {
-        let whole = {
-            let mut state = self.shared.lock();
-            let whole = state.exchanges.get_mut(&self.id).and_then(Exchange::take_whole);
-            if whole.is_some() {
-                state.forget_if_done(self.id);
-            }
-            whole
-        };
-        whole.unwrap_or_else(|| Body::new(Receiver { open: self, done: false }))
-    }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
+        if self.over {
+            return;
+        }
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         let Some(exchange) = state.exchanges.get_mut(&self.id) else { return };
@@ -513,7 +589,7 @@ impl http_body::Body for Receiver {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<BodyFrame<Bytes>, BoxError>>> {
-        let Self { open: Open { shared, id }, done } = self.get_mut();
+        let Self { open: Open { shared, id, .. }, done } = self.get_mut();
         if *done {
             return Poll::Ready(None);
         }
@@ -586,11 +662,13 @@ impl Window {
 pub(super) struct Sending {
     shared: Arc<Shared>,
     id: u32,
+    /// All was sent.
+    over: bool,
 }
 
 impl Sending {
     /// Server: sends the response's head, and its body if that is here. Returns whether that was all.
-    pub(super) fn response(&self, head: &response::Parts, body: &Body) -> Result<bool, TooLarge> {
+    pub(super) fn response(&mut self, head: &response::Parts, body: &Body) -> Result<bool, TooLarge> {
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         let Some(exchange) = state.exchanges.get(&self.id) else { return Ok(true) };
@@ -603,6 +681,7 @@ impl Sending {
             state.finish_sending(self.id, self.shared.role);
         }
         state.wake_driver();
+        self.over = sent;
         Ok(sent)
     }
 
@@ -744,7 +823,9 @@ impl Sending {
 impl Drop for Sending {
     fn drop(&mut self) {
         // A handler that ended without an answer, or a body whose source was given up.
-        self.reset(Reset::Cut);
+        if !self.over {
+            self.reset(Reset::Cut);
+        }
     }
 }
 

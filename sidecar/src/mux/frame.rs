@@ -6,6 +6,7 @@ use http::{Method, StatusCode, Uri, Version, request, response};
 use thiserror::Error;
 
 use super::{MAX_DATA_BYTES, MAX_FIELDS, MAX_HEAD_BYTES};
+use crate::pieces;
 
 /// Bytes before each payload.
 pub(super) const HEADER_BYTES: usize = 8;
@@ -130,7 +131,7 @@ fn put(out: &mut BytesMut, kind: Kind, ends: bool, exchange: u32, length: usize)
 
 pub(super) fn put_data(out: &mut BytesMut, exchange: u32, data: &[u8], ends: bool) {
     put(out, Kind::Data, ends, exchange, data.len());
-    out.put_slice(data);
+    pieces::put(out, data);
 }
 
 pub(super) fn put_reset(out: &mut BytesMut, exchange: u32, why: Reset) {

@@ -47,6 +47,8 @@ pub(crate) const ALPN: &[u8] = b"palisade-mux/1";
 
 /// Exchanges open at once on one connection. Clients open another connection earlier than that.
 const MAX_EXCHANGES: usize = 128;
+/// Workers that wait for the next request of a connection.
+const MAX_IDLE_WORKERS: usize = 64;
 /// What a sender may send before the receiver has said anything.
 const INITIAL_WINDOW_BYTES: u32 = 16 * 1024;
 /// Where a window stops growing: enough for 2 Gbit/s over a round trip of 1 ms.

@@ -11,7 +11,7 @@ use identity::clock::SharedClock;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::driver::{ConnectionError, Driver};
-use super::exchange::{Open, Role, Sending, Shared};
+use super::exchange::{Role, Sending, Shared, Worker};
 use crate::Body;
 
 /// Serves one connection until it ends. When `leaving` completes, the peer is asked to open no more
@@ -28,10 +28,9 @@ where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let shared = Shared::new(Role::Server);
-    let tasks = scope.clone();
-    let driver = Driver::new(stream, Arc::clone(&shared), Role::Server, clock.clone(), move |open: Open| {
-        tasks.spawn("request", exchange(open, answer.clone()));
-    });
+    let (tasks, requests) = (scope.clone(), Arc::clone(&shared));
+    let hire = move |worker| tasks.spawn("requests", work(Arc::clone(&requests), worker, answer.clone()));
+    let driver = Driver::new(stream, Arc::clone(&shared), Role::Server, clock.clone(), hire);
     let (mut driver, leaving) = (pin!(driver), pin!(leaving));
     let bound = tokio::select! {
         ended = driver.as_mut() => return ended,
@@ -44,18 +43,20 @@ where
     }
 }
 
-async fn exchange<F>(open: Open, answer: impl Fn(Request<Body>) -> F)
+/// Answers one request after the other.
+async fn work<F>(shared: Arc<Shared>, mut worker: Worker, answer: impl Fn(Request<Body>) -> F)
 where
     F: Future<Output = Response<Body>>,
 {
-    let Some((request, sending)) = open.take_request() else { return };
-    let Some(response) = unless_abandoned(&sending, pin!(answer(request))).await else { return };
-    let (head, body) = response.into_parts();
-    match sending.response(&head, &body) {
-        Ok(true) => {}
-        Ok(false) => sending.body(body).await,
-        // Dropping `sending` resets the exchange: the caller hears that it failed.
-        Err(error) => tracing::info!(%error, "an answer could not be sent"),
+    while let Some((request, mut sending)) = shared.next_request(&mut worker).await {
+        let Some(response) = unless_abandoned(&sending, pin!(answer(request))).await else { continue };
+        let (head, body) = response.into_parts();
+        match sending.response(&head, &body) {
+            Ok(true) => {}
+            Ok(false) => sending.body(body).await,
+            // Dropping `sending` resets the exchange: the caller hears that it failed.
+            Err(error) => tracing::info!(%error, "an answer could not be sent"),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, StreamBody};
 use identity::Scope;
-use identity::clock::{SharedClock, SystemClock};
+use identity::clock::{Clock as _, ManualClock, SharedClock, SystemClock};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
@@ -28,19 +28,31 @@ fn pair<F>(
 where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
+    pair_on(scope, &clock(), answer)
+}
+
+fn pair_on<F>(
+    scope: &Scope,
+    clock: &SharedClock,
+    answer: impl Fn(Request<Body>) -> F + Clone + Send + Sync + Unpin + 'static,
+) -> Handle
+where
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
     let (ours, theirs) = tokio::io::duplex(64 * 1024);
-    serve_pipe(scope, theirs, answer);
-    connect(ours, "test".into(), clock(), scope)
+    serve_pipe(scope, clock, theirs, answer);
+    connect(ours, "test".into(), Arc::clone(clock), scope)
 }
 
 fn serve_pipe<F>(
     scope: &Scope,
+    clock: &SharedClock,
     stream: DuplexStream,
     answer: impl Fn(Request<Body>) -> F + Clone + Send + Sync + Unpin + 'static,
 ) where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let (inner, outer) = (scope.clone(), scope.clone());
+    let (inner, outer, clock) = (scope.clone(), scope.clone(), Arc::clone(clock));
     outer.spawn("server", async move {
         let leaving = {
             let scope = inner.clone();
@@ -49,7 +61,7 @@ fn serve_pipe<F>(
                 None
             }
         };
-        let _ended = serve(stream, &clock(), &inner, leaving, answer).await;
+        let _ended = serve(stream, &clock, &inner, leaving, answer).await;
     });
 }
 
@@ -93,6 +105,38 @@ async fn many_requests_at_once_get_their_own_answers() {
     });
     futures::future::join_all(asked).await;
     assert_eq!(client.load(), Some(0));
+    end(scope).await;
+}
+
+#[tokio::test]
+async fn workers_take_one_request_after_the_other_and_leave_when_there_are_none() {
+    let scope = Scope::new();
+    let manual = ManualClock::at(Duration::from_secs(1));
+    let clock: SharedClock = Arc::clone(&manual) as _;
+    let ask = async |client: &Handle| text(client.send(&get("/"), empty()).await.unwrap()).await;
+    let client = pair_on(&scope, &clock, async |_request| {
+        tokio::task::yield_now().await;
+        Response::new(full("done"))
+    });
+    for _ in 0..200 {
+        assert_eq!(ask(&client).await, "done");
+    }
+    let connection = 2;
+    assert_eq!(scope.unfinished(), connection + 1, "one worker for requests that come one by one");
+    let answers = futures::future::join_all((0..MAX_EXCHANGES).map(|_| ask(&client))).await;
+    assert!(answers.iter().all(|answer| answer == "done"));
+    while scope.unfinished() > connection + MAX_IDLE_WORKERS {
+        tokio::task::yield_now().await;
+    }
+    // A tick in which something was read, and one in which nothing was.
+    while scope.unfinished() > connection {
+        manual.advance(Duration::from_secs(10));
+        for _ in 0..1_000 {
+            tokio::task::yield_now().await;
+        }
+        assert!(manual.now() < Duration::from_secs(60), "workers stay: {}", scope.unfinished());
+    }
+    assert_eq!(ask(&client).await, "done", "and the next request finds a new one");
     end(scope).await;
 }
 
@@ -226,7 +270,7 @@ async fn going_away_loses_nothing() {
         };
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let server = scope.part();
-        serve_pipe(&server, theirs, answer);
+        serve_pipe(&server, &clock(), theirs, answer);
         let client = connect(ours, "test".into(), clock(), &scope);
         let head = get("/");
         let mut asked = std::pin::pin!(client.send(&head, empty()));
@@ -252,7 +296,7 @@ async fn going_away_loses_nothing() {
 async fn answer_to(bytes: &[u8], how: Leave) -> Vec<u8> {
     let scope = Scope::new();
     let (mut ours, theirs) = tokio::io::duplex(1024 * 1024);
-    serve_pipe(&scope, theirs, async |_request: Request<Body>| Response::new(full("answer")));
+    serve_pipe(&scope, &clock(), theirs, async |_request: Request<Body>| Response::new(full("answer")));
     ours.write_all(bytes).await.unwrap();
     match how {
         Leave::InOrder => ours.write_all(&raw(6, 0, &[])).await.unwrap(),

@@ -26,7 +26,7 @@
 //! - A close_notify comes between sessions only. If one crosses an OPEN, that session was not begun: the client
 //!   sends what it has sent again, over another connection.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -35,6 +35,7 @@ use thiserror::Error;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::copy::Side;
+use crate::pieces;
 
 /// ALPN of plain connections between sidecars.
 pub const ALPN_TCP: &[u8] = b"palisade-tcp/1";
@@ -46,7 +47,7 @@ pub const MAX_PORT_NAME_BYTES: usize = 63;
 const MAX_OPEN_BYTES: usize = 2 + MAX_PORT_NAME_BYTES + 1 + 16 + 2;
 /// Status and receipt.
 const MAX_ANSWER_BYTES: usize = 1 + 128;
-const HEAD_BYTES: usize = 4;
+pub(super) const HEAD_BYTES: usize = 4;
 /// Longest body that a head can announce.
 const MAX_DATA_BYTES: usize = (1 << 24) - 1;
 /// Sent bytes that are kept until the other side has answered, so that a session which it never began can be
@@ -481,12 +482,8 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> AsyncWrite for Session<T> {
         }
         let body = data.get(..data.len().min(outgoing.left_bytes)).unwrap_or_default();
         loop {
-            let parts = [IoSlice::new(outgoing.unsent()), IoSlice::new(body)];
-            let count = match outgoing.unsent() {
-                [] => ready!(Pin::new(&mut *tls).poll_write(cx, body))?,
-                // Head and body in one record.
-                _ => ready!(Pin::new(&mut *tls).poll_write_vectored(cx, &parts))?,
-            };
+            // Head and body in one record.
+            let count = ready!(pieces::poll_write(Pin::new(&mut *tls), cx, outgoing.unsent(), body))?;
             if count == 0 {
                 return Poll::Ready(Ok(0));
             }

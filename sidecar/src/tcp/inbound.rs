@@ -16,13 +16,13 @@ use policy::{
     Verdict,
 };
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use super::copy::{CopyError, Side, both_ways};
 use super::frame::{self, OpenFrame, Session, SessionError, Status};
 use super::stats::{SessionEnd, TcpStats};
 use super::stream::Stream;
+use crate::dial;
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::metrics::Direction;
 use crate::sample::Sampler;
@@ -295,7 +295,7 @@ impl TcpInbound {
     /// Connects a permitted session to the app.
     async fn dial(&self, _permit: &Permit, address: SocketAddr) -> io::Result<Stream> {
         tokio::select! {
-            stream = TcpStream::connect(address) => stream.map(Stream::new),
+            stream = dial::connect(address) => stream.map(Stream::new),
             () = self.config.clock.sleep(DIAL_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
         }
     }

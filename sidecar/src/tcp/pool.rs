@@ -16,7 +16,6 @@ use identity::verify::handshake_failure;
 use identity::{Identity, IdentitySource, Peer, Scope, SpiffeId};
 use thiserror::Error;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -25,6 +24,7 @@ use super::frame::ALPN_TCP;
 use super::stats::TcpStats;
 use super::stream::Stream;
 use crate::accept::keep_alive;
+use crate::dial;
 
 /// Connections kept ready for one endpoint: what comes at once beyond them waits for a handshake.
 pub const MAX_READY: usize = 64;
@@ -192,7 +192,7 @@ impl Pool {
     }
 
     async fn handshake(&self, endpoint: SocketAddr) -> io::Result<(Tls, Peer)> {
-        let stream = TcpStream::connect(endpoint).await?;
+        let stream = dial::connect(endpoint).await?;
         keep_alive(&stream);
         let tls = self.tls.connect(identity::tls::unnamed_server(), Stream::new(stream)).await;
         let tls = tls.map_err(|error| io::Error::new(error.kind(), handshake_failure(&error)))?;

@@ -13,14 +13,15 @@ use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf}
 use tokio::net::TcpStream;
 
 use super::copy::Side;
+use super::frame::HEAD_BYTES;
 
 /// One page: a request or an answer of an ordinary protocol.
 const FIRST_BUFFER_BYTES: usize = 4 * 1024;
-/// A full TLS record (RFC 8446 §5.1), after this many bytes.
-const MIDDLE_BUFFER_BYTES: usize = 16 * 1024;
+/// What fills a TLS record (RFC 8446 §5.1) together with the head of its frame, after this many bytes.
+const MIDDLE_BUFFER_BYTES: usize = 16 * 1024 - HEAD_BYTES;
 const MIDDLE_AFTER_BYTES: u64 = 128 * 1024;
-/// What rustls takes in one go, so that several records leave with one system call, after this many bytes.
-const LARGE_BUFFER_BYTES: usize = 64 * 1024;
+/// What rustls takes in one go with a head, so that several records leave with one system call, after this many bytes.
+const LARGE_BUFFER_BYTES: usize = 64 * 1024 - HEAD_BYTES;
 const LARGE_AFTER_BYTES: u64 = 1024 * 1024;
 /// A buffer up to this size is given back when nothing more is there to read, a larger one after a pause:
 /// allocating it means new pages each time.

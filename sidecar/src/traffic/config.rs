@@ -45,7 +45,7 @@ pub struct Traffic {
     pub retries: Retries,
     /// Whether a slow request is sent a second time, and the first answer taken. Default: never.
     pub hedge: Option<Hedge>,
-    /// How long each stage of a request may take.
+    /// How long connecting, and the whole of a request, may take.
     pub timeouts: Timeouts,
     /// Other names of services that share these calls, each with its weight, 0 to 1000; at most 16.
     /// Default: all calls go to the service called.
@@ -342,7 +342,7 @@ impl Default for Hedge {
     }
 }
 
-/// How long each stage of a request may take.
+/// How long a request may take beside the time to its answer's head, which is the service's request_timeout.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(inline)]
@@ -355,15 +355,13 @@ pub struct Timeouts {
     #[serde(deserialize_with = "within::<1, 60_000, _>")]
     #[schemars(with = "String", example = &"3s")]
     pub tls: Duration,
-    /// From the request's head to its answer's, retries and waiting included, 1ms to 1h. Default: 30s.
-    #[serde(deserialize_with = "within::<1, 3_600_000, _>")]
-    #[schemars(with = "String", example = &"30s")]
-    pub head: Duration,
-    /// Without a byte of the answer's body, 1ms to 24h. Default: 5m.
-    #[serde(deserialize_with = "within::<1, 86_400_000, _>")]
-    #[schemars(with = "String", example = &"5m")]
-    pub idle: Duration,
-    /// The whole request to its answer's last byte, 1ms to 24h. Default: no bound, for streams have none.
+    /// Without a byte of the answer's body, 1ms to 24h. Default: no bound, for a stream on which nobody speaks
+    /// is not broken; a peer that is gone is noticed within half a minute.
+    #[serde(deserialize_with = "maybe_within::<1, 86_400_000, _>")]
+    #[schemars(with = "Option<String>", example = &"5m")]
+    pub idle: Option<Duration>,
+    /// The whole request to its answer's last byte, 1ms to 24h. A gRPC call's own deadline holds beside it.
+    /// Default: no bound, for streams have none.
     #[serde(deserialize_with = "maybe_within::<1, 86_400_000, _>")]
     #[schemars(with = "Option<String>", example = &"1m")]
     pub whole: Option<Duration>,
@@ -371,13 +369,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(3),
-            tls: Duration::from_secs(3),
-            head: Duration::from_secs(30),
-            idle: Duration::from_secs(300),
-            whole: None,
-        }
+        Self { connect: Duration::from_secs(3), tls: Duration::from_secs(3), idle: None, whole: None }
     }
 }
 
@@ -595,7 +587,7 @@ mod tests {
             limits = { requests = 1, pending = 2, connections = 3 }
             retries = { on = ["connect", "502", "503"], methods = ["GET", "POST"], budget = "12.5%", per_try = "2s", max = 2, min_per_second = 3, backoff = "5ms", backoff_max = "50ms", max_body = 10 }
             hedge = { after = "99%", min = "20ms" }
-            timeouts = { connect = "1s", tls = "2s", head = "3s", idle = "4s", whole = "5s" }
+            timeouts = { connect = "1s", tls = "2s", idle = "4s", whole = "5s" }
             split = { accounts = 95, accounts-next = 5 }
             mirror = { to = "accounts-next", share = "5%", max_body = 1000 }
             faults = { delay = "100ms", delay_share = "10%", abort = 503, abort_share = "0.5%", only_with = "X-Fault" }
@@ -621,7 +613,7 @@ mod tests {
             ("retries = { budget = '101%' }", "`101%` is not a share like 20% or 0.5%, at most 100%"),
             ("retries = { budget = 20 }", "invalid type: integer `20`, expected a string"),
             ("timeouts = { connect = '2m' }", "2m is not between 1ms and 1m"),
-            ("timeouts = { head = 'soon' }", "`soon` is not a duration"),
+            ("timeouts = { idle = 'soon' }", "`soon` is not a duration"),
             ("balance = 'hash'", "`hash` is none of p2c-ewma, least-request, round-robin, random, hash:KEY"),
             ("split_by = 'header:a b'", "`header:a b` is not the name of a header"),
             ("balance = 'hash:cookie:'", "`hash:cookie:` is none of"),

@@ -52,7 +52,7 @@ impl Retrier {
 
     /// Whether a second copy of a slow request may go out now; it is paid for like a retry.
     pub fn may_hedge(&self, tries: &Tries, now: Duration) -> bool {
-        tries.repeatable && self.budget.withdraw(now)
+        tries.is_repeatable() && self.budget.withdraw(now)
     }
 }
 
@@ -92,6 +92,11 @@ impl Tries {
         }
         self.done += 1;
         Some(wait)
+    }
+
+    /// Whether the request may arrive twice.
+    pub fn is_repeatable(&self) -> bool {
+        self.repeatable
     }
 
     /// How many retries there were.

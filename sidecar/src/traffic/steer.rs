@@ -1,15 +1,16 @@
 //! All of it for one service together: whom a request goes to, what its outcome means, what is tried again.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 
 use super::balance::Balancer;
 use super::breaker::Breaker;
 use super::config::{Timeouts, Traffic};
 use super::endpoint::{Endpoint, Endpoints, InFlight, Locality, Member, Placement};
+use super::hedge::Hedging;
 use super::outlier::{Ejector, Outcome};
 use super::random::Dice;
 use super::retry::Retrier;
@@ -23,6 +24,8 @@ pub struct Steering<C> {
     pub breaker: Arc<Breaker>,
     /// What is tried again.
     pub retrier: Retrier,
+    /// When a request is sent twice.
+    pub hedging: Option<Hedging>,
     /// How long each stage may take.
     pub timeouts: Timeouts,
     /// What decides all that chance decides.
@@ -41,6 +44,7 @@ impl<C: Default> Steering<C> {
             endpoints: Arc::new(known),
             breaker: Breaker::new(traffic.limits),
             retrier: Retrier::new(traffic.retries),
+            hedging: traffic.hedge.map(Hedging::new),
             timeouts: traffic.timeouts,
             balancer: Balancer::new(traffic.balance, Dice::seeded(dice.bits())),
             ejector: Ejector::new(traffic.eject),
@@ -50,6 +54,11 @@ impl<C: Default> Steering<C> {
 }
 
 impl<C> Steering<C> {
+    /// The key of a request, as [`Balancer::key`] has it.
+    pub fn key(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> Option<u64> {
+        self.balancer.key(headers, source, user)
+    }
+
     /// The endpoint for a request, as [`Balancer::pick`] has it.
     pub fn pick(
         &self,
@@ -61,20 +70,20 @@ impl<C> Steering<C> {
     }
 
     /// The endpoint answered, with this status, `took` after the request was given to it.
-    pub fn answered(&self, endpoint: &InFlight<C>, status: StatusCode, took: Duration, now: Duration) {
+    pub fn answered(&self, endpoint: &Arc<Member<C>>, status: StatusCode, took: Duration, now: Duration) {
         let outcome = Outcome::from(status);
         match outcome {
             // Whoever answers for an app that is not there answers fast.
             Outcome::Gateway => endpoint.load.failed(took, now),
             _ => endpoint.load.answered(took, now),
         }
-        self.ejector.record(&self.endpoints, endpoint.member(), outcome, now);
+        self.ejector.record(&self.endpoints, endpoint, outcome, now);
     }
 
     /// The endpoint gave no answer.
-    pub fn failed(&self, endpoint: &InFlight<C>, took: Duration, now: Duration) {
+    pub fn failed(&self, endpoint: &Arc<Member<C>>, took: Duration, now: Duration) {
         endpoint.load.failed(took, now);
-        self.ejector.record(&self.endpoints, endpoint.member(), Outcome::Connect, now);
+        self.ejector.record(&self.endpoints, endpoint, Outcome::Connect, now);
     }
 }
 
@@ -103,10 +112,10 @@ mod tests {
                 attempts += 1;
                 let endpoint = steering.pick(None, avoid.as_ref(), now).unwrap();
                 if answers(endpoint.address) {
-                    steering.answered(&endpoint, StatusCode::OK, Duration::from_millis(5), now);
+                    steering.answered(endpoint.member(), StatusCode::OK, Duration::from_millis(5), now);
                     break;
                 }
-                steering.failed(&endpoint, Duration::ZERO, now);
+                steering.failed(endpoint.member(), Duration::ZERO, now);
                 avoid = Some(Arc::clone(endpoint.member()));
                 if tries.again(&steering.retrier, RetryOn::Connect, true, None, &steering.dice, now).is_none()
                 {

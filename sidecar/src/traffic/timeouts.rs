@@ -1,13 +1,12 @@
-//! How long each stage of a request may take, and the deadline that a gRPC call brings and takes along.
+//! How long a request may take, and the deadline that a gRPC call brings and takes along.
 
-use std::fmt;
 use std::time::Duration;
 
-use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use thiserror::Error;
 
 use super::config::Timeouts;
+use crate::grpc::is_call;
 
 /// The time that a gRPC caller gives (gRPC over HTTP/2, "Requests").
 pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -15,43 +14,29 @@ pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 const MAX_DIGITS: usize = 8;
 const MAX_NUMBER: u128 = 99_999_999;
 
-/// A part of a request that has a bound of its own.
+/// When one request must be where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
-    /// TCP to one endpoint.
-    Connect,
-    /// TLS after it.
-    Tls,
-    /// To the head of the answer.
-    Head,
-    /// Between two pieces of the answer.
-    Idle,
-    /// All of it.
-    Whole,
+pub struct Bounds {
+    /// At the head of its answer. That of a gRPC call may come with the first message, whenever that is, so there it
+    /// is as the whole.
+    pub head: Deadline,
+    /// At the end of its answer.
+    pub whole: Deadline,
+    /// The longest pause within its answer.
+    pub idle: Option<Duration>,
 }
 
-impl Stage {
-    /// How long it may take; `None` without bound.
-    pub fn limit(self, timeouts: &Timeouts) -> Option<Duration> {
-        match self {
-            Self::Connect => Some(timeouts.connect),
-            Self::Tls => Some(timeouts.tls),
-            Self::Head => Some(timeouts.head),
-            Self::Idle => Some(timeouts.idle),
-            Self::Whole => timeouts.whole,
-        }
-    }
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connect => "connecting",
-            Self::Tls => "the TLS handshake",
-            Self::Head => "waiting for the answer",
-            Self::Idle => "waiting for more of the answer",
-            Self::Whole => "the whole request",
-        })
+impl Bounds {
+    /// Those of a request that came now; `head` is the time to the head of its answer.
+    pub fn of(
+        headers: &HeaderMap,
+        head: Duration,
+        timeouts: &Timeouts,
+        now: Duration,
+    ) -> Result<Self, MalformedTimeout> {
+        let whole = Deadline::of(headers, timeouts, now)?;
+        let head = if is_call(headers) { whole } else { Deadline::within(head, now).earlier(whole) };
+        Ok(Self { head, whole, idle: timeouts.idle })
     }
 }
 
@@ -103,7 +88,7 @@ impl Deadline {
     /// nobody waits for any more. Does nothing without bound and for what is not a gRPC call.
     pub fn pass_on(self, headers: &mut HeaderMap, now: Duration) {
         if let Some(left) = self.left(now)
-            && is_grpc(headers)
+            && is_call(headers)
             && let Ok(value) = HeaderValue::try_from(encode(left))
         {
             headers.insert(GRPC_TIMEOUT, value);
@@ -113,7 +98,7 @@ impl Deadline {
 
 /// What a gRPC caller gives its call; `None` if it sets no bound, or is none.
 fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, MalformedTimeout> {
-    if !is_grpc(headers) {
+    if !is_call(headers) {
         return Ok(None);
     }
     let mut values = headers.get_all(GRPC_TIMEOUT).iter();
@@ -122,12 +107,6 @@ fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, MalformedTimeou
         (Some(value), None) => decode(value.as_bytes()).map(Some).ok_or(MalformedTimeout),
         (Some(_), Some(_)) => Err(MalformedTimeout),
     }
-}
-
-fn is_grpc(headers: &HeaderMap) -> bool {
-    let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    kind.strip_prefix(b"application/grpc")
-        .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 fn decode(value: &[u8]) -> Option<Duration> {
@@ -158,6 +137,7 @@ fn encode(left: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use http::header::CONTENT_TYPE;
     use proptest::prelude::*;
 
     use super::*;
@@ -211,6 +191,21 @@ mod tests {
         let mut plain = grpc(&["nonsense"]);
         plain.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpcx"));
         assert_eq!(Deadline::of(&plain, &timeouts(None), NOW), Ok(Deadline::NEVER), "no gRPC, no timeout");
+    }
+
+    #[test]
+    fn the_head_of_a_call_may_come_late_and_that_of_any_other_may_not() {
+        let ten = Duration::from_secs(10);
+        let bounds = |headers: &HeaderMap, whole| {
+            let timeouts = Timeouts { whole, ..Timeouts::default() };
+            let bounds = Bounds::of(headers, ten, &timeouts, NOW).unwrap();
+            (bounds.head.left(NOW), bounds.whole.left(NOW))
+        };
+        let five = Some(Duration::from_secs(5));
+        assert_eq!(bounds(&HeaderMap::new(), None), (Some(ten), None));
+        assert_eq!(bounds(&HeaderMap::new(), five), (five, five));
+        assert_eq!(bounds(&grpc(&[]), None), (None, None));
+        assert_eq!(bounds(&grpc(&["60S"]), None).0, Some(Duration::from_secs(60)));
     }
 
     #[test]
