@@ -47,7 +47,13 @@ fn grpc_calls_of_every_kind_pass_and_each_is_decided() {
     calls.tell("asked");
     assert_eq!(calls.says(), "cancelled a call");
     assert_eq!(app.says(), "cancelled");
-    assert_eq!(calls.ends(), ["cancellations", "crowd", "refusals"]);
+    for part in ["cancellations", "crowd", "refusals", "asks with a deadline"] {
+        assert_eq!(calls.says(), part);
+    }
+    assert_eq!(app.says(), "asked");
+    assert_eq!(app.says(), "cancelled");
+    calls.tell("asked");
+    assert_eq!(calls.ends(), ["deadlines", "large_messages"]);
     server.end();
     let records = requests(&stage, "server");
     let of = |verdict: &'static str| records.iter().filter(move |record| record["verdict"] == verdict);

@@ -62,6 +62,7 @@ fn word(status: StatusCode) -> &'static str {
         StatusCode::GATEWAY_TIMEOUT => "timeout",
         StatusCode::BAD_GATEWAY => "bad_gateway",
         StatusCode::PAYLOAD_TOO_LARGE => "too_large",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limited",
         _ => "unavailable",
     }
 }

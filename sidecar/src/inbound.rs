@@ -16,7 +16,7 @@ use http::header::{
     IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::txn::{Chain, Verifier};
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
@@ -40,6 +40,7 @@ use crate::server::{Connection, Handler, RefusedConnection};
 use crate::streams::{Asked, Streams};
 use crate::tcp::TcpInbound;
 use crate::trace::{Place, Spans};
+use crate::traffic::ratelimit::{LocalLimit, Quota};
 use crate::watchers::Watchers;
 use crate::{Body, Buffered, answer, body, empty, entities, full, grpc, transaction};
 
@@ -65,6 +66,8 @@ pub struct Inbound {
     pub(crate) connections: Arc<Connections>,
     pub(crate) tcp: Arc<TcpInbound>,
     pub(crate) streams: Arc<Streams>,
+    /// How many requests are let through.
+    pub(crate) limit: Option<LocalLimit>,
 }
 
 /// How a request ended, for the log and the metrics.
@@ -99,6 +102,8 @@ enum Stop {
     /// The app answered, but not with something whose owner can be told.
     Upstream(StatusCode),
     NotReady,
+    /// Too many came.
+    Limited(Box<[(HeaderName, HeaderValue); 3]>),
 }
 
 impl From<Denial> for Stop {
@@ -274,6 +279,9 @@ impl Inbound {
         let mapped = policy.map(&parts).map_err(refuse)?;
         if policy.mode() == Mode::Enforce {
             policy.screen(caller, &mapped, occasion)?;
+        }
+        if let Some(limit) = &self.limit {
+            limit_to(limit, mapped.route(), peer, caller)?;
         }
         let (mapped, body) = match &upgrade {
             // What the client says in the other protocol, once it is spoken.
@@ -484,11 +492,27 @@ impl Inbound {
             }
             Err(Stop::App(error)) => failed(error.status(), &error),
             Err(Stop::Upstream(status)) => failed(status, &"the app's answer could not be judged"),
+            Err(Stop::Limited(headers)) => {
+                let mut ended = failed(Quota::STATUS, &"more requests than the rate limit lets through");
+                ended.response.headers_mut().extend(*headers);
+                ended
+            }
             Err(Stop::NotReady) => {
                 failed(StatusCode::SERVICE_UNAVAILABLE, &"no valid identity of this service's own")
             }
         }
     }
+}
+
+/// Counts a request of somebody who is known, whatever becomes of it.
+fn limit_to(limit: &LocalLimit, route: &str, peer: &Peer, caller: &Caller) -> Result<(), Stop> {
+    let user = caller.user.as_ref().map(|user| user.id.as_str());
+    let quota = limit.take(route, peer.id().as_str(), user);
+    if quota.allowed {
+        return Ok(());
+    }
+    let [policy, left] = limit.headers(quota);
+    Err(Stop::Limited(Box::new([policy, left, quota.retry_after()])))
 }
 
 /// An answer of the app that nobody has been permitted to see yet.

@@ -33,6 +33,7 @@ pub mod app;
 mod body;
 mod bounded;
 mod buffered;
+mod callee;
 pub mod capture;
 pub mod correlate;
 pub mod debug;

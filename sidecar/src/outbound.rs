@@ -4,14 +4,16 @@ use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use http::request::Parts;
 use http::{HeaderValue, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::txn::{self, Chain, RequestBinding};
-use identity::{IdentitySource, SpiffeId};
+use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
 
 use crate::access::Finished;
 use crate::app::{Bound, Relay};
+use crate::callee::Callee;
 use crate::correlate::{Correlator, Found};
 use crate::headers::{self, TraceParent};
 use crate::metrics::{Direction, Metrics, Observation};
@@ -23,7 +25,9 @@ use crate::{Body, answer, grpc};
 
 /// Everything one outbound listener needs.
 pub struct Outbound {
-    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) callee: Callee,
+    /// For what goes on when a call has been answered.
+    pub(crate) scope: Scope,
     pub(crate) correlator: Arc<Correlator>,
     pub(crate) source: IdentitySource,
     pub(crate) metrics: Arc<Metrics>,
@@ -47,6 +51,8 @@ enum CallError {
     Token(#[from] txn::TxnError),
     #[error("{0}")]
     Upstream(#[from] UpstreamError),
+    #[error("a fault made on purpose: `faults` of this service's traffic")]
+    Fault(StatusCode),
 }
 
 impl CallError {
@@ -57,6 +63,7 @@ impl CallError {
             Self::NoIdentity => StatusCode::SERVICE_UNAVAILABLE,
             Self::Token(_) => StatusCode::BAD_GATEWAY,
             Self::Upstream(error) => error.status(),
+            Self::Fault(status) => *status,
         }
     }
 }
@@ -67,7 +74,9 @@ impl Handler for Outbound {
         let (method, target) = (request.method().clone(), request.uri().clone());
         let is_call = grpc::is_call(request.headers());
         let mut trace = Place { parent: TraceParent::from_headers(request.headers()), span: None };
-        let outcome = self.call(connection.remote, request, &mut trace).await;
+        let mut called = None;
+        let outcome = self.call(connection.remote, request, &mut trace, &mut called).await;
+        let upstream = called.unwrap_or(self.callee.upstream());
         let status = match &outcome {
             Ok(response) if is_call => grpc::status(response),
             Ok(response) => response.status(),
@@ -77,7 +86,7 @@ impl Handler for Outbound {
         let took = now.saturating_sub(started);
         self.metrics.observe(&Observation {
             direction: Direction::Outbound,
-            peer: self.upstream.service(),
+            peer: upstream.service(),
             route: "",
             status,
             took,
@@ -87,8 +96,8 @@ impl Handler for Outbound {
             let seen = Finished {
                 direction: Direction::Outbound,
                 trace,
-                peer: self.upstream.id().as_str(),
-                service: self.upstream.service(),
+                peer: upstream.id().as_str(),
+                service: upstream.service(),
                 method: &method,
                 path: target.path(),
                 verdict: if error.is_some() { "error" } else { "" },
@@ -100,7 +109,7 @@ impl Handler for Outbound {
             self.watchers.tell(&seen, now);
         }
         outcome.unwrap_or_else(|error| {
-            let service = self.upstream.service();
+            let service = self.callee.service();
             let failed = answer::failed(status, service, &error);
             if is_call { answer::failed_call(status, service) } else { failed }
         })
@@ -108,12 +117,13 @@ impl Handler for Outbound {
 }
 
 impl Outbound {
-    /// One call of the app, from its own words to the callee's answer.
-    async fn call(
-        &self,
+    /// One call of the app, from its own words to the callee's answer; `called` is who that was.
+    async fn call<'a>(
+        &'a self,
         remote: SocketAddr,
         request: Request<Body>,
         trace: &mut Place,
+        called: &mut Option<&'a Upstream>,
     ) -> Result<Response<Body>, CallError> {
         let (mut parts, body) = request.into_parts();
 
@@ -135,19 +145,41 @@ impl Outbound {
         headers::strip_identity(&mut parts.headers);
         let span = *trace.span.insert(self.spans.child(trace.parent));
         parts.headers.insert(&headers::TRACEPARENT, span.header_value());
-        if let Some(chain) = chain {
-            let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
-            let binding = RequestBinding::new(parts.method.as_str(), target);
-            parts.headers.insert(&headers::TXN_TOKEN, self.extend(&chain, self.upstream.id(), binding)?);
-        }
-
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
 
-        // Call on, over mTLS, to exactly the identity that was meant.
+        // Who gets it, and who a copy? A token is for one of them.
+        let user = chain.as_ref().map(|chain| chain.user().id.as_str());
+        let upstream = &**called.insert(self.callee.choose(&parts.headers, remote.ip(), user));
+        let key = upstream.key(&parts.headers, remote.ip(), user);
         let body = Relay::body(body, Bound::Endless, ());
-        let mut response = self.upstream.send(Request::from_parts(parts, body)).await?;
+        if let (None, Some(mut copy)) = (&upgrade, self.callee.copy(&parts, &body)) {
+            self.vouch(&mut copy.head, chain.as_ref(), copy.upstream)?;
+            copy.send(&self.scope);
+        }
+        self.vouch(&mut parts, chain.as_ref(), upstream)?;
+
+        let (delay, abort) = self.callee.fault(&parts.headers);
+        if let Some(delay) = delay {
+            self.clock.sleep(delay).await;
+        }
+        if let Some(status) = abort {
+            return Err(CallError::Fault(status));
+        }
+
+        // Call on, over mTLS, to exactly the identity that was meant.
+        let mut response = upstream.send_keyed(Request::from_parts(parts, body), key).await?;
         headers::strip_answer(&mut response, upgrade.as_ref());
         Ok(response)
+    }
+
+    /// Says on whose behalf, to this one only.
+    fn vouch(&self, head: &mut Parts, chain: Option<&Chain>, to: &Upstream) -> Result<(), CallError> {
+        let Some(chain) = chain else { return Ok(()) };
+        let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
+        let binding = RequestBinding::new(head.method.as_str(), target);
+        let token = self.extend(chain, to.id(), binding)?;
+        head.headers.insert(&headers::TXN_TOKEN, token);
+        Ok(())
     }
 
     fn extend(

@@ -1,6 +1,6 @@
 //! One sidecar put together: its listeners, and what they share.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::access::AccessLog;
 use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
+use crate::callee::Callee;
 use crate::capture::serve::Way;
 use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
 use crate::correlate::Correlator;
@@ -38,6 +39,9 @@ use crate::streams::Streams;
 use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound, TcpOutbound, TcpUpstream};
 use crate::trace::{Share, SharedRandom, Spans};
+use crate::traffic::config::{RateLimit, Traffic};
+use crate::traffic::random::Dice;
+use crate::traffic::ratelimit::LocalLimit;
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
 use crate::watchers::Watchers;
 
@@ -53,6 +57,8 @@ pub struct SidecarConfig {
     pub ext_authz: Option<ExtAuthzConfig>,
     /// One loopback listener a called service.
     pub calls: Vec<Call>,
+    /// Services that get calls only because another's traffic names them.
+    pub others: Vec<(UpstreamConfig, Traffic)>,
     /// Connections that the kernel brings although they were meant for others.
     pub capture: CaptureConfig,
     /// `/ready`, `/live`, `/metrics`.
@@ -90,6 +96,8 @@ pub struct InboundConfig {
     pub proxies: Networks,
     /// The second way in, for another mesh's proxies.
     pub hbone: Option<HboneConfig>,
+    /// How many requests are let through; `None`: all.
+    pub rate_limit: Option<RateLimit>,
 }
 
 /// HTTP/2 CONNECT over mTLS, as Istio's ambient ztunnel speaks it.
@@ -110,6 +118,8 @@ pub struct Call {
     pub upstream: UpstreamConfig,
     /// What the calls are.
     pub carries: Carries,
+    /// How they go, if they are requests.
+    pub traffic: Traffic,
 }
 
 /// What goes through an outbound listener.
@@ -125,6 +135,14 @@ pub enum Carries {
 /// Why a sidecar did not start.
 #[derive(Debug, Error)]
 pub enum SidecarError {
+    /// A service's traffic names another that nobody has described.
+    #[error("the traffic of {service} names {other}, which nothing is known of")]
+    Traffic {
+        /// Whose traffic.
+        service: String,
+        /// Whom it names.
+        other: String,
+    },
     /// A listener could not be used.
     #[error("a listener cannot be used: {0}")]
     Listener(#[from] io::Error),
@@ -223,7 +241,15 @@ impl Sidecar {
         }
         if let (Some(config_in), Some(Shared { policy, verifier, .. })) = (config.inbound, &shared) {
             let InboundConfig {
-                service, listener, app, app_protocol, request_timeout, proxies, hbone, ..
+                service,
+                listener,
+                app,
+                app_protocol,
+                request_timeout,
+                proxies,
+                hbone,
+                rate_limit,
+                ..
             } = config_in;
             let tcp = TcpInbound::new(TcpInboundConfig {
                 service: service.clone(),
@@ -264,6 +290,7 @@ impl Sidecar {
                 spans: Arc::clone(&spans),
                 watchers: Arc::clone(&watchers),
                 connections: Arc::clone(&connections),
+                limit: rate_limit.map(|limit| LocalLimit::new(&limit, clock.clone())),
             };
             let alpn = [mux::ALPN, ALPN_TCP, ALPN_H2, ALPN_HTTP11];
             let tls = tls::server_config(&source, ClientAuth::Required, &alpn, &clock)?;
@@ -290,38 +317,55 @@ impl Sidecar {
             return Err(SidecarError::Capture("there is no app here for what others dial".to_owned()));
         }
 
-        let (mut ways, mut upstreams) = (HashMap::new(), Vec::new());
-        for call in config.calls {
-            let service = call.upstream.service.clone();
-            if call.carries == Carries::Connections {
-                let UpstreamConfig { id, endpoints, .. } = call.upstream;
-                let upstream = TcpUpstream { service: service.clone(), id, port: String::new(), endpoints };
-                let (source, stats) = (source.clone(), metrics.tcp().clone());
-                let plain =
-                    TcpOutbound::new(upstream, source, stats, clock.clone(), config.access_log.is_some())?;
-                plain.serve(tokio_listener(call.listener)?, &limits, &calls);
-                ways.insert(service, Way::Connections(plain));
+        let (mut ways, mut known) = (HashMap::new(), BTreeMap::new());
+        let mut client = |config: UpstreamConfig, traffic: Traffic| {
+            let (service, dice) = (config.service.clone(), Dice::from_system(&random));
+            match Upstream::steered(config, traffic, dice, source.clone(), clock.clone(), &calls) {
+                Ok(upstream) => {
+                    known.insert(service, Arc::clone(&upstream));
+                    Ok(upstream)
+                }
+                Err(source) => Err(SidecarError::Upstream { service, source }),
+            }
+        };
+        let mut doors = Vec::new();
+        for Call { listener, upstream, carries, traffic } in config.calls {
+            if carries == Carries::Requests {
+                doors.push((listener, client(upstream, traffic.clone())?, traffic));
                 continue;
             }
-            let upstream = Upstream::new(call.upstream, source.clone(), clock.clone(), &calls)
-                .map_err(|source| SidecarError::Upstream { service, source })?;
-            upstreams.push(Arc::downgrade(&upstream));
-            let outbound = Outbound {
-                upstream,
+            let UpstreamConfig { service, id, endpoints, .. } = upstream;
+            let upstream = TcpUpstream { service: service.clone(), id, port: String::new(), endpoints };
+            let (source, stats) = (source.clone(), metrics.tcp().clone());
+            let plain =
+                TcpOutbound::new(upstream, source, stats, clock.clone(), config.access_log.is_some())?;
+            plain.serve(tokio_listener(listener)?, &limits, &calls);
+            ways.insert(service, Way::Connections(plain));
+        }
+        for (upstream, traffic) in config.others {
+            client(upstream, traffic)?;
+        }
+        for (listener, upstream, traffic) in doors {
+            let service = upstream.service().to_owned();
+            let callee = Callee::new(upstream, &traffic, &known, Dice::from_system(&random))
+                .map_err(|other| SidecarError::Traffic { service: service.clone(), other })?;
+            let outbound = Arc::new(Outbound {
+                callee,
+                scope: calls.clone(),
                 correlator: Arc::clone(&correlator),
                 source: source.clone(),
                 metrics: Arc::clone(&metrics),
                 clock: clock.clone(),
                 spans: Arc::clone(&spans),
                 watchers: Arc::clone(&watchers),
-            };
+            });
             let limits = Limits { max_streams: MAX_STREAMS_OF_THE_APP, ..limits.clone() };
-            let listener = tokio_listener(call.listener)?;
-            let (service, outbound) = (outbound.upstream.service().to_owned(), Arc::new(outbound));
+            let listener = tokio_listener(listener)?;
             let door = Door::new(None, limits.clone(), &calls, clock.clone(), Arc::clone(&outbound));
             ways.insert(service, Way::Requests(door));
             server::serve("outbound", listener, None, limits, &calls, clock.clone(), outbound);
         }
+        let upstreams = known.values().map(Arc::downgrade).collect();
         if let Some(CapturedCalls { listener, services, egress, names }) = config.capture.outbound {
             let mut known = HashMap::new();
             for (address, service) in services {

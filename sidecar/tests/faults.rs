@@ -79,6 +79,7 @@ impl World {
                 request_timeout: DEADLINE,
                 hbone: None,
                 proxies: Default::default(),
+                rate_limit: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -86,6 +87,7 @@ impl World {
             admin: None,
             access_log: None,
             traces: None,
+            others: Vec::new(),
             budget: sidecar::overload::Budget::default(),
         };
         let (recorder, random) = (Arc::new(NoRecorder), identity::random::system());

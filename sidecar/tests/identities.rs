@@ -565,6 +565,7 @@ impl World {
                 request_timeout: DEADLINE,
                 hbone: None,
                 proxies: Default::default(),
+                rate_limit: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -572,6 +573,7 @@ impl World {
             admin: None,
             access_log: None,
             traces: None,
+            others: Vec::new(),
             budget: sidecar::overload::Budget::default(),
         };
         let server = Holder::new("backend");

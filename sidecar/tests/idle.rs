@@ -22,6 +22,7 @@ use policy::{NoRecorder, Policies};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
+use sidecar::traffic::config::Traffic;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -105,6 +106,7 @@ impl World {
                 access_log: None,
                 budget: Budget::default(),
                 traces: None,
+                others: Vec::new(),
             };
             let (recorder, random) = (Arc::new(NoRecorder), identity::random::system());
             Sidecar::start(config, authority.source(path), recorder, clock.clone(), random, &scope).unwrap();
@@ -119,6 +121,7 @@ impl World {
             request_timeout: DEADLINE,
             hbone: None,
             proxies: Default::default(),
+            rate_limit: None,
         };
         start(SERVER, Some(inbound), Vec::new());
         let upstream = UpstreamConfig {
@@ -127,7 +130,8 @@ impl World {
             endpoints: vec![endpoint],
             response_timeout: DEADLINE,
         };
-        let call = Call { listener: calling, upstream, carries: Carries::Requests };
+        let call =
+            Call { listener: calling, upstream, carries: Carries::Requests, traffic: Traffic::default() };
         start(CLIENT, None, vec![call]);
         Self { authority, calls, door, wire, clock, scope }
     }

@@ -210,6 +210,7 @@ impl World {
                 request_timeout: Duration::from_secs(10),
                 hbone: None,
                 proxies: Default::default(),
+                rate_limit: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -217,6 +218,7 @@ impl World {
             admin: Some(admin),
             access_log: None,
             traces: None,
+            others: Vec::new(),
             budget: sidecar::overload::Budget::default(),
         };
         let source = authority.source("/service/accounts");
@@ -812,6 +814,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             request_timeout: Duration::from_secs(10),
             hbone: None,
             proxies: Default::default(),
+            rate_limit: None,
         }),
         ext_authz: None,
         calls: vec![Call {
@@ -823,11 +826,13 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
                 response_timeout: Duration::from_secs(10),
             },
             carries: sidecar::Carries::Requests,
+            traffic: sidecar::traffic::config::Traffic::default(),
         }],
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
         traces: None,
+        others: Vec::new(),
         budget: sidecar::overload::Budget::default(),
     };
     let source = world.authority.source("/service/web");

@@ -631,6 +631,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             request_timeout: Duration::from_secs(10),
             hbone: None,
             proxies: Default::default(),
+            rate_limit: None,
         }),
         ext_authz: None,
         calls: Vec::new(),
@@ -638,6 +639,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
         admin: None,
         access_log: None,
         traces: None,
+        others: Vec::new(),
         budget: sidecar::overload::Budget::default(),
     };
     let source = db.authority.source("/service/db");

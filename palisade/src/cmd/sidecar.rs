@@ -4,6 +4,7 @@ mod alone;
 mod captured;
 mod succession;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
 use sidecar::proxy_protocol::Networks;
+use sidecar::traffic::config::Traffic;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
@@ -25,7 +27,7 @@ use crate::cmd::capture;
 use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen::Listeners;
-use crate::mesh::{self, AppProtocol, Callee, Mesh, Own, Service};
+use crate::mesh::{self, AppProtocol, Callee, Mesh, Own, Service, ServiceName};
 use crate::printer::Printer;
 use crate::rlimits;
 use crate::serve::{self, Started};
@@ -248,6 +250,31 @@ fn addresses(service: &Service, mesh: &Mesh) -> impl Iterator<Item = (String, Ve
     })
 }
 
+/// Whom the service calls only because the traffic of those that it does call names them.
+fn others(service: &Service, mesh: &Mesh) -> Vec<(UpstreamConfig, Traffic)> {
+    let called = service.calls.keys().filter_map(|callee| match callee {
+        Callee::Service(name) => Some(name),
+        Callee::Vault => None,
+    });
+    let called: BTreeSet<&str> = called.map(ServiceName::as_str).collect();
+    let traffic = mesh.traffic.iter().filter(|(name, _)| called.contains(name.as_str()));
+    let named: BTreeSet<&str> = traffic.flat_map(|(_, traffic)| traffic.named()).collect();
+    let others = mesh
+        .service
+        .iter()
+        .filter(|(name, _)| named.contains(name.as_str()) && !called.contains(name.as_str()));
+    let others = others.map(|(name, other)| {
+        let upstream = UpstreamConfig {
+            service: name.to_string(),
+            id: other.id.clone(),
+            endpoints: vec![other.inbound],
+            response_timeout: service.request_timeout,
+        };
+        (upstream, mesh.traffic.get(name).cloned().unwrap_or_default())
+    });
+    others.collect()
+}
+
 fn configure(
     name: &str,
     service: &Service,
@@ -259,6 +286,10 @@ fn configure(
     fits(service.app_protocol, &policy, &format!("mesh.toml: [service.{name}]"))?;
     let inbound = listeners.tcp("inbound", "the sidecar", &key("inbound"), service.inbound)?;
     let admin = listeners.tcp("admin", "the sidecar's admin port", &key("admin"), service.admin)?;
+    let of = |callee: &Callee| match callee {
+        Callee::Service(name) => mesh.traffic.get(name).cloned().unwrap_or_default(),
+        Callee::Vault => Traffic::default(),
+    };
     let mut calls = Vec::new();
     for (callee, address) in &service.calls {
         let (socket, what) = (format!("outbound.{callee}"), format!("the calls to {callee}"));
@@ -285,6 +316,7 @@ fn configure(
                 response_timeout: service.request_timeout,
             },
             carries,
+            traffic: of(callee),
         });
     }
     Ok(SidecarConfig {
@@ -299,9 +331,11 @@ fn configure(
             request_timeout: service.request_timeout,
             proxies: Networks::default(),
             hbone: None,
+            rate_limit: service.rate_limit.clone(),
         }),
         ext_authz: None,
         calls,
+        others: others(service, mesh),
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
 use policy::{Problem, suggest};
+use sidecar::Carries;
 use toml::Spanned;
 use url::Url;
 
@@ -61,6 +62,7 @@ impl Check<'_> {
             idp,
             vault,
             service,
+            traffic,
             workload,
             limits,
             telemetry,
@@ -95,6 +97,12 @@ impl Check<'_> {
                 services.insert(name, service);
             }
         }
+        let traffic =
+            self.traffic(traffic, |name| match services.iter().find(|(known, _)| known.as_str() == name) {
+                Some((_, service)) if service.app_protocol.carries() == Carries::Requests => Ok(()),
+                Some(_) => Err(format!("the app of `{name}` takes connections, not requests")),
+                None => Err(format!("unknown service `{name}`")),
+            });
         let mut workloads = BTreeMap::new();
         for (name, section) in &workload {
             if let Some(workload) = self.workload(name, section, trust_domain.as_ref()) {
@@ -111,6 +119,7 @@ impl Check<'_> {
             idp: issuer,
             vault: vault.flatten(),
             service: services,
+            traffic,
             workload: workloads,
             limits: Limits { memory: memory? },
             telemetry: Telemetry {
@@ -357,6 +366,7 @@ impl Check<'_> {
             secrets,
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             request_timeout: request_timeout?,
+            rate_limit: section.rate_limit.clone(),
             drain_timeout: drain_timeout?,
         };
         Some((name?, service))

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
+use sidecar::traffic::config::{RateLimit, Traffic};
 use toml::Spanned;
 
 /// Text that remembers where it stands in the file.
@@ -31,6 +32,9 @@ pub(crate) struct MeshFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, ServiceSection>")]
     pub(crate) service: BTreeMap<Spanned<String>, ServiceSection>,
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, Traffic>")]
+    pub(crate) traffic: BTreeMap<Spanned<String>, Traffic>,
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, WorkloadSection>")]
     pub(crate) workload: BTreeMap<Spanned<String>, WorkloadSection>,
@@ -244,9 +248,13 @@ pub(crate) struct ServiceSection {
     /// its map judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]
     pub(crate) app_protocol: Option<AppProtocol>,
-    /// The longest that one request may take, answer included. Default: 30s.
+    /// The longest from a request to the head of its answer, for calls of this service and for calls to it. A gRPC call
+    /// has its own deadline instead. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+    /// How many requests its sidecar lets through; more are answered 429. Default: all.
+    #[schemars(example = serde_json::json!({"requests": 100, "per": "1s", "by": "peer"}))]
+    pub(crate) rate_limit: Option<RateLimit>,
     /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
     #[schemars(with = "Option<String>", example = &"10s")]
     pub(crate) drain_timeout: Option<Text>,

@@ -25,6 +25,7 @@ use identity::{SpiffeId, TrustDomain};
 use serde::{Serialize, Serializer};
 use sidecar::capture::Destination;
 use sidecar::otlp::TracesConfig;
+use sidecar::traffic::config::{RateLimit, Traffic};
 use sidecar::traffic::egress::Rule;
 use url::Url;
 
@@ -47,6 +48,9 @@ pub(crate) struct Mesh {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) vault: Option<Vault>,
     pub(crate) service: BTreeMap<ServiceName, Service>,
+    /// How calls to services go, where something is said of it.
+    #[serde(skip)]
+    pub(crate) traffic: BTreeMap<ServiceName, Traffic>,
     pub(crate) workload: BTreeMap<String, Workload>,
     pub(crate) limits: Limits,
     pub(crate) telemetry: Telemetry,
@@ -145,6 +149,8 @@ pub(crate) struct Service {
     pub(crate) app_protocol: AppProtocol,
     #[serde(serialize_with = "humane")]
     pub(crate) request_timeout: Duration,
+    #[serde(skip)]
+    pub(crate) rate_limit: Option<RateLimit>,
     #[serde(serialize_with = "humane")]
     pub(crate) drain_timeout: Duration,
 }

@@ -1,7 +1,7 @@
 //! Reading one value of a file each: addresses, URLs, durations, selectors, paths. What is wrong is
 //! reported with its place, and reading goes on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use policy::Problem;
 use sidecar::capture::Destination;
 use sidecar::otlp::{Endpoint, TracesConfig};
 use sidecar::trace::Share;
+use sidecar::traffic::config::Traffic;
 use sidecar::traffic::egress::Rule;
 use toml::Spanned;
 use url::Url;
@@ -18,7 +19,7 @@ use url::Url;
 use super::check::ANY_HOST;
 use super::file::{AttestSection, CaptureSection, Text, TracesSection};
 use super::load::MAX_PROBLEMS;
-use super::{Attest, Capture, HostPort, Memory};
+use super::{Attest, Capture, HostPort, Memory, ServiceName};
 
 /// Smallest memory budget: a sidecar without traffic takes about as much.
 const MIN_MEMORY_BYTES: u64 = 16 << 20;
@@ -307,6 +308,32 @@ impl Check<'_> {
             }
         }
         Some(Capture { outbound_port, inbound_port, egress, egress_names })
+    }
+
+    /// How calls to services go. `takes_requests` says of a name why no requests can be sent to it.
+    pub(crate) fn traffic(
+        &mut self,
+        sections: BTreeMap<Spanned<String>, Traffic>,
+        takes_requests: impl Fn(&str) -> Result<(), String>,
+    ) -> BTreeMap<ServiceName, Traffic> {
+        let mut traffic = BTreeMap::new();
+        for (written, section) in sections {
+            let name = written.get_ref();
+            let named = section.named().filter(|other| *other != name);
+            let wrong: Vec<String> = std::iter::once(name.as_str())
+                .chain(named)
+                .filter_map(|name| takes_requests(name).err())
+                .collect();
+            for message in wrong {
+                let hint =
+                    "[traffic.NAME], the keys of its split and mirror.to are services that take requests";
+                self.report(&written, message, Some(hint.into()));
+            }
+            if let Ok(name) = ServiceName::new(name) {
+                traffic.insert(name, section);
+            }
+        }
+        traffic
     }
 
     /// Where spans go, and of which requests there are some.

@@ -28,6 +28,7 @@ impl Reference for MeshFile {
         ("idp", ""),
         ("vault", ""),
         ("service", "web"),
+        ("traffic", "web"),
         ("workload", "nightly"),
         ("limits", ""),
         ("telemetry", ""),
@@ -129,6 +130,9 @@ pub(crate) fn sample<F: Reference>() -> String {
         let (needed, optional): (Vec<_>, Vec<_>) = keys.iter().partition(|(key, _)| required(section, key));
         for (key, schema) in needed.iter().chain(&optional) {
             comment(&mut out, schema);
+            for (inner, schema) in known_keys(schema).into_iter().flatten() {
+                inner_comment(&mut out, inner, schema);
+            }
             let mark = if required(section, key) { "" } else { "#" };
             out.push_str(&format!("{mark}{key} = {}\n", example(schema).unwrap_or_default()));
         }
@@ -140,6 +144,16 @@ fn comment(out: &mut String, schema: &Value) {
     let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
     for line in text.lines() {
         out.push_str(&format!("# {line}\n"));
+    }
+}
+
+/// A key of a table that is written in one line.
+fn inner_comment(out: &mut String, key: &str, schema: &Value) {
+    let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+    let mut mark = format!("{key}: ");
+    for line in text.lines() {
+        out.push_str(&format!("#   {mark}{line}\n"));
+        mark = "  ".to_owned();
     }
 }
 
@@ -197,6 +211,14 @@ mod tests {
             })
             .collect();
         assert!(all.contains("\nsvid_ttl = "), "{all}");
+        // Those whom the traffic section names.
+        let other = |name: &str, port: u16| {
+            let [app, inbound, admin] = [0, 1, 2].map(|nth| format!("127.0.0.1:{}", port + nth));
+            format!(
+                "\n[service.{name}]\napp = \"{app}\"\ninbound = \"{inbound}\"\nadmin = \"{admin}\"\nattest = {{ uid = {port} }}\n"
+            )
+        };
+        let all = all + &other("accounts", 6000) + &other("accounts-next", 6010);
         for text in [sample::<MeshFile>(), all] {
             let problems = super::super::Mesh::parse(&text, &dir.path().join("mesh.toml"), "host-1").err();
             assert!(

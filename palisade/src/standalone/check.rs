@@ -53,6 +53,7 @@ impl Check<'_> {
             inbound,
             ext_authz,
             outbound,
+            traffic,
             capture,
             admin,
             telemetry,
@@ -101,6 +102,12 @@ impl Check<'_> {
                 (Err(message), _) => self.report(name, message, None),
             }
         }
+        let traffic =
+            self.traffic(traffic, |name| match calls.iter().find(|(known, _)| known.as_str() == name) {
+                Some((_, call)) if call.carries == Carries::Requests => Ok(()),
+                Some(_) => Err(format!("the calls to `{name}` are connections, not requests")),
+                None => Err(format!("there is no [outbound.{name}]")),
+            });
         let admin = admin
             .as_ref()
             .map(|section| self.bind(Some(&section.listen), "", "admin's listen", Reach::Loopback));
@@ -115,6 +122,7 @@ impl Check<'_> {
             inbound: inbound.flatten(),
             ext_authz: asked.flatten(),
             outbound: calls,
+            traffic,
             capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),
             access_log: self.access_log(&telemetry),
@@ -140,6 +148,7 @@ impl Check<'_> {
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             decided: decided?,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
+            rate_limit: section.rate_limit.clone(),
         })
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
+use sidecar::traffic::config::{RateLimit, Traffic};
 use toml::Spanned;
 
 use crate::mesh::file::{AppProtocol, CaptureSection, Text, TracesSection};
@@ -28,6 +29,9 @@ pub(crate) struct SidecarFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, OutboundSection>")]
     pub(crate) outbound: BTreeMap<Spanned<String>, OutboundSection>,
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, Traffic>")]
+    pub(crate) traffic: BTreeMap<Spanned<String>, Traffic>,
     pub(crate) capture: Option<CaptureSection>,
     pub(crate) admin: Option<AdminSection>,
     #[serde(default)]
@@ -46,6 +50,7 @@ impl Reference for SidecarFile {
         ("inbound", ""),
         ("ext_authz", ""),
         ("outbound", "backend"),
+        ("traffic", "backend"),
         ("capture", ""),
         ("admin", ""),
         ("telemetry", ""),
@@ -93,9 +98,12 @@ pub(crate) struct InboundSection {
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["spiffe://mesh.test/ns/default/sa/gateway"])]
     pub(crate) gateways: Vec<Text>,
-    /// The longest that the app may take to answer. Default: 30s.
+    /// The longest that the app may take to answer. A gRPC call has its own deadline instead. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
+    /// How many requests are let through; more are answered 429. Default: all.
+    #[schemars(example = serde_json::json!({"requests": 100, "per": "1s", "by": "peer"}))]
+    pub(crate) rate_limit: Option<RateLimit>,
     /// The load balancers in front of `listen`, which must begin each connection with a PROXY protocol header,
     /// version 1 or 2; nobody else may. Default: none.
     #[serde(default)]
@@ -166,7 +174,7 @@ pub(crate) struct OutboundSection {
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["10.0.0.2:80"])]
     pub(crate) addresses: Vec<Text>,
-    /// The longest that it may take to answer. Default: 30s.
+    /// The longest that it may take to answer. A gRPC call has its own deadline instead. Default: 30s.
     #[schemars(with = "Option<String>", example = &"30s")]
     pub(crate) request_timeout: Option<Text>,
 }

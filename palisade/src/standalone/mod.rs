@@ -21,6 +21,7 @@ use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
 use sidecar::otlp::TracesConfig;
 use sidecar::proxy_protocol::Networks;
+use sidecar::traffic::config::{RateLimit, Traffic};
 
 use crate::mesh::load;
 use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
@@ -36,6 +37,8 @@ pub(crate) struct Standalone {
     /// INVARIANT: decides by the same as `inbound`, where there is one.
     pub(crate) ext_authz: Option<ExtAuthz>,
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
+    /// How calls to services go, where something is said of it.
+    pub(crate) traffic: BTreeMap<ServiceName, Traffic>,
     pub(crate) capture: Option<Capture>,
     pub(crate) admin: Option<SocketAddr>,
     /// None for no access log.
@@ -56,6 +59,7 @@ pub(crate) struct Inbound {
     pub(crate) app_protocol: AppProtocol,
     pub(crate) decided: Decided,
     pub(crate) request_timeout: Duration,
+    pub(crate) rate_limit: Option<RateLimit>,
     pub(crate) proxies: Networks,
     pub(crate) hbone: Option<Hbone>,
 }
@@ -182,14 +186,24 @@ mod tests {
             })
             .collect();
         assert!(all.contains("\nworkers = ") && all.contains("\n\"partner.example\" = "), "{all}");
+        // Those whom the traffic section names.
+        let other = |name: &str, port: u16| {
+            format!(
+                "\n[outbound.{name}]\nlisten = \"127.0.0.1:{port}\"\nid = \"spiffe://mesh.test/{name}\"\nendpoints = [\"127.0.0.1:1{port}\"]\n"
+            )
+        };
+        let all = all + &other("accounts", 6000) + &other("accounts-next", 6010);
         let file = directory.path().join("sidecar.toml");
         good(&sample, &file);
         let all = good(&all, &file);
         assert_eq!(all.identity.trust.len(), 1);
-        assert_eq!(
-            all.to_string(),
-            "backend at 127.0.0.1:15606, Envoys before backend, calls to backend at 127.0.0.1:15601"
+        assert!(
+            all.to_string()
+                .starts_with("backend at 127.0.0.1:15606, Envoys before backend, calls to accounts")
         );
+        let traffic = &all.traffic[&ServiceName::new("backend").unwrap()];
+        assert_eq!(traffic.named().collect::<Vec<_>>(), ["accounts", "accounts-next", "accounts-next"]);
+        assert!(all.inbound.unwrap().rate_limit.is_some());
         assert_eq!(all.workers, NonZeroUsize::new(2));
     }
 
@@ -250,6 +264,39 @@ mod tests {
             let problems = with(&format!("[traces]\n{wrong}")).unwrap_err();
             let told = problems.iter().map(ToString::to_string).collect::<String>();
             assert!(told.contains(why) && problems[0].line > 0, "{told}");
+        }
+    }
+
+    #[test]
+    fn traffic_goes_to_services_that_are_called_with_requests() {
+        let directory = tempfile::tempdir().unwrap();
+        lay_out(directory.path());
+        let file = directory.path().join("sidecar.toml");
+        let call = |name: &str, port: u16, protocol: &str| {
+            format!(
+                "[outbound.{name}]\nlisten = \"127.0.0.1:{port}\"\nid = \"spiffe://mesh.test/{name}\"\n\
+                 endpoints = [\"127.0.0.1:9\"]\nprotocol = \"{protocol}\"\n"
+            )
+        };
+        let identity = "[identity]\ncertificate = \"certs/server.crt\"\nkey = \"certs/server.key\"\nbundle = \"certs/ca.crt\"\n";
+        let parse = |traffic: &str| {
+            let calls = call("web", 1, "http") + &call("next", 2, "http") + &call("db", 3, "tcp");
+            Standalone::parse(&format!("{identity}{calls}{traffic}"), &file)
+        };
+        let read = parse("[traffic.web]\nsplit = { web = 9, next = 1 }\n").unwrap();
+        assert_eq!(read.traffic.len(), 1);
+        for (wrong, why) in [
+            ("[traffic.wed]\nbalance = \"random\"\n", "there is no [outbound.wed]"),
+            ("[traffic.web]\nsplit = { web = 9, nxt = 1 }\n", "there is no [outbound.nxt]"),
+            ("[traffic.web]\nmirror = { to = \"db\" }\n", "the calls to `db` are connections"),
+            ("[traffic.web]\nbalanse = \"random\"\n", "unknown key `balanse`"),
+            ("[traffic.web]\nretries = { maximum = 3 }\n", "unknown key `maximum` in [traffic.web.retries]"),
+            ("[traffic.web]\nretries = { budget = \"101%\" }\n", "`101%` is not a share"),
+            ("[traffic.web]\nmirror = { share = \"5%\" }\n", "lacks `to`"),
+        ] {
+            let problems = parse(wrong).unwrap_err();
+            let told = problems.iter().map(ToString::to_string).collect::<String>();
+            assert!(told.contains(why) && problems[0].line > 18, "{told}");
         }
     }
 

@@ -80,6 +80,11 @@ def wait_once(message, context):
     return b""
 
 
+def remaining(message, context):
+    left = context.time_remaining()
+    return b"none" if left is None else str(left).encode()
+
+
 def drop(message, context):
     say("dropped")
     return b""
@@ -95,6 +100,7 @@ def app():
         "Fail": grpc.unary_unary_rpc_method_handler(fail),
         "Wait": grpc.unary_stream_rpc_method_handler(wait),
         "WaitOnce": grpc.unary_unary_rpc_method_handler(wait_once),
+        "Remaining": grpc.unary_unary_rpc_method_handler(remaining),
         "Drop": grpc.unary_unary_rpc_method_handler(drop),
     }
     for service in ["bank.Ledger", "bank.Vault"]:
@@ -209,17 +215,45 @@ def crowd(channel):
 
 
 def refusals(channel):
-    for method in ["/bank.Ledger/Drop", "/bank.Vault/Echo", "/bank.Ledger/.", "/bank.Ledger/Echo/", "//bank.Ledger/Echo"]:
-        error = failure(lambda: channel.unary_unary(method)(b"x"))
-        assert error.code() not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE), (method, error)
-        error = failure(lambda: list(channel.stream_stream(method)(iter([b"x"] * 3))))
-        assert error.code() not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE), (method, error)
+    for method, code in [
+        ("/bank.Ledger/Drop", grpc.StatusCode.PERMISSION_DENIED),
+        ("/bank.Vault/Echo", grpc.StatusCode.PERMISSION_DENIED),
+        ("/bank.Ledger/.", grpc.StatusCode.INVALID_ARGUMENT),
+        ("/bank.Ledger/Echo/", grpc.StatusCode.INVALID_ARGUMENT),
+        ("//bank.Ledger/Echo", grpc.StatusCode.INVALID_ARGUMENT),
+    ]:
+        for call in [
+            lambda: channel.unary_unary(method)(b"x"),
+            lambda: list(channel.stream_stream(method)(iter([b"x"] * 3))),
+        ]:
+            error = failure(call)
+            assert error.code() == code, (method, error)
+            assert error.details().startswith("denied, receipt "), (method, error)
+    assert channel.unary_unary("/bank.Ledger/Echo")(b"after") == b"after"
+
+
+def deadlines(channel):
+    # What is left goes along; the rest of the way took some of it.
+    remaining = channel.unary_unary("/bank.Ledger/Remaining")
+    assert remaining(b"") == b"none"
+    given = float(remaining(b"", timeout=20))
+    assert 0 < given < 21, given
+    error = failure(lambda: channel.unary_unary("/bank.Ledger/WaitOnce")(b"", timeout=0.5))
+    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED, error
+    say("asks with a deadline")
+    assert sys.stdin.readline() == "asked\n"
+
+
+def large_messages(channel):
+    """A stream may go on for ever, a message may not."""
+    error = failure(lambda: channel.unary_unary("/bank.Ledger/Echo")(bytes(5 << 20)))
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
     assert channel.unary_unary("/bank.Ledger/Echo")(b"after") == b"after"
 
 
 def call(port):
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals]:
+        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals, deadlines, large_messages]:
             part(channel)
             say(part.__name__)
 

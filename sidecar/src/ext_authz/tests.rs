@@ -119,6 +119,7 @@ fn sidecar(
         admin: None,
         access_log: None,
         traces: None,
+        others: Vec::new(),
         budget: crate::overload::Budget::default(),
     };
     let records = Arc::new(MemoryRecorder::default());

@@ -505,6 +505,9 @@ impl Exchange {
     }
 }
 
+/// A response's head, and its body if that is all here.
+type Answer = (Box<response::Parts>, Option<Body>);
+
 /// One open exchange, held by whoever has to do with it. What is left of it when this is dropped is reset.
 #[derive(Debug)]
 pub(super) struct Open {
@@ -522,11 +525,7 @@ impl Open {
         Ok(http::Response::from_parts(*head, body))
     }
 
-    /// The head, and the body if that is all here.
-    fn poll_response(
-        &mut self,
-        cx: &Context<'_>,
-    ) -> Poll<Result<(Box<response::Parts>, Option<Body>), Ended>> {
+    fn poll_response(&mut self, cx: &Context<'_>) -> Poll<Result<Answer, Ended>> {
         let mut state = self.shared.lock();
         let closed = state.closed;
         let Some(exchange) = state.exchanges.get_mut(&self.id) else {

@@ -19,6 +19,8 @@ use super::config::{CountBy, RateLimit};
 const MAX_KEYS: usize = 1 << 20;
 /// A slow clock may not hand out more than this of waiting: a `Retry-After` beyond it helps nobody.
 const MAX_WAIT: Duration = Duration::from_secs(3600);
+/// The slowest rate there is: one a day.
+const MAX_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 /// A sweep looks at every key, so a flood of new ones may cause no more than one in this time.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -69,8 +71,8 @@ impl Limiter {
     fn with_capacity(rate: Rate, clock: SharedClock, max_keys: usize) -> Self {
         let interval = if rate.per_second > 0.0 {
             Duration::try_from_secs_f64(1.0 / rate.per_second)
-                .unwrap_or(MAX_WAIT)
-                .clamp(Duration::from_nanos(1), MAX_WAIT)
+                .unwrap_or(MAX_INTERVAL)
+                .clamp(Duration::from_nanos(1), MAX_INTERVAL)
         } else {
             MAX_WAIT
         };
@@ -132,7 +134,8 @@ impl Rate {
     /// What the policy named `name` is and what is left of it (draft-ietf-httpapi-ratelimit-headers): the
     /// headers `RateLimit-Policy` and `RateLimit`. `name` is a plain word of ours.
     pub fn headers(self, name: &str, quota: Quota) -> [(HeaderName, HeaderValue); 2] {
-        let window = (f64::from(self.burst) / self.per_second.max(0.001)).ceil().max(1.0);
+        let window =
+            (f64::from(self.burst) / self.per_second.max(MAX_INTERVAL.as_secs_f64().recip())).ceil().max(1.0);
         let reset = quota.reset.as_secs_f64().ceil();
         let policy = format!("\"{name}\";q={};w={window:.0}", self.burst);
         let left = format!("\"{name}\";r={};t={reset:.0}", quota.remaining);
@@ -210,6 +213,22 @@ mod tests {
         let clock = ManualClock::at(Duration::from_secs(1_000_000));
         let limiter = Limiter::with_capacity(Rate { per_second, burst }, clock.clone(), max_keys);
         (clock, limiter)
+    }
+
+    #[test]
+    fn a_rate_of_a_few_a_day_is_one() {
+        let clock = ManualClock::at(Duration::from_secs(1_000_000));
+        let config =
+            RateLimit { requests: 2, per: Duration::from_secs(24 * 3600), by: CountBy::Route, burst: None };
+        let limit = LocalLimit::new(&config, clock.clone());
+        let take = || limit.take("a", "", None);
+        assert!(take().allowed && take().allowed && !take().allowed);
+        clock.advance(Duration::from_secs(11 * 3600));
+        let refused = take();
+        assert!(!refused.allowed);
+        assert_eq!(limit.headers(refused)[0].1, "\"route\";q=2;w=86400");
+        clock.advance(Duration::from_secs(3600 + 1));
+        assert!(take().allowed);
     }
 
     #[test]

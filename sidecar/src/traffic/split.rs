@@ -12,8 +12,9 @@ pub const MAX_ARMS: usize = 16;
 /// The most that one of them may weigh.
 pub const MAX_WEIGHT: u32 = 1000;
 /// What a copied call carries, so that whoever gets it knows that nobody waits for its answer. Its value
-/// is the service that the call was meant for.
-pub const MIRRORED: HeaderName = HeaderName::from_static("x-palisade-mirrored");
+/// is the service that the call was meant for. The app behind the other sidecar sees it: it is a caller's word, as
+/// any header that proves nothing.
+pub const MIRRORED: HeaderName = HeaderName::from_static("x-mirrored-from");
 
 /// So that a key's arm says nothing of its endpoint there.
 const SALT: u64 = 0x73_706c_6974;

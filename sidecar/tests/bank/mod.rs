@@ -152,6 +152,7 @@ impl Bank {
             admin: None,
             access_log: None,
             traces: None,
+            others: Vec::new(),
             budget: sidecar::overload::Budget::default(),
         };
         let (source, random) = (authority.source("/service/accounts"), identity::random::system());

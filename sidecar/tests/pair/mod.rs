@@ -17,6 +17,7 @@ use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::proxy_protocol::Networks;
+use sidecar::traffic::config::Traffic;
 use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 
@@ -104,6 +105,7 @@ fn config(id: SpiffeId, admin: TcpListener) -> SidecarConfig {
         admin: Some(admin),
         access_log: None,
         traces: None,
+        others: Vec::new(),
         budget: sidecar::overload::Budget::default(),
     }
 }
@@ -132,6 +134,7 @@ impl Pair {
             request_timeout: Duration::from_secs(10),
             hbone: None,
             proxies: Networks::default(),
+            rate_limit: None,
         };
         let of_stock = SidecarConfig { inbound: Some(inbound), ..config(id("/service/stock"), admin) };
         let ((listening, calls), (admin, web_admin)) = (listener(), listener());
@@ -141,7 +144,8 @@ impl Pair {
             endpoints: vec![stock],
             response_timeout: Duration::from_secs(10),
         };
-        let call = Call { listener: listening, upstream, carries: Carries::Requests };
+        let call =
+            Call { listener: listening, upstream, carries: Carries::Requests, traffic: Traffic::default() };
         let of_web = SidecarConfig { calls: vec![call], ..config(id("/service/web"), admin) };
         for (config, path) in [(of_stock, "/service/stock"), (of_web, "/service/web")] {
             let (source, random) = (authority.source(path), identity::random::system());

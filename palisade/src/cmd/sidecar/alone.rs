@@ -115,6 +115,7 @@ fn configure(
                 response_timeout: outbound.request_timeout,
             },
             carries: outbound.carries,
+            traffic: standalone.traffic.get(name).cloned().unwrap_or_default(),
         });
     }
     let inbound = match &standalone.inbound {
@@ -138,6 +139,7 @@ fn configure(
                 request_timeout: inbound.request_timeout,
                 proxies: inbound.proxies.clone(),
                 hbone: hbone.transpose()?,
+                rate_limit: inbound.rate_limit.clone(),
             })
         }
     };
@@ -174,6 +176,7 @@ fn configure(
         inbound,
         ext_authz,
         calls,
+        others: Vec::new(),
         capture,
         admin,
         access_log: None,
