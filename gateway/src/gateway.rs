@@ -271,7 +271,7 @@ fn destinations(
         let config = UpstreamConfig {
             service: route.service.clone(),
             id: route.service_id.clone(),
-            endpoints: route.endpoints.clone(),
+            endpoints: route.endpoints.clone().into(),
             response_timeout: RESPONSE_TIMEOUT,
         };
         let upstream = Upstream::new(config, source.clone(), Arc::clone(clock), scope)

@@ -7,6 +7,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId};
 
+use crate::app_health::AppHealth;
 use crate::debug::{self, Debug};
 use crate::metrics::Metrics;
 use crate::server::{Connection, Handler};
@@ -16,6 +17,7 @@ use crate::{Body, answer, full};
 pub struct Admin {
     pub(crate) id: SpiffeId,
     pub(crate) source: IdentitySource,
+    pub(crate) app_health: Option<Arc<AppHealth>>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: SharedClock,
     pub(crate) scope: Scope,
@@ -35,7 +37,8 @@ impl Handler for Admin {
 }
 
 impl Admin {
-    /// Ready: the identity that was configured has arrived and is valid, and no drain has begun.
+    /// Ready: the identity that was configured has arrived and is valid, the app is well as far as it is asked, and no
+    /// drain has begun.
     fn ready(&self) -> Response<Body> {
         let why = if self.scope.is_draining() {
             Some("draining".to_owned())
@@ -44,6 +47,9 @@ impl Admin {
                 None => Some("no valid identity from the agent yet".to_owned()),
                 Some(identity) if *identity.svid.id() != self.id => {
                     Some(format!("the agent gave {}, expected {}", identity.svid.id(), self.id))
+                }
+                Some(_) if self.app_health.as_ref().is_some_and(|app| !app.is_well()) => {
+                    Some("the app is not well".to_owned())
                 }
                 Some(_) => None,
             }

@@ -30,6 +30,7 @@ pub mod access;
 pub mod admin;
 mod answer;
 pub mod app;
+mod app_health;
 mod body;
 mod bounded;
 mod buffered;

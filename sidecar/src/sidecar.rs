@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::access::AccessLog;
 use crate::admin::Admin;
 use crate::app::{App, AppProtocol};
+use crate::app_health::AppHealth;
 use crate::callee::Callee;
 use crate::capture::serve::Way;
 use crate::capture::{self, CaptureConfig, CapturedCalls, Destinations};
@@ -39,7 +40,7 @@ use crate::streams::Streams;
 use crate::tcp::inbound::TcpInboundConfig;
 use crate::tcp::{ALPN_TCP, Ports, TcpInbound, TcpOutbound, TcpUpstream};
 use crate::trace::{Share, SharedRandom, Spans};
-use crate::traffic::config::{RateLimit, Traffic};
+use crate::traffic::config::{HealthCheck, RateLimit, Traffic};
 use crate::traffic::random::Dice;
 use crate::traffic::ratelimit::LocalLimit;
 use crate::upstream::{Upstream, UpstreamConfig, UpstreamError};
@@ -98,6 +99,8 @@ pub struct InboundConfig {
     pub hbone: Option<HboneConfig>,
     /// How many requests are let through; `None`: all.
     pub rate_limit: Option<RateLimit>,
+    /// How the app is asked whether it is well; `None`: not at all.
+    pub health: Option<HealthCheck>,
 }
 
 /// HTTP/2 CONNECT over mTLS, as Istio's ambient ztunnel speaks it.
@@ -208,6 +211,14 @@ impl Sidecar {
         };
         let watchers = Arc::new(watchers);
         watchers.tap.register(metrics.registry_mut());
+        let app_health = match &config.inbound {
+            Some(InboundConfig { app, app_protocol, health: Some(check), .. }) => {
+                let (registry, dice) = (metrics.registry_mut(), Dice::from_system(&random));
+                let (check, clock) = (check.clone(), clock.clone());
+                Some(AppHealth::watch(*app, *app_protocol, check, registry, clock, dice, scope)?)
+            }
+            _ => None,
+        };
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
         let most = config.budget.connections(Limits::default().max_connections);
@@ -337,8 +348,9 @@ impl Sidecar {
             let UpstreamConfig { service, id, endpoints, .. } = upstream;
             let upstream = TcpUpstream { service: service.clone(), id, port: String::new(), endpoints };
             let (source, stats) = (source.clone(), metrics.tcp().clone());
+            let dice = Dice::from_system(&random);
             let plain =
-                TcpOutbound::new(upstream, source, stats, clock.clone(), config.access_log.is_some())?;
+                TcpOutbound::new(upstream, source, stats, clock.clone(), dice, config.access_log.is_some())?;
             plain.serve(tokio_listener(listener)?, &limits, &calls);
             ways.insert(service, Way::Connections(plain));
         }
@@ -400,7 +412,8 @@ impl Sidecar {
                 scope: scope.clone(),
             };
             let (id, draining) = (config.id, scope.clone());
-            let admin = Admin { id, source, metrics, clock: clock.clone(), scope: draining, debug };
+            let admin =
+                Admin { id, source, app_health, metrics, clock: clock.clone(), scope: draining, debug };
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }

@@ -5,6 +5,7 @@
 //! under: after a rotation new requests go over new connections, and old ones end with their last
 //! request, so no request meets a closed door.
 
+mod health;
 mod look;
 
 use std::net::{IpAddr, SocketAddr};
@@ -37,6 +38,7 @@ use crate::traffic::config::{RetryOn, Traffic};
 use crate::traffic::endpoint::{self, InFlight, Locality, Member};
 use crate::traffic::hedge;
 use crate::traffic::random::Dice;
+use crate::traffic::resolve::Source;
 use crate::traffic::retry::Tries;
 use crate::traffic::steer::Steering;
 use crate::traffic::timeouts::{Bounds, MalformedTimeout};
@@ -65,7 +67,7 @@ pub struct UpstreamConfig {
     /// Who must answer.
     pub id: SpiffeId,
     /// Where.
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Source,
     /// From sending a request to the head of its answer.
     pub response_timeout: Duration,
 }
@@ -205,11 +207,11 @@ impl Upstream {
         Self::steered(config, Traffic::default(), dice, source, clock, scope)
     }
 
-    /// A client whose traffic goes as `traffic` says; nothing is dialled until the first request. Its
-    /// connections are tasks of `scope` and end when it is dropped.
+    /// A client whose traffic goes as `traffic` says; nothing is dialled until the first request, or the first
+    /// question after its endpoints' health. Its connections are tasks of `scope` and end when it is dropped.
     pub fn steered(
         config: UpstreamConfig,
-        traffic: Traffic,
+        mut traffic: Traffic,
         dice: Dice,
         source: IdentitySource,
         clock: SharedClock,
@@ -218,16 +220,25 @@ impl Upstream {
         let tls = identity::tls::client_config(&source, config.id.clone(), &[mux::ALPN, ALPN_H2], &clock)?;
         let authority = Authority::try_from(config.service.as_str()).map_err(|_| UpstreamError::Target)?;
         let host = HeaderValue::try_from(config.service.as_str()).map_err(|_| UpstreamError::Target)?;
-        Ok(Arc::new(Self {
+        let health = traffic.health.take();
+        let upstream = Arc::new(Self {
             authority,
             host,
             tls: TlsConnector::from(tls),
             source,
             clock,
             scope: scope.clone(),
-            steering: Steering::new(traffic, Locality::default(), &config.endpoints, dice),
+            steering: Steering::new(traffic, Locality::default(), &[], dice),
             config,
-        }))
+        });
+        match &upstream.config.endpoints {
+            Source::Static(list) => upstream.steering.endpoints.replace(list.iter().cloned()),
+            source => upstream.follow(source.clone()),
+        }
+        if let Some(check) = health {
+            upstream.watch_health(check);
+        }
+        Ok(upstream)
     }
 
     /// Puts these endpoints in place of those before; connections to those that stay are kept.
@@ -414,23 +425,27 @@ impl Upstream {
                     return Err(Failure { after: Some(RetryOn::Connect), unsent: Some(body), error });
                 }
             };
-            let sent = match link {
-                Link::Mux(handle) => match handle.send(to.head, body).await {
-                    Ok(response) => Sent::Answered(response),
-                    Err(SendError::NotSent(unsent)) => Sent::NotSent(unsent),
-                    Err(error) => return Err(self.unanswered(&error)),
-                },
-                Link::Http2 { sender, in_flight } => {
-                    Box::pin(self.send_http2(sender, &in_flight, to.head, body)).await?
-                }
-            };
-            match sent {
+            match self.over(link, to.head, body).await? {
                 Sent::Answered(response) => return Ok(Answered { endpoint, began, response }),
                 Sent::NotSent(unsent) => body = unsent,
             }
         }
         let error = self.broken("every connection was closing");
         Err(Failure { after: Some(RetryOn::Connect), unsent: Some(body), error })
+    }
+
+    /// One try over one connection.
+    async fn over(&self, link: Link, head: &Parts, body: Body) -> Result<Sent, Failure> {
+        match link {
+            Link::Mux(handle) => match handle.send(head, body).await {
+                Ok(response) => Ok(Sent::Answered(response)),
+                Err(SendError::NotSent(unsent)) => Ok(Sent::NotSent(unsent)),
+                Err(error) => Err(self.unanswered(&error)),
+            },
+            Link::Http2 { sender, in_flight } => {
+                Box::pin(self.send_http2(sender, &in_flight, head, body)).await
+            }
+        }
     }
 
     fn unanswered(&self, error: &SendError) -> Failure {

@@ -54,7 +54,7 @@ async fn ask(pair: &Pair, svid: &X509Svid, request: Request<sidecar::Body>) -> S
     let config = UpstreamConfig {
         service: "stock".into(),
         id: id("/service/stock"),
-        endpoints: vec![pair.stock],
+        endpoints: vec![pair.stock].into(),
         response_timeout: Duration::from_secs(10),
     };
     let upstream = Upstream::new(config, source, SystemClock::shared(), &pair.scope).unwrap();

@@ -80,6 +80,7 @@ impl World {
                 hbone: None,
                 proxies: Default::default(),
                 rate_limit: None,
+                health: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -107,7 +108,7 @@ impl World {
         let config = UpstreamConfig {
             service: "backend".into(),
             id: id(BACKEND),
-            endpoints: vec![self.inbound],
+            endpoints: vec![self.inbound].into(),
             response_timeout: DEADLINE,
         };
         let dice = Dice::seeded(17);

@@ -566,6 +566,7 @@ impl World {
                 hbone: None,
                 proxies: Default::default(),
                 rate_limit: None,
+                health: None,
             }),
             ext_authz: None,
             calls: Vec::new(),

@@ -122,12 +122,13 @@ impl World {
             hbone: None,
             proxies: Default::default(),
             rate_limit: None,
+            health: None,
         };
         start(SERVER, Some(inbound), Vec::new());
         let upstream = UpstreamConfig {
             service: "backend".into(),
             id: id(SERVER),
-            endpoints: vec![endpoint],
+            endpoints: vec![endpoint].into(),
             response_timeout: DEADLINE,
         };
         let call =

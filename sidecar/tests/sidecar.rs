@@ -211,6 +211,7 @@ impl World {
                 hbone: None,
                 proxies: Default::default(),
                 rate_limit: None,
+                health: None,
             }),
             ext_authz: None,
             calls: Vec::new(),
@@ -269,7 +270,7 @@ impl World {
         let config = UpstreamConfig {
             service: "accounts".into(),
             id: id("/service/accounts"),
-            endpoints: vec![self.inbound],
+            endpoints: vec![self.inbound].into(),
             response_timeout: Duration::from_secs(30),
         };
         let upstream = Upstream::new(config, source, self.clock.clone(), &self.scope).unwrap();
@@ -571,7 +572,7 @@ async fn a_wrong_server_is_not_called() {
         service: "payments".into(),
         // accounts answers there, not payments.
         id: id("/service/payments"),
-        endpoints: vec![world.inbound],
+        endpoints: vec![world.inbound].into(),
         response_timeout: Duration::from_secs(10),
     };
     let upstream = Upstream::new(config, source, world.clock.clone(), &world.scope).unwrap();
@@ -630,7 +631,7 @@ async fn requests_go_on_while_identities_rotate() {
     let config = UpstreamConfig {
         service: "accounts".into(),
         id: id("/service/accounts"),
-        endpoints: vec![world.inbound],
+        endpoints: vec![world.inbound].into(),
         response_timeout: Duration::from_secs(10),
     };
     let upstream = Upstream::new(config, source.clone(), world.clock.clone(), &world.scope).unwrap();
@@ -723,7 +724,7 @@ async fn a_request_to_a_silent_peer_waits_no_longer_than_its_own_timeout() {
     let config = UpstreamConfig {
         service: "accounts".into(),
         id: id("/service/accounts"),
-        endpoints: vec![address],
+        endpoints: vec![address].into(),
         response_timeout: Duration::from_millis(100),
     };
     let source = world.authority.source("/service/web");
@@ -815,6 +816,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             hbone: None,
             proxies: Default::default(),
             rate_limit: None,
+            health: None,
         }),
         ext_authz: None,
         calls: vec![Call {
@@ -822,7 +824,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
             upstream: UpstreamConfig {
                 service: "accounts".into(),
                 id: id("/service/accounts"),
-                endpoints: vec![world.inbound],
+                endpoints: vec![world.inbound].into(),
                 response_timeout: Duration::from_secs(10),
             },
             carries: sidecar::Carries::Requests,
@@ -845,7 +847,7 @@ async fn the_user_travels_by_traceparent_and_by_nothing_else() {
     let config = UpstreamConfig {
         service: "web".into(),
         id: id("/service/web"),
-        endpoints: vec![web_inbound],
+        endpoints: vec![web_inbound].into(),
         response_timeout: Duration::from_secs(10),
     };
     let upstream = Upstream::new(config, gateway_source, world.clock.clone(), &world.scope).unwrap();
@@ -893,7 +895,12 @@ async fn until(holds: impl Fn() -> bool) {
 
 fn to_accounts(endpoints: Vec<SocketAddr>) -> UpstreamConfig {
     let response_timeout = Duration::from_secs(10);
-    UpstreamConfig { service: "accounts".into(), id: id("/service/accounts"), endpoints, response_timeout }
+    UpstreamConfig {
+        service: "accounts".into(),
+        id: id("/service/accounts"),
+        endpoints: endpoints.into(),
+        response_timeout,
+    }
 }
 
 #[tokio::test]

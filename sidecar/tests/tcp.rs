@@ -27,6 +27,7 @@ use sidecar::live::Registry;
 use sidecar::tcp::frame::{OpenFrame, Session, SessionError, Status};
 use sidecar::tcp::inbound::TcpInboundConfig;
 use sidecar::tcp::{ALPN_TCP, Ports, Stream, TcpInbound, TcpOutbound, TcpStats, TcpUpstream};
+use sidecar::traffic::random::Dice;
 use sidecar::{InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -177,10 +178,12 @@ impl Db {
             service: "db".into(),
             id: id(callee),
             port: String::new(),
-            endpoints: vec![self.address],
+            endpoints: vec![self.address].into(),
         };
         let stats = TcpStats::default();
-        let outbound = TcpOutbound::new(upstream, source, stats.clone(), self.clock.clone(), true).unwrap();
+        let outbound =
+            TcpOutbound::new(upstream, source, stats.clone(), self.clock.clone(), Dice::seeded(5), true)
+                .unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         outbound.serve(listener, &sidecar::server::Limits::default(), &self.scope);
@@ -632,6 +635,7 @@ async fn a_sidecar_takes_plain_connections_where_it_takes_requests_and_judges_th
             hbone: None,
             proxies: Default::default(),
             rate_limit: None,
+            health: None,
         }),
         ext_authz: None,
         calls: Vec::new(),

@@ -23,6 +23,7 @@ use sidecar::app::AppProtocol;
 use sidecar::capture::CaptureConfig;
 use sidecar::traffic::config::Traffic;
 use sidecar::traffic::random::Dice;
+use sidecar::traffic::resolve::Source;
 use sidecar::upstream::{Upstream, UpstreamConfig};
 use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
 use tokio::sync::Notify;
@@ -65,8 +66,17 @@ struct App {
     name: &'static str,
     seen: Mutex<Vec<HeaderMap>>,
     came: Notify,
-    /// Answers nobody while it is set.
-    stalled: Mutex<bool>,
+    how: Mutex<How>,
+}
+
+/// What an app does with a request.
+#[derive(Clone, Copy)]
+enum How {
+    Answer,
+    /// It waits for ever.
+    Stall,
+    /// It says 503.
+    Fail,
 }
 
 impl App {
@@ -75,7 +85,11 @@ impl App {
     }
 
     fn stall(&self) {
-        *self.stalled.lock().unwrap() = true;
+        self.does(How::Stall);
+    }
+
+    fn does(&self, how: How) {
+        *self.how.lock().unwrap() = how;
     }
 
     /// Waits until so many requests have come.
@@ -95,10 +109,14 @@ impl App {
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<String>, Infallible> {
         self.seen.lock().unwrap().push(request.headers().clone());
         self.came.notify_waiters();
-        if *self.stalled.lock().unwrap() {
-            std::future::pending::<()>().await;
+        let how = *self.how.lock().unwrap();
+        let mut response = Response::new(self.name.to_owned());
+        match how {
+            How::Answer => {}
+            How::Stall => std::future::pending().await,
+            How::Fail => *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE,
         }
-        Ok(Response::new(self.name.to_owned()))
+        Ok(response)
     }
 }
 
@@ -128,9 +146,18 @@ impl Stage {
         name: &'static str,
         change: impl FnOnce(InboundConfig) -> InboundConfig,
     ) -> (Arc<App>, SocketAddr) {
+        self.service_of(name, None, change)
+    }
+
+    fn service_of(
+        &self,
+        name: &'static str,
+        admin: Option<TcpListener>,
+        change: impl FnOnce(InboundConfig) -> InboundConfig,
+    ) -> (Arc<App>, SocketAddr) {
         let ((app_door, app_address), (inbound, address)) = (listener(), listener());
         let app =
-            Arc::new(App { name, seen: Mutex::default(), came: Notify::new(), stalled: Mutex::new(false) });
+            Arc::new(App { name, seen: Mutex::default(), came: Notify::new(), how: Mutex::new(How::Answer) });
         let (serving, tasks) = (Arc::clone(&app), self.scope.clone());
         app_door.set_nonblocking(true).unwrap();
         let app_door = tokio::net::TcpListener::from_std(app_door).unwrap();
@@ -161,15 +188,16 @@ impl Stage {
             hbone: None,
             proxies: Default::default(),
             rate_limit: None,
+            health: None,
         };
         let id = id(&format!("/ns/default/sa/{name}"));
-        self.start(SidecarConfig { inbound: Some(change(inbound)), ..settings(id) });
+        self.start(SidecarConfig { inbound: Some(change(inbound)), admin, ..settings(id) });
         (app, address)
     }
 
     fn upstream_config(name: &str, endpoints: Vec<SocketAddr>) -> UpstreamConfig {
         let id = id(&format!("/ns/default/sa/{name}"));
-        UpstreamConfig { service: name.into(), id, endpoints, response_timeout: DEADLINE }
+        UpstreamConfig { service: name.into(), id, endpoints: endpoints.into(), response_timeout: DEADLINE }
     }
 
     /// A client's sidecar whose app calls `services[0]`; the others are known to it.
@@ -198,13 +226,17 @@ struct Client<'a> {
 
 impl Client<'_> {
     async fn ask(&self, headers: &[(&str, &str)]) -> Response<String> {
+        self.get("/", headers).await
+    }
+
+    async fn get(&self, target: &str, headers: &[(&str, &str)]) -> Response<String> {
         let stream = tokio::net::TcpStream::connect(self.address).await.unwrap();
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         self.stage.scope.spawn("client", async move {
             let _ended = connection.await;
         });
-        let mut request = Request::get("/").header("host", "backend");
+        let mut request = Request::get(target).header("host", "localhost");
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -375,5 +407,120 @@ async fn a_call_ends_at_its_deadline_and_what_is_left_goes_along() {
     assert_eq!((late.status(), &late.headers()["grpc-status"]), (StatusCode::OK, &"4".parse().unwrap()));
     let malformed = client.ask(&[grpc, ("grpc-timeout", "soon")]).await;
     assert_eq!(malformed.headers()["grpc-status"], "3");
+    stage.end().await;
+}
+
+impl Stage {
+    fn upstream(&self, endpoints: Source, how: &str) -> Arc<Upstream> {
+        let config = UpstreamConfig { endpoints, ..Self::upstream_config("backend", Vec::new()) };
+        let (source, clock) = (self.authority.source(CLIENT), SystemClock::shared());
+        Upstream::steered(config, traffic(how), Dice::seeded(5), source, clock, &self.scope).unwrap()
+    }
+}
+
+async fn ask(upstream: &Upstream) -> u16 {
+    let request = Request::get("/").body(sidecar::empty()).unwrap();
+    match tokio::time::timeout(DEADLINE, upstream.send(request)).await.unwrap() {
+        Ok(response) => response.status().as_u16(),
+        Err(error) => error.status().as_u16(),
+    }
+}
+
+/// Waits until it holds.
+async fn until(holds: impl AsyncFn() -> bool) {
+    let wait = async {
+        while !holds().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_ill_gets_no_requests_until_it_is_well() {
+    let stage = Stage::new();
+    let ((one, first), (_, second)) = (stage.service("backend"), stage.service("backend"));
+    let how = "balance = \"round-robin\"\neject = { connect = 0, gateway = 0 }\n\
+               health = { check = \"http:/\", every = \"100ms\", rise = 1, fall = 2 }";
+    let upstream = stage.upstream(vec![first, second].into(), how);
+    let all_answer = async || {
+        for _ in 0..10 {
+            if ask(&upstream).await != 200 {
+                return false;
+            }
+        }
+        true
+    };
+    assert!(all_answer().await);
+    one.does(How::Fail);
+    assert!(!all_answer().await, "it is asked in turn, and nobody knows yet");
+    until(all_answer).await;
+    one.does(How::Answer);
+    // Questions and requests look alike to the app: more than questions can be says that requests come.
+    until(async || {
+        let before = one.count();
+        for _ in 0..50 {
+            assert_eq!(ask(&upstream).await, 200);
+        }
+        one.count() >= before + 25
+    })
+    .await;
+    drop(upstream);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_check_that_the_policy_denies_or_nobody_serves_leaves_the_last_endpoints_in() {
+    let stage = Stage::new();
+    let (app, address) = stage.service("backend");
+    let how = "health = { check = \"grpc\", every = \"100ms\", fall = 1 }";
+    let upstream = stage.upstream(vec![address].into(), how);
+    for _ in 0..30 {
+        assert_eq!(ask(&upstream).await, 200);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(app.count(), 30, "the question goes no further than the policy lets it");
+    drop(upstream);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_name_is_looked_up_and_its_addresses_are_the_endpoints() {
+    let stage = Stage::new();
+    let (_, address) = stage.service("backend");
+    let name = Source::Dns { name: "localhost".into(), port: address.port() };
+    let upstream = stage.upstream(name, "");
+    until(async || ask(&upstream).await == 200).await;
+    // IPv6's loopback, if the name has it, costs no request.
+    for _ in 0..20 {
+        assert_eq!(ask(&upstream).await, 200);
+    }
+    let nobody = Source::Dns { name: "nobody.invalid".into(), port: 1 };
+    assert_eq!(ask(&stage.upstream(nobody, "")).await, 503);
+    drop(upstream);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_sidecar_is_ready_when_its_app_is_well() {
+    let stage = Stage::new();
+    let (admin, at) = listener();
+    let check = toml::from_str("check = \"http:/\"\nevery = \"100ms\"\nrise = 1\nfall = 1").unwrap();
+    let (app, _) =
+        stage.service_of("backend", Some(admin), |inbound| InboundConfig { health: Some(check), ..inbound });
+    let page = async |target: &str| {
+        let client = Client { stage: &stage, address: at };
+        client.get(target, &[]).await
+    };
+    let says = async |status: u16| until(async || page("/ready").await.status() == status).await;
+    says(200).await;
+    assert!(page("/metrics").await.body().contains("palisade_app_healthy 1"));
+    app.does(How::Fail);
+    says(503).await;
+    let told = page("/ready").await;
+    assert!(told.body().contains("the app is not well"), "{}", told.body());
+    assert!(page("/metrics").await.body().contains("palisade_app_healthy 0"));
+    app.does(How::Answer);
+    says(200).await;
     stage.end().await;
 }

@@ -267,7 +267,7 @@ fn others(service: &Service, mesh: &Mesh) -> Vec<(UpstreamConfig, Traffic)> {
         let upstream = UpstreamConfig {
             service: name.to_string(),
             id: other.id.clone(),
-            endpoints: vec![other.inbound],
+            endpoints: vec![other.inbound].into(),
             response_timeout: service.request_timeout,
         };
         (upstream, mesh.traffic.get(name).cloned().unwrap_or_default())
@@ -312,7 +312,7 @@ fn configure(
             upstream: UpstreamConfig {
                 service: callee.to_string(),
                 id,
-                endpoints: vec![endpoint],
+                endpoints: vec![endpoint].into(),
                 response_timeout: service.request_timeout,
             },
             carries,
@@ -332,6 +332,7 @@ fn configure(
             proxies: Networks::default(),
             hbone: None,
             rate_limit: service.rate_limit.clone(),
+            health: service.health.clone(),
         }),
         ext_authz: None,
         calls,

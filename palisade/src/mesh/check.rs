@@ -367,6 +367,7 @@ impl Check<'_> {
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             request_timeout: request_timeout?,
             rate_limit: section.rate_limit.clone(),
+            health: section.health.clone(),
             drain_timeout: drain_timeout?,
         };
         Some((name?, service))

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
-use sidecar::traffic::config::{RateLimit, Traffic};
+use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use toml::Spanned;
 
 /// Text that remembers where it stands in the file.
@@ -255,6 +255,9 @@ pub(crate) struct ServiceSection {
     /// How many requests its sidecar lets through; more are answered 429. Default: all.
     #[schemars(example = serde_json::json!({"requests": 100, "per": "1s", "by": "peer"}))]
     pub(crate) rate_limit: Option<RateLimit>,
+    /// How its sidecar asks the app whether it is well, for /ready and /metrics. Default: not at all.
+    #[schemars(example = serde_json::json!({"check": "http:/healthz"}))]
+    pub(crate) health: Option<HealthCheck>,
     /// How long requests under way may go on when the sidecar is asked to end. Default: 10s.
     #[schemars(with = "Option<String>", example = &"10s")]
     pub(crate) drain_timeout: Option<Text>,

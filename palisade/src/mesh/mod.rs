@@ -25,7 +25,7 @@ use identity::{SpiffeId, TrustDomain};
 use serde::{Serialize, Serializer};
 use sidecar::capture::Destination;
 use sidecar::otlp::TracesConfig;
-use sidecar::traffic::config::{RateLimit, Traffic};
+use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use sidecar::traffic::egress::Rule;
 use url::Url;
 
@@ -151,6 +151,8 @@ pub(crate) struct Service {
     pub(crate) request_timeout: Duration,
     #[serde(skip)]
     pub(crate) rate_limit: Option<RateLimit>,
+    #[serde(skip)]
+    pub(crate) health: Option<HealthCheck>,
     #[serde(serialize_with = "humane")]
     pub(crate) drain_timeout: Duration,
 }

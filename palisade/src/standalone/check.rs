@@ -13,6 +13,7 @@ use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
 use sidecar::proxy_protocol::{Network, NetworkError};
+use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 
 use super::file::{
@@ -23,7 +24,7 @@ use crate::mesh::check::MAX_TIMEOUT;
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
 use crate::mesh::read::{Check, Reach};
-use crate::mesh::{AppProtocol, ServiceName};
+use crate::mesh::{AppProtocol, HostPort, ServiceName};
 
 /// Most threads that carry requests: far above any machine's processors.
 const MAX_WORKERS: u32 = 1024;
@@ -149,6 +150,7 @@ impl Check<'_> {
             decided: decided?,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
             rate_limit: section.rate_limit.clone(),
+            health: section.health.clone(),
         })
     }
 
@@ -230,9 +232,13 @@ impl Check<'_> {
             self.report(&section.id, format!("{name} is to be found nowhere"), Some(hint.into()));
         }
         let mut endpoints = Vec::new();
-        for text in &section.endpoints {
-            endpoints.extend(self.dialled(text));
-        }
+        let named = match section.endpoints.as_slice() {
+            [name] if name.get_ref().parse::<SocketAddr>().is_err() => Some(self.host_port(name)?),
+            texts => {
+                endpoints.extend(texts.iter().filter_map(|text| self.dialled(text)));
+                None
+            }
+        };
         let mut addresses: Vec<SocketAddr> =
             section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
         if section.addresses.is_empty() {
@@ -245,7 +251,10 @@ impl Check<'_> {
                 CallProtocol::Http => Carries::Requests,
                 CallProtocol::Tcp => Carries::Connections,
             },
-            endpoints,
+            endpoints: match named {
+                Some(HostPort { host, port }) => Source::Dns { name: host.into(), port },
+                None => endpoints.into(),
+            },
             addresses,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
-use sidecar::traffic::config::{RateLimit, Traffic};
+use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use toml::Spanned;
 
 use crate::mesh::file::{AppProtocol, CaptureSection, Text, TracesSection};
@@ -104,6 +104,9 @@ pub(crate) struct InboundSection {
     /// How many requests are let through; more are answered 429. Default: all.
     #[schemars(example = serde_json::json!({"requests": 100, "per": "1s", "by": "peer"}))]
     pub(crate) rate_limit: Option<RateLimit>,
+    /// How the app is asked whether it is well, for /ready and /metrics. Default: not at all.
+    #[schemars(example = serde_json::json!({"check": "http:/healthz"}))]
+    pub(crate) health: Option<HealthCheck>,
     /// The load balancers in front of `listen`, which must begin each connection with a PROXY protocol header,
     /// version 1 or 2; nobody else may. Default: none.
     #[serde(default)]
@@ -167,7 +170,7 @@ pub(crate) struct OutboundSection {
     /// What the calls are: http, or tcp for a service whose app speaks a protocol of its own. Default: http.
     #[schemars(example = &"http")]
     pub(crate) protocol: Option<CallProtocol>,
-    /// Where its sidecars are.
+    /// Where its sidecars are: addresses, or one name and port, whose addresses are looked up every five seconds.
     #[schemars(with = "Vec<String>", example = ["127.0.0.1:15606"])]
     pub(crate) endpoints: Vec<Text>,
     /// Where an app dials it that knows of no sidecar, for [capture]. Default: the endpoints.

@@ -21,7 +21,8 @@ use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
 use sidecar::otlp::TracesConfig;
 use sidecar::proxy_protocol::Networks;
-use sidecar::traffic::config::{RateLimit, Traffic};
+use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
+use sidecar::traffic::resolve::Source;
 
 use crate::mesh::load;
 use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
@@ -60,6 +61,7 @@ pub(crate) struct Inbound {
     pub(crate) decided: Decided,
     pub(crate) request_timeout: Duration,
     pub(crate) rate_limit: Option<RateLimit>,
+    pub(crate) health: Option<HealthCheck>,
     pub(crate) proxies: Networks,
     pub(crate) hbone: Option<Hbone>,
 }
@@ -94,8 +96,8 @@ pub(crate) struct Outbound {
     pub(crate) listen: SocketAddr,
     pub(crate) id: SpiffeId,
     pub(crate) carries: Carries,
-    /// INVARIANT: at least one.
-    pub(crate) endpoints: Vec<SocketAddr>,
+    /// INVARIANT: at least one, or a name.
+    pub(crate) endpoints: Source,
     /// Where apps that know of no sidecar dial it.
     pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) request_timeout: Duration,
@@ -232,7 +234,7 @@ mod tests {
         };
         let (client, server) = (load("client.toml"), load("server.toml"));
         let door = server.inbound.unwrap();
-        assert!(client.outbound.values().any(|call| call.endpoints.contains(&door.listen)));
+        assert!(client.outbound.values().any(|call| call.endpoints.to_string() == door.listen.to_string()));
         let policies =
             policy::Policies::load(&shipped.join("policies"), &TrustDomain::new("mesh.test").unwrap());
         let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
@@ -322,7 +324,9 @@ mod tests {
         let call =
             "[outbound.backend]\nlisten = \"127.0.0.1:1\"\nid = \"spiffe://mesh.test/a\"\nendpoints = [";
         assert!(refused(&format!("{call}]\n")).contains("nowhere"));
-        assert!(refused(&format!("{call}\"localhost:5\"]\n")).contains("`localhost:5` is not an address"));
+        let mixed = refused(&format!("{call}\"127.0.0.1:5\", \"localhost:5\"]\n"));
+        assert!(mixed.contains("`localhost:5` is not an address"), "{mixed}");
+        assert!(refused(&format!("{call}\"localhost\"]\n")).contains("`localhost` is not host:port"));
         let both = format!("{call}\"127.0.0.1:2\"]\n[admin]\nlisten = \"127.0.0.1:1\"\n");
         assert!(refused(&both).contains("127.0.0.1:1 is used twice"));
         let misspelt = refused(&format!("{call}\"127.0.0.1:2\"]\n[telemetry]\nacces_log = \"off\"\n"));

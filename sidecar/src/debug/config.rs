@@ -84,7 +84,7 @@ fn call(call: &Call) -> Value {
         "service": call.upstream.service,
         "listen": call.listener.local_addr().ok(),
         "spiffe_id": call.upstream.id,
-        "endpoints": call.upstream.endpoints,
+        "endpoints": call.upstream.endpoints.to_string(),
         "carries": format!("{:?}", call.carries).to_lowercase(),
         "request_timeout_seconds": seconds(call.upstream.response_timeout),
     })

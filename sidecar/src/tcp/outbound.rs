@@ -2,9 +2,9 @@
 //! exactly one SPIFFE ID.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use http::StatusCode;
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId};
 use thiserror::Error;
@@ -19,9 +19,16 @@ use crate::accept::Slot;
 use crate::live::Traffic;
 use crate::metrics::Direction;
 use crate::server::Limits;
+use crate::traffic::config;
+use crate::traffic::endpoint::{Endpoint, InFlight, Locality};
+use crate::traffic::random::Dice;
+use crate::traffic::resolve::{self, Source, SystemResolver};
+use crate::traffic::steer::Steering;
 
 /// How often a session that a connection did not begin is sent over another: the second one is new.
 const MAX_ATTEMPTS: usize = 3;
+/// Endpoints that are tried for one session before it fails.
+const MAX_ENDPOINTS_TRIED: usize = 8;
 
 /// Whom plain connections go to, and where they may be found.
 #[derive(Debug, Clone)]
@@ -32,16 +39,15 @@ pub struct TcpUpstream {
     pub id: SpiffeId,
     /// The port's name in the service's policies; empty: its only one.
     pub port: String,
-    /// Where, tried in turn.
-    pub endpoints: Vec<SocketAddr>,
+    /// Where.
+    pub endpoints: Source,
 }
 
 /// Plain connections of the app to one service.
 pub struct TcpOutbound {
     upstream: TcpUpstream,
     pool: Arc<Pool>,
-    endpoints: Mutex<Arc<[SocketAddr]>>,
-    next: AtomicUsize,
+    steering: Steering<()>,
     clock: SharedClock,
     stats: TcpStats,
     access_log: bool,
@@ -65,11 +71,15 @@ impl TcpOutbound {
         source: IdentitySource,
         stats: TcpStats,
         clock: SharedClock,
+        dice: Dice,
         access_log: bool,
     ) -> Result<Arc<Self>, rustls::Error> {
         let pool = Pool::new(upstream.id.clone(), source, clock.clone(), stats.clone())?;
-        let endpoints = Mutex::new(upstream.endpoints.clone().into());
-        Ok(Arc::new(Self { upstream, pool, endpoints, next: AtomicUsize::new(0), clock, stats, access_log }))
+        let steering = Steering::new(config::Traffic::default(), Locality::default(), &[], dice);
+        if let Source::Static(list) = &upstream.endpoints {
+            steering.endpoints.replace(list.iter().cloned());
+        }
+        Ok(Arc::new(Self { upstream, pool, steering, clock, stats, access_log }))
     }
 
     /// Accepts within `limits` until `scope` drains; sessions that are open go on. Returns at once.
@@ -87,11 +97,22 @@ impl TcpOutbound {
             accepting.serve_each("outbound tcp connection", &listener, serve).await;
         });
         scope.spawn_critical("tcp pool", Arc::clone(&self.pool).keep(scope.clone()));
+        if !matches!(self.upstream.endpoints, Source::Static(_)) {
+            let (source, endpoints) = (self.upstream.endpoints.clone(), Arc::clone(&self.steering.endpoints));
+            let (clock, dice) = (self.clock.clone(), Dice::seeded(self.steering.dice.bits()));
+            let draining = scope.clone();
+            scope.spawn("endpoints", async move {
+                tokio::select! {
+                    () = resolve::follow(source, endpoints, Arc::new(SystemResolver), clock, dice) => {}
+                    () = draining.draining() => {}
+                }
+            });
+        }
     }
 
     /// Puts other endpoints in place of those so far. Sessions that are open stay where they are.
     pub fn set_endpoints(&self, endpoints: Vec<SocketAddr>) {
-        *self.endpoints.lock().unwrap_or_else(PoisonError::into_inner) = endpoints.into();
+        self.steering.endpoints.replace(endpoints.into_iter().map(Endpoint::from));
     }
 
     /// TLS connections that are ready for a session.
@@ -129,7 +150,7 @@ impl TcpOutbound {
             return Err(ConnectError::NotLocal.into());
         }
         let open = OpenFrame { port: self.upstream.port.clone(), source: Some(remote) };
-        let Ready { tls, mut lease } = self.connection(false).await?;
+        let (Ready { tls, mut lease }, mut _counted) = self.connection(false).await?;
         let mut session = Session::open(tls, &open);
         let mut attempt = 1;
         loop {
@@ -155,26 +176,37 @@ impl TcpOutbound {
                 Some(SessionError::NotBegun) if attempt < MAX_ATTEMPTS => {
                     let Some(unbegun) = session.into_unbegun() else { return Err(Failed::Copy(error)) };
                     attempt += 1;
-                    let again = self.connection(true).await?;
+                    let (again, elsewhere) = self.connection(true).await?;
                     (session, lease) = (Session::again(again.tls, unbegun), again.lease);
+                    _counted = elsewhere;
                 }
                 _ => return Err(Failed::Copy(error)),
             }
         }
     }
 
-    /// A connection to one of the endpoints, tried in turn; a `new` one, if one that was ready has failed.
-    async fn connection(&self, new: bool) -> Result<Ready, ConnectError> {
-        let endpoints = Arc::clone(&self.endpoints.lock().unwrap_or_else(PoisonError::into_inner));
-        let first = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut failure = ConnectError::NoEndpoint;
-        for turn in 0..endpoints.len() {
-            let Some(endpoint) = endpoints.get((first + turn) % endpoints.len()) else { break };
-            let attempt =
-                if new { self.pool.connect(*endpoint).await } else { self.pool.get(*endpoint).await };
+    /// A connection to an endpoint, which counts the session while it is held; a `new` one, if one that was ready
+    /// has failed. One that cannot be reached is left for another, and left out for a while when that happens often.
+    async fn connection(&self, new: bool) -> Result<(Ready, InFlight<()>), ConnectError> {
+        let (mut failure, mut avoid) = (ConnectError::NoEndpoint, None);
+        for _ in 0..self.steering.endpoints.now().len().min(MAX_ENDPOINTS_TRIED) {
+            let began = self.clock.now();
+            let Some(endpoint) = self.steering.pick(None, avoid.as_ref(), began) else { break };
+            let address = endpoint.address;
+            let attempt = if new { self.pool.connect(address).await } else { self.pool.get(address).await };
+            let now = self.clock.now();
+            let took = now.saturating_sub(began);
             match attempt {
-                Ok(ready) => return Ok(ready),
-                Err(error) => failure = error.into(),
+                Ok(ready) => {
+                    self.steering.answered(endpoint.member(), StatusCode::OK, took, now);
+                    return Ok((ready, endpoint));
+                }
+                Err(PoolError::NoIdentity) => return Err(PoolError::NoIdentity.into()),
+                Err(error) => {
+                    self.steering.failed(endpoint.member(), took, now);
+                    avoid = Some(Arc::clone(endpoint.member()));
+                    failure = error.into();
+                }
             }
         }
         Err(failure)

@@ -68,9 +68,9 @@ pub struct Traffic {
     /// Faults made on purpose, to see how callers bear them. Default: none.
     #[schemars(example = serde_json::json!({"abort": 503, "abort_share": "1%", "only_with": "x-fault"}))]
     pub faults: Option<Faults>,
-    /// How endpoints are asked whether they are well, beside watching their answers. Not a key yet: nobody asks
-    /// them.
-    #[serde(skip)]
+    /// How endpoints are asked whether they are well, beside watching their answers: through their sidecars, whose
+    /// policies must allow it. Default: not at all.
+    #[schemars(example = serde_json::json!({"check": "http:/healthz", "every": "5s"}))]
     pub health: Option<HealthCheck>,
 }
 
@@ -605,6 +605,7 @@ mod tests {
             timeouts = { connect = "1s", tls = "2s", idle = "4s", whole = "5s" }
             split = { accounts = 95, accounts-next = 5 }
             mirror = { to = "accounts-next", share = "5%", max_body = 1000 }
+            health = { check = "connect" }
             faults = { delay = "100ms", delay_share = "10%", abort = 503, abort_share = "0.5%", only_with = "X-Fault" }
             "#,
         )
@@ -677,6 +678,6 @@ mod tests {
         let mut found = Vec::new();
         undescribed(&schema, "", &mut found);
         assert_eq!(found, [] as [String; 0]);
-        assert_eq!(schema["properties"].as_object().unwrap().len(), 11);
+        assert_eq!(schema["properties"].as_object().unwrap().len(), 12);
     }
 }

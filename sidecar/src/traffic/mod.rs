@@ -7,7 +7,7 @@
 //! | [`resolve`] | where that knowledge comes from: a list, a name, whoever pushes it |
 //! | [`balance`] | which endpoint gets a request |
 //! | [`outlier`] | which endpoint is left out for a while |
-//! | [`health`] | when endpoints are asked whether they are well, and what follows |
+//! | [`health`], [`probe`] | when endpoints are asked whether they are well, what, and what follows |
 //! | [`breaker`] | what is refused because too much is under way |
 //! | [`retry`], [`hedge`] | what is sent again, and what is sent twice |
 //! | [`split`] | which of several services gets a call, and which calls are copied |
@@ -27,6 +27,7 @@ pub mod health;
 pub mod hedge;
 pub mod load;
 pub mod outlier;
+pub(crate) mod probe;
 pub mod random;
 pub mod ratelimit;
 pub mod resolve;

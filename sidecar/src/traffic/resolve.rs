@@ -1,5 +1,6 @@
 //! Where endpoints come from: a list, a name in DNS, or whoever pushes them.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -51,6 +52,26 @@ pub enum Source {
     },
     /// Whoever holds the other end says.
     Pushed(watch::Receiver<Arc<[Endpoint]>>),
+}
+
+impl From<Vec<SocketAddr>> for Source {
+    fn from(addresses: Vec<SocketAddr>) -> Self {
+        Self::Static(addresses.into_iter().map(Endpoint::from).collect())
+    }
+}
+
+/// As it was configured: addresses, or the name.
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Static(list) => {
+                let addresses: Vec<_> = list.iter().map(|endpoint| endpoint.address.to_string()).collect();
+                f.write_str(&addresses.join(", "))
+            }
+            Self::Dns { name, port } => write!(f, "{name}:{port}"),
+            Self::Pushed(_) => f.write_str("as they are announced"),
+        }
+    }
 }
 
 /// Keeps `endpoints` as `source` says; ends when nothing can change them any more.

@@ -135,13 +135,14 @@ impl Pair {
             hbone: None,
             proxies: Networks::default(),
             rate_limit: None,
+            health: None,
         };
         let of_stock = SidecarConfig { inbound: Some(inbound), ..config(id("/service/stock"), admin) };
         let ((listening, calls), (admin, web_admin)) = (listener(), listener());
         let upstream = UpstreamConfig {
             service: "stock".into(),
             id: id("/service/stock"),
-            endpoints: vec![stock],
+            endpoints: vec![stock].into(),
             response_timeout: Duration::from_secs(10),
         };
         let call =

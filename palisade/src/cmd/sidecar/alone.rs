@@ -140,6 +140,7 @@ fn configure(
                 proxies: inbound.proxies.clone(),
                 hbone: hbone.transpose()?,
                 rate_limit: inbound.rate_limit.clone(),
+                health: inbound.health.clone(),
             })
         }
     };

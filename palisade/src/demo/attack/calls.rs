@@ -126,7 +126,7 @@ impl Workload {
         let config = UpstreamConfig {
             service: name,
             id: to.clone(),
-            endpoints: vec![address],
+            endpoints: vec![address].into(),
             response_timeout: ANSWER_TIMEOUT,
         };
         let upstream = Upstream::new(config, source, clock.clone(), &scope)?;
