@@ -14,8 +14,8 @@ use super::decode::{BodyError, Decoder, Part};
 use super::head::Length;
 use super::pace::{Pace, Timer};
 
-/// What a read of a body that fills every buffer grows to: larger ones gained nothing.
-const MAX_READ_BYTES: usize = 64 * 1024;
+/// What a read of a body that fills every buffer grows to. Each stream that its peer does not take holds as much.
+const MAX_READ_BYTES: usize = 32 * 1024;
 /// Read without a buffer of the connection's own while it has been idle for long.
 const PROBE_BYTES: usize = 512;
 
