@@ -53,16 +53,25 @@ fn grpc_calls_of_every_kind_pass_and_each_is_decided() {
     assert_eq!(app.says(), "asked");
     assert_eq!(app.says(), "cancelled");
     calls.tell("asked");
-    assert_eq!(calls.ends(), ["deadlines", "large_messages"]);
+    assert_eq!(calls.ends(), ["deadlines", "large_messages", "objects"]);
     server.end();
     let records = requests(&stage, "server");
     let of = |verdict: &'static str| records.iter().filter(move |record| record["verdict"] == verdict);
-    assert!(of("allow").all(|record| record["rule"].as_str().unwrap().contains("client-calls-all-but-drop")));
+    let is_of = |record: &Value, service: &str| record["path"].as_str().unwrap().starts_with(service);
+    let ledger = |verdict| of(verdict).filter(|record| is_of(record, "/bank.Ledger/"));
+    assert!(
+        ledger("allow").all(|record| record["rule"].as_str().unwrap().contains("client-calls-all-but-drop"))
+    );
+    let accounts: Vec<_> = of("allow").filter(|record| is_of(record, "/bank.Accounts/")).collect();
+    assert!(accounts.len() >= 4, "{accounts:?}");
+    assert!(
+        accounts.iter().all(|record| record["rule"].as_str().unwrap().contains("client-reads-two-accounts"))
+    );
+    assert!(accounts.iter().any(|record| record["objects"] == "Backend::Account::\"42\""), "{accounts:?}");
     assert!(
         of("allow").any(|record| record["objects"].as_str().unwrap().contains("Procedure::\"Converse\""))
     );
     assert!(of("deny").any(|record| record["objects"].as_str().unwrap().contains("Procedure::\"Drop\"")));
-    assert!(of("allow").all(|record| record["path"].as_str().unwrap().starts_with("/bank.Ledger/")));
     // Not a word of what was refused.
     assert_eq!(app.ends_now(), Vec::<String>::new());
 }

@@ -1,4 +1,5 @@
-//! Bodies that name objects: a closed list of typed top-level members, as JSON or as a form.
+//! Bodies that name objects: a closed list of typed top-level members, as JSON or as a form. Those of gRPC are
+//! [`crate::proto`]'s.
 
 use std::collections::BTreeMap;
 
@@ -31,6 +32,13 @@ pub enum BodyRule {
     Json {
         /// The limit; a longer body is refused, never cut.
         max_bytes: usize,
+    },
+    /// gRPC messages with the route's members among their fields: call [`crate::Mapped::with_body`] with each.
+    Grpc {
+        /// The limit of one message; a longer one is refused, never cut.
+        max_bytes: usize,
+        /// The client may send more than one.
+        streams: bool,
     },
     /// A form (`application/x-www-form-urlencoded`) of the route's members; likewise.
     Form {
@@ -75,6 +83,18 @@ impl Member {
             _ => return None,
         };
         Some(Self { kind, optional })
+    }
+}
+
+impl MemberType {
+    /// As maps write it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Id => "id",
+            Self::Int => "int",
+            Self::Text => "text",
+            Self::Bool => "bool",
+        }
     }
 }
 
@@ -139,7 +159,7 @@ fn canonical_integer(text: &str) -> Option<i64> {
     (exact && number.to_string() == text).then_some(number)
 }
 
-fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
+pub(crate) fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
     let good = match kind {
         MemberType::Id => is_plain_id(text),
         _ => text.len() <= MAX_TEXT_BYTES && !text.contains('\0'),
@@ -149,16 +169,20 @@ fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
 
 fn complete(members: &Members, values: Values) -> Result<Values, String> {
     match members.iter().find(|(name, member)| !member.optional && !values.contains_key(*name)) {
-        Some((name, _)) => Err(format!("the member {name:?} is missing")),
+        Some((name, _)) => Err(missing(name)),
         None => Ok(values),
     }
+}
+
+pub(crate) fn missing(name: &str) -> String {
+    format!("the member {name:?} is missing")
 }
 
 fn unlisted(name: &str) -> String {
     format!("the member {:?} is not one of this route's", crate::record::cut(name))
 }
 
-fn wrong_type(name: &str, kind: MemberType) -> String {
+pub(crate) fn wrong_type(name: &str, kind: MemberType) -> String {
     let wanted = match kind {
         MemberType::Id => "an id (A-Z a-z 0-9 . _ -)",
         MemberType::Int => "an integer in its one spelling, of at most 53 bits",

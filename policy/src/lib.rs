@@ -18,6 +18,7 @@ mod object;
 mod oracle;
 mod plan;
 mod problem;
+mod proto;
 mod receipt;
 mod record;
 mod render;

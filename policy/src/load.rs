@@ -8,12 +8,14 @@ use std::sync::{Arc, OnceLock};
 
 use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
 use identity::{SpiffeId, TrustDomain};
+use prost_reflect::DescriptorPool;
 
 use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
 use crate::map::{self, Map};
 use crate::problem::{Problem, Problems};
+use crate::proto;
 use crate::record::Rule;
 use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
@@ -99,6 +101,8 @@ struct ServiceFiles {
     schema: TextFile,
     map: TextFile,
     policies: Vec<TextFile>,
+    /// What gRPC messages are.
+    protos: Vec<TextFile>,
 }
 
 struct Files {
@@ -109,7 +113,8 @@ struct Files {
 impl Files {
     fn all(&self) -> impl Iterator<Item = (&str, &str)> {
         let services = self.services.iter();
-        let files = services.flat_map(|s| [&s.schema, &s.map].into_iter().chain(&s.policies));
+        let files =
+            services.flat_map(|s| [&s.schema, &s.map].into_iter().chain(&s.policies).chain(&s.protos));
         std::iter::once(&self.mesh).chain(files).map(|file| (file.name.as_str(), file.text.as_str()))
     }
 }
@@ -159,16 +164,17 @@ fn is_service_name(name: &str) -> bool {
 }
 
 fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
-    let (mut schemas, mut maps, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut schemas, mut maps, mut policies, mut protos) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for entry in entries(&service.path, problems) {
         let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match (entry.is_dir, extension) {
             (false, "cedarschema") => schemas.push(read_file(root, &entry.path, problems)),
             (false, "cedar") => policies.push(read_file(root, &entry.path, problems)),
+            (false, "proto") => protos.push(read_file(root, &entry.path, problems)),
             (false, _) if entry.name == MAP => maps.push(read_file(root, &entry.path, problems)),
             _ => problems.push(
                 Problem::file(&entry.path, "not a file of a service that this version knows")
-                    .hint(format!("known are *.cedarschema, *.cedar and {MAP}")),
+                    .hint(format!("known are *.cedarschema, *.cedar, *.proto and {MAP}")),
             ),
         }
     }
@@ -188,7 +194,13 @@ fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option
         problems
             .push(Problem::file(&service.path, format!("the service {} has several schemas", service.name)));
     }
-    Some(ServiceFiles { name: service.name.clone(), schema: schemas.pop()?, map: maps.pop()?, policies })
+    Some(ServiceFiles {
+        name: service.name.clone(),
+        schema: schemas.pop()?,
+        map: maps.pop()?,
+        policies,
+        protos,
+    })
 }
 
 struct Found {
@@ -255,13 +267,33 @@ fn load_service(
         }
     };
     // Both are looked at even if one has problems.
-    let map = map::parse(&files.map.path, &files.map.text, &schema, problems);
+    let protos = descriptors(&files.protos, problems);
+    let map = map::parse(&files.map.path, &files.map.text, &schema, protos.as_ref(), problems);
     let loaded = load_policies(files, &schema, trust_domain, problems);
     let (map, (set, entries)) = (map?, loaded?);
     let namespace = schema.namespace.clone();
     let mode = map.mode;
     let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
     Some((namespace, ServicePolicy::new(shared, mode)))
+}
+
+/// What the service's `.proto` files say, if it has some.
+fn descriptors(files: &[TextFile], problems: &mut Problems) -> Option<DescriptorPool> {
+    let first = files.first()?;
+    let base = |file: &TextFile| file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names: Vec<String> = files.iter().map(base).collect();
+    let sources: Vec<proto::Source<'_>> =
+        files.iter().zip(&names).map(|(file, name)| proto::Source { name, text: &file.text }).collect();
+    match proto::compile(&sources) {
+        Ok(pool) => Some(pool),
+        Err(error) => {
+            let (name, message) = error.split_once(": ").unwrap_or(("", &error));
+            let file =
+                files.iter().zip(&names).find(|(_, known)| *known == name).map_or(first, |(file, _)| file);
+            problems.push(Problem::file(&file.path, message.to_owned()));
+            None
+        }
+    }
 }
 
 fn assemble(

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use prost_reflect::DescriptorPool;
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
@@ -14,11 +15,14 @@ use crate::body::{
 use crate::object::AttributeType;
 use crate::plan::Plan;
 use crate::problem::{Problem, Problems, suggest};
+use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
 use crate::schema::{ObjectType, ServiceSchema};
-use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_name};
+use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_field_path, is_name};
 
+/// The `body_type` of gRPC messages.
+const GRPC: &str = "grpc";
 /// Most routes of one service: overlap is checked between every two.
 const MAX_ROUTES: usize = 2000;
 /// Paths that are the mesh's own conversation with an app and never a route of it.
@@ -62,6 +66,8 @@ pub(crate) struct Route {
     /// The one protocol that a connection may be upgraded to.
     pub(crate) upgrade: Option<String>,
     pub(crate) members: Members,
+    /// What the messages of a gRPC method are, if they are judged.
+    pub(crate) message: Option<Arc<Shape>>,
     pub(crate) plan: Plan,
 }
 
@@ -79,7 +85,7 @@ impl Route {
     }
 
     pub(crate) fn needs_body(&self) -> bool {
-        matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. })
+        matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. } | BodyRule::Grpc { .. })
     }
 }
 
@@ -130,10 +136,17 @@ struct Draft {
     upgrade: Option<At<String>>,
 }
 
-/// Parses and resolves a map. `None` and at least one problem more if something is wrong.
-pub(crate) fn parse(file: &Path, text: &str, schema: &ServiceSchema, problems: &mut Problems) -> Option<Map> {
+/// Parses and resolves a map. `None` and at least one problem more if something is wrong. `protos` is what the
+/// service's `.proto` files say, if it has some.
+pub(crate) fn parse(
+    file: &Path,
+    text: &str,
+    schema: &ServiceSchema,
+    protos: Option<&DescriptorPool>,
+    problems: &mut Problems,
+) -> Option<Map> {
     let before = problems.0.len();
-    let mut reader = Reader { file, text, problems };
+    let mut reader = Reader { file, text, protos, problems };
     let map = reader.map(schema);
     (problems.0.len() == before).then_some(map)
 }
@@ -141,6 +154,7 @@ pub(crate) fn parse(file: &Path, text: &str, schema: &ServiceSchema, problems: &
 struct Reader<'a> {
     file: &'a Path,
     text: &'a str,
+    protos: Option<&'a DescriptorPool>,
     problems: &'a mut Problems,
 }
 
@@ -345,6 +359,7 @@ impl Reader<'_> {
         let (method, path, template) = self.matching(&draft)?;
         let action = self.action(&draft, schema);
         let (body, members) = self.body(&draft, &method);
+        let (body, message) = self.message(&draft, &method, &path, body, &members);
         self.check_upgrade(&draft, &method);
         let query = self.query(&draft);
         let places = Places { path: &path, query: &query, members: &members };
@@ -356,7 +371,20 @@ impl Reader<'_> {
         let plan = Plan::new(&path, &query, &objects, object_type, &attributes);
         let kind = kind.into();
         let upgrade = draft.upgrade.map(|protocol| protocol.value);
-        Some(Route { template, method, path, action, kind, attributes, query, body, upgrade, members, plan })
+        Some(Route {
+            template,
+            method,
+            path,
+            action,
+            kind,
+            attributes,
+            query,
+            body,
+            upgrade,
+            members,
+            message,
+            plan,
+        })
     }
 
     fn matching(&mut self, draft: &Draft) -> Option<(String, PathTemplate, String)> {
@@ -423,7 +451,8 @@ impl Reader<'_> {
     fn body(&mut self, draft: &Draft, method: &str) -> (BodyRule, Members) {
         let mut members = Members::new();
         for (name, kind) in draft.body.iter().flatten() {
-            if !is_name(&name.value) {
+            let of_grpc = draft.body_type.as_ref().is_some_and(|kind| kind.value == GRPC);
+            if !(is_name(&name.value) || of_grpc && is_field_path(&name.value)) {
                 self.say(name.span.clone(), format!("`{}` is not a member name", name.value));
             }
             match Member::parse(&kind.value) {
@@ -445,6 +474,9 @@ impl Reader<'_> {
         let (rule, most) = match (draft.body.is_some(), kind) {
             (true, None | Some("json")) => (BodyRule::Json { max_bytes: judged }, MAX_JUDGED_BODY_BYTES),
             (true, Some("form")) => (BodyRule::Form { max_bytes: judged }, MAX_JUDGED_BODY_BYTES),
+            (true, Some(GRPC)) => {
+                (BodyRule::Grpc { max_bytes: judged, streams: false }, MAX_JUDGED_BODY_BYTES)
+            }
             (false, Some("opaque")) => {
                 (BodyRule::Opaque { max_bytes: limit(MAX_OPAQUE_BODY_BYTES) }, MAX_OPAQUE_BODY_BYTES)
             }
@@ -452,7 +484,7 @@ impl Reader<'_> {
             _ => {
                 let span = draft.body_type.as_ref().map_or(draft.span.clone(), |kind| kind.span.clone());
                 self.say(span, "`body_type` does not fit").hint(
-                    "\"json\" or \"form\" with `body = { member = \"type\" }`, or \"opaque\" without `body`",
+                    "\"json\", \"form\" or \"grpc\" with `body = { member = \"type\" }`, or \"opaque\" without `body`",
                 );
                 (BodyRule::None, usize::MAX)
             }
@@ -465,6 +497,41 @@ impl Reader<'_> {
             }
         }
         (rule, members)
+    }
+
+    /// What the messages of a gRPC method are, held against the service's `.proto` files.
+    fn message(
+        &mut self,
+        draft: &Draft,
+        method: &str,
+        path: &PathTemplate,
+        rule: BodyRule,
+        members: &Members,
+    ) -> (BodyRule, Option<Arc<Shape>>) {
+        let BodyRule::Grpc { max_bytes, .. } = rule else { return (rule, None) };
+        let place = draft.matching.as_ref().map_or(draft.span.clone(), |matching| matching.span.clone());
+        let Some(protos) = self.protos else {
+            let span = draft.body_type.as_ref().map_or(place, |kind| kind.span.clone());
+            self.say(span, "there is no .proto file to read messages by")
+                .hint("put the service's .proto files beside map.toml");
+            return (rule, None);
+        };
+        let Some(path) = path.literal().filter(|_| method == "POST") else {
+            self.say(place, "messages are those of one method: POST /package.Service/Method");
+            return (rule, None);
+        };
+        match Call::new(protos, &path, members) {
+            Ok(Call { message, streams }) => (BodyRule::Grpc { max_bytes, streams }, Some(message)),
+            Err((member, message)) => {
+                let at = |name: &str| {
+                    let mut stated = draft.body.iter().flatten();
+                    stated.find(|(stated, _)| stated.value == name).map(|(stated, _)| stated.span.clone())
+                };
+                let span = member.as_deref().and_then(at).unwrap_or(place);
+                self.say(span, message);
+                (rule, None)
+            }
+        }
     }
 
     /// What follows an upgrade is judged no further: the route must say so, and its object must be known before.
@@ -692,7 +759,8 @@ fn parse_source(text: &str) -> Result<Source, String> {
         None if text == "entities" => Ok(Source::Entities),
         Some(("path", capture)) => Ok(Source::Request(Place::Path(name(capture)?))),
         Some(("body", pointer)) => match pointer.strip_prefix('/') {
-            Some(member) => Ok(Source::Request(Place::Body(name(member)?))),
+            Some(member) if is_field_path(member) => Ok(Source::Request(Place::Body(member.to_owned()))),
+            Some(member) => Err(format!("`{member}` is not a name")),
             None => Err("a body member is written body:/name".into()),
         },
         Some(("claim", claim)) => match claim {

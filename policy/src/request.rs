@@ -127,7 +127,8 @@ impl Mapped {
         self.route.upgrade.as_deref()
     }
 
-    /// The request with its whole body read. Does nothing for a route that does not look at bodies.
+    /// The request with its whole body read, or with one message of a gRPC call, without the five bytes before it.
+    /// Does nothing for a route that does not look at bodies.
     ///
     /// # Errors
     /// A body that is too long, has more than one reading, or is not the route's closed list of typed
@@ -147,9 +148,13 @@ impl Mapped {
             BodyRule::Form { max_bytes } if body.len() <= max_bytes => {
                 (max_bytes, body::read_form(&route.members, body))
             }
-            BodyRule::Json { max_bytes } | BodyRule::Form { max_bytes } => {
-                (max_bytes, Ok(body::Values::new()))
-            }
+            BodyRule::Grpc { max_bytes, .. } if body.len() <= max_bytes => match &route.message {
+                Some(message) => (max_bytes, message.read(body)),
+                None => (max_bytes, Err("nothing says what the message is".to_owned())),
+            },
+            BodyRule::Json { max_bytes }
+            | BodyRule::Form { max_bytes }
+            | BodyRule::Grpc { max_bytes, .. } => (max_bytes, Ok(body::Values::new())),
         };
         if body.len() > max_bytes {
             let reason = format!("the body is longer than {max_bytes} bytes");

@@ -275,6 +275,7 @@ fn check_body_headers(rule: BodyRule, headers: &HeaderMap) -> Result<(), Refusal
         }
         BodyRule::Json { .. } => "application/json",
         BodyRule::Form { .. } => "application/x-www-form-urlencoded",
+        BodyRule::Grpc { .. } => return check_grpc_type(headers),
     };
     if headers.contains_key(CONTENT_ENCODING) {
         return refuse("an encoded body is not judged");
@@ -290,6 +291,17 @@ fn check_body_headers(rule: BodyRule, headers: &HeaderMap) -> Result<(), Refusal
     });
     if !media.eq_ignore_ascii_case(wanted) || !utf8 || types.next().is_some() {
         return refuse(&format!("the body is not declared as {wanted}"));
+    }
+    Ok(())
+}
+
+/// Messages are protobuf, whose one encoding the type may name; each says itself whether it is compressed.
+fn check_grpc_type(headers: &HeaderMap) -> Result<(), Refusal> {
+    let mut types = headers.get_all(CONTENT_TYPE).iter();
+    let given = types.next().map(http::HeaderValue::as_bytes);
+    let known = matches!(given, Some(b"application/grpc" | b"application/grpc+proto"));
+    if !known || types.next().is_some() || headers.contains_key(CONTENT_ENCODING) {
+        return Err(Refusal::malformed("request.body", "the body is not declared as application/grpc"));
     }
     Ok(())
 }
@@ -352,6 +364,7 @@ mod tests {
             attributes: BTreeMap::new(),
             query: Vec::new(),
             body: BodyRule::None,
+            message: None,
             upgrade: None,
             members: BTreeMap::new(),
         }

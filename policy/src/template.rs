@@ -95,6 +95,11 @@ pub(crate) fn is_name(text: &str) -> bool {
         && text.bytes().all(rest)
 }
 
+/// The way to a field of a message: names with dots between them.
+pub(crate) fn is_field_path(text: &str) -> bool {
+    text.len() <= MAX_SEGMENT_BYTES && text.split('.').all(is_name)
+}
+
 /// One segment of a path template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Segment {
@@ -116,6 +121,15 @@ pub(crate) struct TemplateError {
 }
 
 impl PathTemplate {
+    /// The path, if it is one only.
+    pub(crate) fn literal(&self) -> Option<String> {
+        let segments = self.segments.iter().map(|segment| match segment {
+            Segment::Literal(text) => Some(text.as_str()),
+            Segment::Capture { .. } => None,
+        });
+        Some(format!("/{}", segments.collect::<Option<Vec<_>>>()?.join("/")))
+    }
+
     pub(crate) fn parse(text: &str) -> Result<Self, TemplateError> {
         let fail = |span: Range<usize>, message: String| TemplateError { span, message };
         let whole = 0..text.len();
@@ -282,7 +296,7 @@ pub(crate) enum Place {
     Path(String),
     /// A query parameter.
     Query(String),
-    /// A top-level member of the body.
+    /// A top-level member of the body, or of a gRPC message the way to a field, with dots.
     Body(String),
 }
 
@@ -366,7 +380,8 @@ fn place(inner: &str) -> Result<Place, String> {
         None => named(inner, Place::Path),
         Some(("query", name)) => named(name, Place::Query),
         Some(("body", pointer)) => match pointer.strip_prefix('/') {
-            Some(name) => named(name, Place::Body),
+            Some(path) if is_field_path(path) => Ok(Place::Body(path.to_owned())),
+            Some(path) => Err(format!("`{path}` is not a name")),
             None => Err("a body member is written {body:/name}".into()),
         },
         Some((kind, _)) => {

@@ -1,7 +1,5 @@
 //! Answers that the sidecar gives itself: terse to the peer, full in the log.
 
-use std::fmt::Display;
-
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 
@@ -26,7 +24,17 @@ pub(crate) fn unavailable(error: &'static str) -> Response<Body> {
 
 /// A denial: the peer hears the receipt and nothing else.
 pub(crate) fn denied(denial: &policy::Denial) -> Response<Body> {
-    json(StatusCode::from_u16(denial.status()).unwrap_or(StatusCode::FORBIDDEN), denial.response_body())
+    json(status_of(denial), denial.response_body())
+}
+
+/// A denial's status.
+pub(crate) fn status_of(denial: &policy::Denial) -> StatusCode {
+    StatusCode::from_u16(denial.status()).unwrap_or(StatusCode::FORBIDDEN)
+}
+
+/// What the caller of a gRPC call hears of a denial.
+pub(crate) fn denied_words(denial: &policy::Denial) -> String {
+    format!("denied, receipt {}", denial.receipt())
 }
 
 /// A failure on the way to `service`. The cause stays in the log, except where the caller is the app
@@ -46,8 +54,8 @@ pub(crate) fn failure(status: StatusCode, service: &str) -> String {
 }
 
 /// A denial of a gRPC call.
-pub(crate) fn denied_call(status: StatusCode, receipt: &impl Display) -> Response<Body> {
-    grpc::failed(status, &format!("denied, receipt {receipt}"))
+pub(crate) fn denied_call(denial: &policy::Denial) -> Response<Body> {
+    grpc::failed(status_of(denial), &denied_words(denial))
 }
 
 /// A gRPC call's failure on the way to `service`.

@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use crate::dial::Dial;
 use crate::http1;
+use crate::messages::{Fault, Faults};
 use crate::server::ScopeExecutor;
 use crate::traffic::config::Timeouts;
 use crate::traffic::timeouts::{Bounds, MalformedTimeout};
@@ -180,13 +181,14 @@ pub enum Bound {
     /// So many more bytes.
     Bytes(u64),
     /// gRPC messages, each of so many bytes (gRPC over HTTP/2, "Length-Prefixed-Message").
-    Messages(Messages),
+    Messages(MessageBound),
 }
 
 impl Bound {
     /// Messages of at most `max_bytes` each: a stream of them may go on for ever.
-    pub fn messages(max_bytes: u64) -> Self {
-        Self::Messages(Messages { max_bytes, prefix: [0; PREFIX_BYTES], have: 0, left_bytes: 0 })
+    pub(crate) fn messages(max_bytes: u64, faults: Faults) -> Self {
+        let prefix = [0; PREFIX_BYTES];
+        Self::Messages(MessageBound { max_bytes, prefix, have: 0, left_bytes: 0, faults })
     }
 
     fn admits(&self, whole: &[u8]) -> bool {
@@ -215,16 +217,18 @@ const PREFIX_BYTES: usize = 5;
 
 /// Where the messages of a gRPC call begin and end.
 #[derive(Debug)]
-pub struct Messages {
+pub struct MessageBound {
     max_bytes: u64,
     prefix: [u8; PREFIX_BYTES],
     /// Bytes of `prefix` that have come.
     have: usize,
     /// Left of the message that is under way.
     left_bytes: u64,
+    /// hyper tells nobody why a request's body ended.
+    faults: Faults,
 }
 
-impl Messages {
+impl MessageBound {
     fn take(&mut self, mut data: &[u8]) -> Result<(), OverLimit> {
         while let Some((first, rest)) = data.split_first() {
             if self.left_bytes > 0 {
@@ -243,6 +247,7 @@ impl Messages {
                 self.left_bytes = u32::from_be_bytes(length).into();
                 self.have = 0;
                 if self.left_bytes > self.max_bytes {
+                    let _known = self.faults.set(Fault::TooLarge);
                     return Err(OverLimit);
                 }
             }
@@ -341,7 +346,7 @@ mod tests {
             let stream: Vec<u8> = sizes.iter().flat_map(|size| message(*size)).collect();
             let largest = sizes.iter().copied().max().unwrap_or(0);
             let passes = |max: usize| {
-                let mut bound = Bound::messages(max as u64);
+                let mut bound = Bound::messages(max as u64, Faults::default());
                 stream.chunks(cut).all(|piece| bound.take(piece).is_ok())
             };
             prop_assert!(passes(largest));

@@ -65,7 +65,8 @@ pub(crate) fn status(response: &Response<Body>) -> StatusCode {
     }
 }
 
-fn code(status: StatusCode) -> u8 {
+/// The status of a call that fails for a reason that is `status` over plain HTTP.
+pub(crate) fn code(status: StatusCode) -> u8 {
     match status.as_u16() {
         400 => 3,
         401 => 16,

@@ -8,6 +8,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -34,6 +35,7 @@ use crate::debug::connections::Connections;
 use crate::entities::Unanswered;
 use crate::headers::{self, TraceParent};
 use crate::live::{Facts, Kind};
+use crate::messages::{self, Fault, Faults, Judge, Judged, Message, Messages};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
@@ -46,6 +48,9 @@ use crate::{Body, Buffered, answer, body, empty, entities, full, grpc, transacti
 
 /// Largest answer that is held back while its object's attributes are judged.
 const MAX_HELD_RESPONSE_BYTES: usize = 1024 * 1024;
+
+/// How long the first message of a call that is judged may take: nothing is known of the call before.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Everything the inbound listener needs.
 pub struct Inbound {
@@ -95,6 +100,26 @@ impl Display for By {
     }
 }
 
+/// A request's body on its way to the app.
+enum Carried {
+    Body(Body),
+    /// A call whose messages are bounded and not judged.
+    Call {
+        body: Body,
+        faults: Faults,
+    },
+    /// A call whose first message was read.
+    Begun(Box<Begun>),
+}
+
+/// A call as far as it is known before it is decided about.
+struct Begun {
+    first: Message,
+    rest: Messages,
+    /// The request without any message.
+    unjudged: Mapped,
+}
+
 /// Why a request was not answered by the app.
 enum Stop {
     Denied(Box<Denial>),
@@ -102,6 +127,10 @@ enum Stop {
     /// The app answered, but not with something whose owner can be told.
     Upstream(StatusCode),
     NotReady,
+    /// A message of a call that had begun was denied, which has been recorded.
+    Ended(Box<Denial>),
+    /// A message of a call that had begun is too large.
+    TooLarge,
     /// Too many came.
     Limited(Box<[(HeaderName, HeaderValue); 3]>),
 }
@@ -109,6 +138,16 @@ enum Stop {
 impl From<Denial> for Stop {
     fn from(denial: Denial) -> Self {
         Self::Denied(Box::new(denial))
+    }
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Denied(denial) => Self::Ended(denial),
+            Fault::TooLarge => Self::TooLarge,
+            Fault::Unrecorded => Self::NotReady,
+        }
     }
 }
 
@@ -196,7 +235,7 @@ impl Handler for Inbound {
             self.watchers.tell(&seen, now);
         }
         match ended.by {
-            By::Denial(_) if is_call => answer::denied_call(status, &understood.occasion.receipt),
+            By::Denial(denial) if is_call => answer::denied_call(&denial),
             By::Nothing if is_call => answer::failed_call(status, &self.service),
             _ => ended.response,
         }
@@ -286,7 +325,8 @@ impl Inbound {
         let (mapped, body) = match &upgrade {
             // What the client says in the other protocol, once it is spoken.
             Some(protocol) => {
-                (upgraded(mapped, protocol).map_err(refuse)?, Relay::body(body, Bound::Endless, ()))
+                let body = Relay::body(body, Bound::Endless, ());
+                (upgraded(mapped, protocol).map_err(refuse)?, Carried::Body(body))
             }
             None => self.body(mapped, &parts, body).await.map_err(refuse)?,
         };
@@ -301,9 +341,11 @@ impl Inbound {
         // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
         match mapped.attributes_from() {
             AttributeSource::Known => {
-                let permit = permitted(policy.decide(caller, mapped, &Attributes::none(), occasion))?;
-                let response =
-                    self.forward(&permit, Request::from_parts(parts, body), upgrade.as_ref()).await?;
+                let attributes = Attributes::none();
+                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+                let (body, faults) = self.judged(body, mapped, caller, &attributes, occasion);
+                let request = Request::from_parts(parts, body);
+                let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
                 Ok((response, permit))
             }
@@ -311,13 +353,16 @@ impl Inbound {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
                 let attributes = Box::pin(asked).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+                let (body, faults) = self.judged(body, mapped, caller, &attributes, occasion);
                 understood.attributes = attributes;
-                let response =
-                    self.forward(&permit, Request::from_parts(parts, body), upgrade.as_ref()).await?;
+                let request = Request::from_parts(parts, body);
+                let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
                 Ok((response, permit))
             }
             AttributeSource::Response => {
+                // What is safe to ask takes no body of messages.
+                let (body, _faults) = self.judged(body, mapped, caller, &Attributes::none(), occasion);
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
                 let attributes = held.attributes(mapped).map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
@@ -328,33 +373,140 @@ impl Inbound {
     }
 
     /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
-    async fn body(&self, mapped: Mapped, parts: &Parts, body: Body) -> Result<(Mapped, Body), Refusal> {
+    async fn body(&self, mapped: Mapped, parts: &Parts, body: Body) -> Result<(Mapped, Carried), Refusal> {
         let has_body = body.whole() != Some(&[]);
         match mapped.body() {
             // An empty body may still be announced as one that streams.
             BodyRule::None if has_body => match Box::pin(self.collect(body, 0)).await {
-                Ok(_nothing) => Ok((mapped, empty())),
+                Ok(_nothing) => Ok((mapped, Carried::Body(empty()))),
                 Err(_some) => Err(Refusal::malformed("request.body", "this route takes no body")),
             },
-            BodyRule::None => Ok((mapped, empty())),
+            BodyRule::None => Ok((mapped, Carried::Body(empty()))),
             BodyRule::Opaque { max_bytes } => {
                 // A stream of messages may go on for ever, if its app reads it as one.
                 let messages = self.app.speaks_http2() && grpc::is_call(&parts.headers);
                 let max_bytes = max_bytes as u64;
-                let bound = if messages { Bound::messages(max_bytes) } else { Bound::Bytes(max_bytes) };
-                Ok((mapped, Relay::body(body, bound, ())))
+                if messages {
+                    let faults = Faults::default();
+                    let bound = Bound::messages(max_bytes, Arc::clone(&faults));
+                    return Ok((mapped, Carried::Call { body: Relay::body(body, bound, ()), faults }));
+                }
+                Ok((mapped, Carried::Body(Relay::body(body, Bound::Bytes(max_bytes), ()))))
             }
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
                 let bytes = Box::pin(self.collect(body, max_bytes)).await?;
-                Ok((mapped.with_body(&bytes)?, full(bytes)))
+                Ok((mapped.with_body(&bytes)?, Carried::Body(full(bytes))))
             }
+            BodyRule::Grpc { max_bytes, .. } => Box::pin(self.first_message(mapped, body, max_bytes)).await,
             BodyRule::Form { max_bytes } => {
                 plain_type(parts, "application/x-www-form-urlencoded")?;
                 let bytes = Box::pin(self.collect(body, max_bytes)).await?;
-                Ok((mapped.with_body(&bytes)?, full(bytes)))
+                Ok((mapped.with_body(&bytes)?, Carried::Body(full(bytes))))
             }
         }
+    }
+
+    /// The first message of a call, which says what is asked; those that follow are judged as they come.
+    async fn first_message(
+        &self,
+        mapped: Mapped,
+        body: Body,
+        max_bytes: usize,
+    ) -> Result<(Mapped, Carried), Refusal> {
+        let mut rest = Messages::new(body, max_bytes);
+        let first = tokio::select! {
+            first = rest.next() => first,
+            () = self.clock.sleep(FIRST_MESSAGE_TIMEOUT) => {
+                return Err(Refusal::malformed("request.body", "the call's first message took too long"));
+            }
+        };
+        let first = match first {
+            Some(first) => first.map_err(|error| error.refusal())?,
+            None => return Err(Refusal::malformed("request.body", "the call has no message")),
+        };
+        let unjudged = mapped.clone();
+        Ok((mapped.with_body(first.payload())?, Carried::Begun(Box::new(Begun { first, rest, unjudged }))))
+    }
+
+    /// What is passed on, and where it leaves word should it have to be ended.
+    fn judged(
+        &self,
+        carried: Carried,
+        mapped: &Mapped,
+        caller: &Caller,
+        attributes: &Attributes,
+        occasion: &Occasion<'_>,
+    ) -> (Body, Option<Faults>) {
+        match carried {
+            Carried::Body(body) => (body, None),
+            Carried::Call { body, faults } => (body, Some(faults)),
+            Carried::Begun(begun) => {
+                let Begun { first, rest, unjudged } = *begun;
+                let faults = Faults::default();
+                let judge = self.judge_of_messages(unjudged, mapped, caller, attributes, occasion);
+                (Judged::body(first, rest, judge, Arc::clone(&faults)), Some(faults))
+            }
+        }
+    }
+
+    /// Decides about each message of a call after its first, by the policy that is in force then.
+    fn judge_of_messages(
+        &self,
+        unjudged: Mapped,
+        first: &Mapped,
+        caller: &Caller,
+        attributes: &Attributes,
+        occasion: &Occasion<'_>,
+    ) -> Judge {
+        let (policy, receipts, clock) =
+            (Arc::clone(&self.policy), Arc::clone(&self.receipts), self.clock.clone());
+        let (recorder, metrics) = (Arc::clone(&self.recorder), Arc::clone(&self.metrics));
+        let (caller, attributes, trace_id) = (caller.clone(), attributes.clone(), occasion.trace_id);
+        let (method, target) = (occasion.method.to_owned(), occasion.target.to_owned());
+        let transaction = occasion.transaction.clone();
+        let one = !matches!(first.body(), BodyRule::Grpc { streams: true, .. });
+        // The app has told of these objects and of no other.
+        let told_of = match first.attributes_from() {
+            AttributeSource::Entities => Some(first.objects().to_vec()),
+            AttributeSource::Known | AttributeSource::Response => None,
+        };
+        Box::new(move |message| {
+            let policy = policy.load_full();
+            // Without randomness nothing can be recorded so that it is found again: nothing more is let through.
+            let receipt = receipts.draw().map_err(|_| Fault::Unrecorded)?;
+            let occasion = Occasion {
+                receipt,
+                now: clock.now(),
+                layer: Layer::Sidecar,
+                method: &method,
+                target: &target,
+                transaction: transaction.clone(),
+                trace_id,
+            };
+            let refuse = |refusal| policy.refuse(Some(&caller), refusal, &occasion);
+            let decide = |mapped: &Mapped| {
+                if told_of.as_ref().is_some_and(|objects| objects != mapped.objects()) {
+                    let reason = "a later message is about another object than the first";
+                    return Err(refuse(Refusal::denied("request.stream_object", reason)));
+                }
+                permitted(policy.decide(&caller, mapped, &attributes, &occasion)).map(drop)
+            };
+            let verdict = match message {
+                Err(error) => Err(refuse(error.refusal())),
+                Ok(_) if one => {
+                    Err(refuse(Refusal::malformed("request.body", "the method takes one message")))
+                }
+                Ok(payload) => {
+                    unjudged.clone().with_body(payload).map_err(refuse).and_then(|mapped| decide(&mapped))
+                }
+            };
+            verdict.map_err(|denial| {
+                metrics.denied(denial.rule().name().to_owned());
+                recorder.record(denial.record().clone());
+                Fault::Denied(Box::new(denial))
+            })
+        })
     }
 
     async fn collect(&self, body: Body, max_bytes: usize) -> Result<Bytes, Refusal> {
@@ -403,10 +555,21 @@ impl Inbound {
         _permit: &Permit,
         request: Request<Body>,
         upgrade: Option<&HeaderValue>,
-    ) -> Result<Response<Body>, AppError> {
-        let mut response = self.app.send(request).await?;
+        faults: Option<Faults>,
+    ) -> Result<Response<Body>, Stop> {
+        let outcome = self.app.send(request).await;
+        // What became of a call that was ended on its way is for its caller to hear, not what the app made of it.
+        let fault = faults.as_ref().and_then(|faults| faults.get());
+        let mut response = match (outcome, fault) {
+            (Ok(response), Some(_)) if response.body().whole().is_none() => response,
+            (_, Some(fault)) => return Err(fault.clone().into()),
+            (outcome, None) => outcome?,
+        };
         headers::strip_answer(&mut response, upgrade);
-        Ok(response)
+        Ok(match faults {
+            Some(faults) => response.map(|body| messages::answer_to(body, faults)),
+            None => response,
+        })
     }
 
     /// An answer on its way to who may have it, for as long as they may.
@@ -490,6 +653,11 @@ impl Inbound {
                 let note = Some(denial.reason().to_owned());
                 Ended { response: answer::denied(&denial), verdict: "deny", by: By::Denial(denial), note }
             }
+            Err(Stop::Ended(denial)) => {
+                let note = Some(denial.reason().to_owned());
+                Ended { response: answer::denied(&denial), verdict: "deny", by: By::Denial(denial), note }
+            }
+            Err(Stop::TooLarge) => failed(StatusCode::PAYLOAD_TOO_LARGE, &"a message is over its limit"),
             Err(Stop::App(error)) => failed(error.status(), &error),
             Err(Stop::Upstream(status)) => failed(status, &"the app's answer could not be judged"),
             Err(Stop::Limited(headers)) => {

@@ -49,6 +49,7 @@ pub mod http1;
 mod http2;
 pub mod inbound;
 pub mod live;
+mod messages;
 pub mod metrics;
 mod mux;
 pub mod otlp;

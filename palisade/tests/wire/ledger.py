@@ -86,6 +86,25 @@ def remaining(message, context):
     return b"none" if left is None or left > 10**6 else str(left).encode()
 
 
+def secret(message):
+    if b"66" in message:
+        say("saw what nobody may see")
+    return message
+
+
+def read(message, context):
+    return secret(message)
+
+
+def add(messages, context):
+    return b"".join(secret(message) for message in messages)
+
+
+def follow(messages, context):
+    for message in messages:
+        yield secret(message)
+
+
 def drop(message, context):
     say("dropped")
     return b""
@@ -106,6 +125,12 @@ def app():
     }
     for service in ["bank.Ledger", "bank.Vault"]:
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, procedures)])
+    accounts = {
+        "Read": grpc.unary_unary_rpc_method_handler(read),
+        "Sum": grpc.stream_unary_rpc_method_handler(add),
+        "Follow": grpc.stream_stream_rpc_method_handler(follow),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bank.Accounts", accounts)])
     say(server.add_insecure_port("127.0.0.1:0"))
     server.start()
     server.wait_for_termination()
@@ -252,9 +277,60 @@ def large_messages(channel):
     assert channel.unary_unary("/bank.Ledger/Echo")(b"after") == b"after"
 
 
+def field(number, value):
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def about(account):
+    return field(1, field(1, account))
+
+
+def objects(channel):
+    """Who may is decided by what stands in the messages."""
+    read = channel.unary_unary("/bank.Accounts/Read")
+    follow = channel.stream_stream("/bank.Accounts/Follow")
+    add = channel.stream_unary("/bank.Accounts/Sum")
+    denied, malformed = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT
+    assert read(about(b"17") + field(2, b"a note")) == about(b"17") + field(2, b"a note")
+    for message, code in [
+        (about(b"66"), denied),
+        (about(b"17") + about(b"66"), malformed),
+        (field(1, field(1, b"17") + field(1, b"66")), malformed),
+        (about(b"17") + field(9, b"66"), malformed),
+        (about(b"../66"), malformed),
+        (b"", malformed),
+        (about(b"17")[:-1], malformed),
+    ]:
+        for ask in [lambda: read(message), lambda: add(iter([message])), lambda: list(follow(iter([message])))]:
+            error = failure(ask)
+            assert error.code() == code, (message, error)
+            assert error.details().startswith("denied, receipt "), error
+    packed = about(b"17") + field(2, bytes(100))
+    assert failure(lambda: read(packed, compression=grpc.Compression.Gzip)).code() == malformed
+    assert failure(lambda: add(iter([]))).code() == malformed
+    # Of a stream each message, whether or not an answer has begun.
+    assert add(about(account) for account in [b"17", b"42", b"17"]) == about(b"17") + about(b"42") + about(b"17")
+    error = failure(lambda: add(about(account) for account in [b"17", b"42", b"66", b"17"]))
+    assert error.code() == denied and error.details().startswith("denied, receipt "), error
+    turn = threading.Semaphore(1)
+
+    def questions(accounts):
+        for account in accounts:
+            assert turn.acquire(timeout=DEADLINE_SECONDS), "no answer"
+            yield about(account)
+
+    answers = follow(questions([b"17", b"42", b"66", b"17"]), timeout=DEADLINE_SECONDS)
+    for account in [b"17", b"42"]:
+        assert next(answers) == about(account)
+        turn.release()
+    error = failure(lambda: next(answers))
+    assert error.code() == denied and error.details().startswith("denied, receipt "), error
+    assert read(about(b"42")) == about(b"42")
+
+
 def call(port):
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals, deadlines, large_messages]:
+        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals, deadlines, large_messages, objects]:
             part(channel)
             say(part.__name__)
 

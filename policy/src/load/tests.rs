@@ -389,3 +389,58 @@ fn an_attribute_of_a_port_that_nothing_tells_is_a_problem() {
     ]);
     assert!(text.contains("map.toml:1:11: nothing tells the attribute `owner` of Shop::Port"), "{text}");
 }
+
+const PROTO: &str = r#"
+syntax = "proto3";
+package bank;
+message Ask { string id = 1; }
+service Shop { rpc Look(Ask) returns (Ask); rpc Follow(stream Ask) returns (stream Ask); }
+"#;
+
+fn grpc_map(path: &str, member: &str) -> String {
+    format!(
+        "[[route]]\nmatch = \"POST {path}\"\naction = \"View\"\nobject = 'Page::\"{{body:/{member}}}\"'\n\
+         body_type = \"grpc\"\nbody = {{ {member} = \"id\" }}\n"
+    )
+}
+
+#[test]
+fn messages_are_read_by_the_service_s_own_proto_files() {
+    let map = grpc_map("/bank.Shop/Follow", "id");
+    let (loaded, _dir) =
+        load(&[("services/shop/map.toml", Some(&map)), ("services/shop/shop.proto", Some(PROTO))]);
+    let policy = loaded.unwrap_or_else(|problems| panic!("{problems}")).service("shop").unwrap();
+    let ask = |kind: &str| {
+        let request = http::Request::post("/bank.Shop/Follow").header("content-type", kind).body(());
+        policy.map(&request.unwrap().into_parts().0)
+    };
+    let mapped = ask("application/grpc").unwrap();
+    assert_eq!(mapped.body(), crate::BodyRule::Grpc { max_bytes: 65_536, streams: true });
+    assert!(mapped.objects().is_empty());
+    let judged = mapped.clone().with_body(b"\x0a\x0217").unwrap();
+    assert_eq!(judged.objects().iter().map(ToString::to_string).collect::<Vec<_>>(), ["Shop::Page::\"17\""]);
+    assert!(mapped.with_body(b"\x0a\x0217\x0a\x0242").is_err());
+    for kind in ["application/grpc+json", "application/json", "application/grpc-web"] {
+        assert!(ask(kind).is_err(), "{kind}");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_messages_is_said_where_it_stands() {
+    let with = |map: &str, proto: Option<&str>| {
+        problems(&[("services/shop/map.toml", Some(map)), ("services/shop/shop.proto", proto)])
+    };
+    let good = grpc_map("/bank.Shop/Look", "id");
+    assert!(with(&good, None).contains("map.toml:5:13: there is no .proto file to read messages by"));
+    let told = with(&grpc_map("/bank.Shop/Lok", "id"), Some(PROTO));
+    assert!(
+        told.contains("map.toml:2:9: the service `bank.Shop` has no method `Lok`; did you mean `Look`?"),
+        "{told}"
+    );
+    let told = with(&grpc_map("/bank.Shop/{name}", "id"), Some(PROTO));
+    assert!(told.contains("messages are those of one method"), "{told}");
+    let told = with(&grpc_map("/bank.Shop/Look", "uid"), Some(PROTO));
+    assert!(told.contains("map.toml:6:10: the message bank.Ask has no field `uid`"), "{told}");
+    let told = with(&good, Some("syntax = \"proto3\"; mesage X {}"));
+    assert!(told.starts_with("services/shop/shop.proto: "), "{told}");
+}

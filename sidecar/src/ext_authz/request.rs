@@ -177,6 +177,8 @@ impl Described {
                 }
                 Ok(mapped)
             }
+            // Envoy shows a body once it is whole, and a call may never be.
+            BodyRule::Grpc { .. } => Err(malformed("ext_authz.messages", "messages are not shown by Envoy")),
             BodyRule::Json { .. } | BodyRule::Form { .. } => {
                 if !http.body.is_empty() {
                     let reason = "a body as text may have lost bytes: set pack_as_bytes";

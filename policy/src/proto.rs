@@ -1,0 +1,691 @@
+//! gRPC messages that name objects: fields of a protobuf message, by the service's own `.proto` files.
+//!
+//! A message is read once, in its wire form and strictly: what two parsers of it could understand differently, or
+//! what the app could know of it and we do not, is refused. The bytes themselves are passed on, never written anew.
+//!
+//! Source: Protocol Buffers, "Encoding" (protobuf.dev/programming-guides/encoding).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prost_reflect::{DescriptorPool, FieldDescriptor, Kind, MessageDescriptor};
+use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver};
+use smallvec::SmallVec;
+
+use crate::body::{Member, MemberType, Members, Values, missing, wrong_type};
+use crate::object::{AttributeValue, MAX_EXACT_INTEGER};
+use crate::problem::suggest;
+
+/// Longest field path: an id stands near the top of a message.
+const MAX_DEPTH: usize = 8;
+/// Bytes of the longest varint.
+const MAX_VARINT_BYTES: usize = 10;
+
+/// A `.proto` file: its name and its text.
+pub(crate) struct Source<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) text: &'a str,
+}
+
+/// Compiles the files of one service; they import one another by their names, and Google's well-known types. The
+/// error is for the operator, and says the file first.
+pub(crate) fn compile(sources: &[Source<'_>]) -> Result<DescriptorPool, String> {
+    let mut resolver = ChainFileResolver::new();
+    let named = sources.iter().map(|source| (imported_as(source.name, sources), source.text.to_owned()));
+    resolver.add(Given(named.collect()));
+    resolver.add(GoogleFileResolver::new());
+    let mut compiler = protox::Compiler::with_file_resolver(resolver);
+    compiler.include_imports(true);
+    for source in sources {
+        compiler
+            .open_file(imported_as(source.name, sources))
+            .map_err(|error| format!("{}: {error}", source.name))?;
+    }
+    Ok(compiler.descriptor_pool())
+}
+
+/// What a file is called: as others import it, who may name the directory that it has elsewhere.
+fn imported_as(name: &str, sources: &[Source<'_>]) -> String {
+    let statements = sources.iter().flat_map(|source| source.text.split([';', '\n']));
+    let imports = statements.filter(|statement| statement.trim_start().starts_with("import"));
+    let mut imported = imports.filter_map(|statement| statement.split('"').nth(1));
+    imported.find(|path| path.rsplit('/').next() == Some(name)).unwrap_or(name).to_owned()
+}
+
+struct Given(BTreeMap<String, String>);
+
+impl FileResolver for Given {
+    fn open_file(&self, name: &str) -> Result<File, protox::Error> {
+        match self.0.get(name) {
+            Some(text) => File::from_source(name, text),
+            None => Err(protox::Error::file_not_found(name)),
+        }
+    }
+}
+
+/// What one method's requests are.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    pub(crate) message: Arc<Shape>,
+    /// The client may send more than one.
+    pub(crate) streams: bool,
+}
+
+impl Call {
+    /// The method behind a path such as `/bank.Accounts/Read`, of whose message these members are read. Errors name the
+    /// member, if it is one's.
+    pub(crate) fn new(
+        pool: &DescriptorPool,
+        path: &str,
+        members: &Members,
+    ) -> Result<Self, (Option<String>, String)> {
+        let (service, method) = path
+            .strip_prefix('/')
+            .and_then(|path| path.split_once('/'))
+            .ok_or_else(|| (None, "a method of gRPC is /package.Service/Method".to_owned()))?;
+        let found = pool.get_service_by_name(service).ok_or_else(|| {
+            let services = pool.services().map(|service| service.full_name().to_owned()).collect::<Vec<_>>();
+            let hint = suggest(service, services.iter().map(String::as_str));
+            (None, with_hint(format!("the .proto files have no service `{service}`"), hint))
+        })?;
+        let called = found.methods().find(|known| known.name() == method).ok_or_else(|| {
+            let methods = found.methods().map(|method| method.name().to_owned()).collect::<Vec<_>>();
+            let hint = suggest(method, methods.iter().map(String::as_str));
+            (None, with_hint(format!("the service `{service}` has no method `{method}`"), hint))
+        })?;
+        let wanted: Vec<Wanted<'_>> = members
+            .iter()
+            .map(|(name, member)| Wanted { name, path: name.split('.').collect(), member: *member })
+            .collect();
+        let message = Shape::new(&called.input(), &wanted, 0).map_err(|(name, error)| (Some(name), error))?;
+        Ok(Self { message: Arc::new(message), streams: called.is_client_streaming() })
+    }
+}
+
+fn with_hint(message: String, hint: Option<String>) -> String {
+    hint.map_or(message.clone(), |hint| format!("{message}; {hint}"))
+}
+
+/// A member, and what is left of the way to it.
+#[derive(Clone)]
+struct Wanted<'a> {
+    name: &'a str,
+    path: Vec<&'a str>,
+    member: Member,
+}
+
+/// The fields of a message, of which some are read.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    name: String,
+    /// By number.
+    fields: Vec<Field>,
+}
+
+#[derive(Debug)]
+struct Field {
+    number: u32,
+    name: String,
+    wire: Wire,
+    repeated: bool,
+    /// Of a repeated one: its elements may come as one piece.
+    packable: bool,
+    oneof: Option<usize>,
+    /// Whether absence is told apart from the default.
+    presence: bool,
+    taken: Taken,
+}
+
+#[derive(Debug)]
+enum Taken {
+    Not,
+    Value { member: String, kind: MemberType, optional: bool, scalar: Scalar },
+    Within(Shape),
+}
+
+/// How a value is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wire {
+    Varint,
+    Fixed64,
+    Length,
+    Fixed32,
+    /// Deprecated before proto3, and read by nobody here.
+    Group,
+}
+
+impl Wire {
+    fn of(field: &FieldDescriptor) -> Self {
+        match field.kind() {
+            Kind::Double | Kind::Fixed64 | Kind::Sfixed64 => Self::Fixed64,
+            Kind::Float | Kind::Fixed32 | Kind::Sfixed32 => Self::Fixed32,
+            Kind::Message(_) if field.is_group() => Self::Group,
+            Kind::String | Kind::Bytes | Kind::Message(_) => Self::Length,
+            _ => Self::Varint,
+        }
+    }
+
+    fn read(number: u64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Varint),
+            1 => Some(Self::Fixed64),
+            2 => Some(Self::Length),
+            5 => Some(Self::Fixed32),
+            _ => None,
+        }
+    }
+}
+
+/// A type of which a member is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scalar {
+    Text,
+    Bool,
+    Int32,
+    Int64,
+    Uint32,
+    Uint64,
+    Sint32,
+    Sint64,
+    Fixed32,
+    Fixed64,
+    Sfixed32,
+    Sfixed64,
+}
+
+impl Scalar {
+    fn of(kind: &Kind) -> Option<Self> {
+        Some(match kind {
+            Kind::String => Self::Text,
+            Kind::Bool => Self::Bool,
+            Kind::Int32 => Self::Int32,
+            Kind::Int64 => Self::Int64,
+            Kind::Uint32 => Self::Uint32,
+            Kind::Uint64 => Self::Uint64,
+            Kind::Sint32 => Self::Sint32,
+            Kind::Sint64 => Self::Sint64,
+            Kind::Fixed32 => Self::Fixed32,
+            Kind::Fixed64 => Self::Fixed64,
+            Kind::Sfixed32 => Self::Sfixed32,
+            Kind::Sfixed64 => Self::Sfixed64,
+            _ => return None,
+        })
+    }
+
+    fn fits(self, kind: MemberType) -> bool {
+        match kind {
+            MemberType::Id | MemberType::Text => self == Self::Text,
+            MemberType::Bool => self == Self::Bool,
+            MemberType::Int => !matches!(self, Self::Text | Self::Bool),
+        }
+    }
+}
+
+impl Shape {
+    fn new(
+        message: &MessageDescriptor,
+        wanted: &[Wanted<'_>],
+        depth: usize,
+    ) -> Result<Self, (String, String)> {
+        let mut known: Vec<FieldDescriptor> = message.fields().collect();
+        known.sort_by_key(FieldDescriptor::number);
+        for Wanted { name, path, .. } in wanted {
+            let first = path.first().copied().unwrap_or_default();
+            if !known.iter().any(|field| field.name() == first) {
+                let names: Vec<String> = known.iter().map(|field| field.name().to_owned()).collect();
+                let hint = suggest(first, names.iter().map(String::as_str));
+                let error = format!("the message {} has no field `{first}`", message.full_name());
+                return Err(((*name).to_owned(), with_hint(error, hint)));
+            }
+        }
+        let mut fields = Vec::with_capacity(known.len());
+        for field in known {
+            let below: Vec<Wanted<'_>> = wanted
+                .iter()
+                .filter(|wanted| wanted.path.first() == Some(&field.name()))
+                .map(|wanted| Wanted {
+                    path: wanted.path.get(1..).unwrap_or_default().to_vec(),
+                    ..wanted.clone()
+                })
+                .collect();
+            let taken = Self::taken(&field, &below, depth)?;
+            // An `optional` field of proto3 is written as the only one of a oneof of its own.
+            let oneof = field.containing_oneof().filter(|oneof| oneof.fields().len() > 1);
+            fields.push(Field {
+                number: field.number(),
+                name: field.name().to_owned(),
+                wire: Wire::of(&field),
+                repeated: field.is_list() || field.is_map(),
+                packable: field.is_list() && Wire::of(&field) != Wire::Length,
+                oneof: oneof.and_then(|oneof| message.oneofs().position(|other| other == oneof)),
+                presence: field.supports_presence(),
+                taken,
+            });
+        }
+        Ok(Self { name: message.full_name().to_owned(), fields })
+    }
+
+    fn taken(field: &FieldDescriptor, below: &[Wanted<'_>], depth: usize) -> Result<Taken, (String, String)> {
+        let Some(first) = below.first() else { return Ok(Taken::Not) };
+        let wrong = |message: String| Err((first.name.to_owned(), message));
+        let name = field.full_name();
+        if field.is_list() || field.is_map() {
+            return wrong(format!("{name} is repeated: a request names one object"));
+        }
+        match (field.kind(), first.path.as_slice()) {
+            (Kind::Message(message), [_, ..]) => {
+                if message.full_name() == "google.protobuf.Any" {
+                    return wrong(format!("{name} may hold any message: what is in it cannot be judged"));
+                }
+                if field.is_group() || depth + 1 >= MAX_DEPTH {
+                    return wrong(format!("{name} is a group, or lies too deep"));
+                }
+                if let Some(ends) = below.iter().find(|wanted| wanted.path.is_empty()) {
+                    return Err((ends.name.to_owned(), format!("{name} is a message, not a value")));
+                }
+                Ok(Taken::Within(Self::new(&message, below, depth + 1)?))
+            }
+            (Kind::Message(_), []) => wrong(format!("{name} is a message, not a value")),
+            (_, [further, ..]) => wrong(format!("{name} is no message and has no field `{further}`")),
+            (kind, []) => {
+                let Member { kind: wanted, optional } = first.member;
+                let scalar = Scalar::of(&kind).filter(|scalar| scalar.fits(wanted));
+                let Some(scalar) = scalar else {
+                    return wrong(format!("{name} is a {kind:?}, which is no {}", wanted.name()));
+                };
+                if optional && !field.supports_presence() {
+                    return wrong(format!("{name} is never missing: without a value it is its default"));
+                }
+                Ok(Taken::Value { member: first.name.to_owned(), kind: wanted, optional, scalar })
+            }
+        }
+    }
+
+    /// Reads one message. The error is for the operator.
+    pub(crate) fn read(&self, message: &[u8]) -> Result<Values, String> {
+        let mut values = Values::new();
+        self.read_into(message, &mut values)?;
+        Ok(values)
+    }
+
+    fn read_into(&self, message: &[u8], values: &mut Values) -> Result<(), String> {
+        let mut input = Input(message);
+        let (mut seen, mut chosen) = (SmallVec::<[u32; 16]>::new(), SmallVec::<[usize; 4]>::new());
+        while !input.0.is_empty() {
+            let tag = input.varint()?;
+            let number = u32::try_from(tag >> 3).unwrap_or(u32::MAX);
+            let field = self.field(number)?;
+            if !field.repeated {
+                if seen.contains(&number) {
+                    return Err(format!("the field `{}` of {} appears twice", field.name, self.name));
+                }
+                seen.push(number);
+                if let Some(oneof) = field.oneof {
+                    if chosen.contains(&oneof) {
+                        return Err(format!(
+                            "`{}` of {} is not the only one of its oneof",
+                            field.name, self.name
+                        ));
+                    }
+                    chosen.push(oneof);
+                }
+            }
+            let wire = Wire::read(tag & 7)
+                .filter(|wire| *wire == field.wire || (field.packable && *wire == Wire::Length));
+            let wire = wire.ok_or_else(|| {
+                format!("the field `{}` of {} is written as another type", field.name, self.name)
+            })?;
+            self.read_value(field, wire, &mut input, values)?;
+        }
+        self.complete(&seen, values)
+    }
+
+    fn field(&self, number: u32) -> Result<&Field, String> {
+        let place = self.fields.binary_search_by_key(&number, |field| field.number);
+        let field = place.ok().and_then(|place| self.fields.get(place));
+        // The app may know it: of two versions of a message it may have the newer one.
+        field.ok_or_else(|| format!("{} has no field number {number} in the .proto files here", self.name))
+    }
+
+    fn read_value(
+        &self,
+        field: &Field,
+        wire: Wire,
+        input: &mut Input<'_>,
+        values: &mut Values,
+    ) -> Result<(), String> {
+        let (number, bytes) = match wire {
+            Wire::Varint => (input.varint()?, &[][..]),
+            Wire::Fixed64 => (input.fixed::<8>().map(u64::from_le_bytes)?, &[][..]),
+            Wire::Fixed32 => (input.fixed::<4>().map(|bytes| u32::from_le_bytes(bytes).into())?, &[][..]),
+            Wire::Length => (0, input.bytes()?),
+            Wire::Group => return Err(format!("the field `{}` of {} is a group", field.name, self.name)),
+        };
+        match &field.taken {
+            Taken::Not => Ok(()),
+            Taken::Within(shape) => shape.read_into(bytes, values),
+            Taken::Value { member, kind, scalar, .. } => {
+                let value = value(*scalar, *kind, number, bytes).ok_or_else(|| wrong_type(member, *kind))?;
+                values.insert(member.clone(), value);
+                Ok(())
+            }
+        }
+    }
+
+    /// What is absent is its default, which the app sees too, or missing.
+    fn complete(&self, seen: &[u32], values: &mut Values) -> Result<(), String> {
+        for field in self.fields.iter().filter(|field| !seen.contains(&field.number)) {
+            match &field.taken {
+                Taken::Not => {}
+                Taken::Within(shape) => shape.absent()?,
+                Taken::Value { optional: true, .. } => {}
+                Taken::Value { member, .. } if field.presence => return Err(missing(member)),
+                Taken::Value { member, kind, scalar, .. } => {
+                    let default = value(*scalar, *kind, 0, &[]).ok_or_else(|| wrong_type(member, *kind))?;
+                    values.insert(member.clone(), default);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An error if something in a message that is not there must be told.
+    fn absent(&self) -> Result<(), String> {
+        for field in &self.fields {
+            match &field.taken {
+                Taken::Not | Taken::Value { optional: true, .. } => {}
+                Taken::Within(shape) => shape.absent()?,
+                Taken::Value { member, .. } => return Err(missing(member)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value, if it has one meaning for every reader of its type.
+fn value(scalar: Scalar, kind: MemberType, number: u64, bytes: &[u8]) -> Option<AttributeValue> {
+    let exact = |number: i64| {
+        (-MAX_EXACT_INTEGER..=MAX_EXACT_INTEGER).contains(&number).then_some(AttributeValue::Long(number))
+    };
+    let zigzag = |number: u64| (number >> 1) as i64 ^ -((number & 1) as i64);
+    match scalar {
+        Scalar::Text => crate::body::text_value(kind, std::str::from_utf8(bytes).ok()?),
+        // Readers take any number but zero for true; writers write one.
+        Scalar::Bool => matches!(number, 0 | 1).then_some(AttributeValue::Bool(number == 1)),
+        // Negative ones are written as 64 bits; what does not fit is cut by some readers.
+        Scalar::Int32 => exact(i32::try_from(number as i64).ok()?.into()),
+        Scalar::Sint32 => exact(zigzag(u32::try_from(number).ok()?.into())),
+        Scalar::Uint32 | Scalar::Fixed32 => exact(u32::try_from(number).ok()?.into()),
+        Scalar::Sfixed32 => exact(i64::from(number as u32 as i32)),
+        Scalar::Int64 | Scalar::Sfixed64 => exact(number as i64),
+        Scalar::Sint64 => exact(zigzag(number)),
+        Scalar::Uint64 | Scalar::Fixed64 => exact(i64::try_from(number).ok()?),
+    }
+}
+
+/// What is left of a message.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn varint(&mut self) -> Result<u64, String> {
+        let mut number = 0u64;
+        for place in 0..MAX_VARINT_BYTES {
+            let (byte, rest) = self.0.split_first().ok_or_else(cut)?;
+            self.0 = rest;
+            let bits = u64::from(byte & 0x7f);
+            let shifted = bits << (7 * place);
+            if shifted >> (7 * place) != bits {
+                return Err("a number has more than 64 bits".to_owned());
+            }
+            number |= shifted;
+            if byte & 0x80 == 0 {
+                return Ok(number);
+            }
+        }
+        Err("a number has more than 64 bits".to_owned())
+    }
+
+    fn fixed<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let (bytes, rest) = self.0.split_first_chunk::<N>().ok_or_else(cut)?;
+        self.0 = rest;
+        Ok(*bytes)
+    }
+
+    fn bytes(&mut self) -> Result<&'a [u8], String> {
+        let length = usize::try_from(self.varint()?).map_err(|_| cut())?;
+        let (bytes, rest) = self.0.split_at_checked(length).ok_or_else(cut)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+}
+
+fn cut() -> String {
+    "the message is cut short".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PROTO: &str = r#"
+syntax = "proto3";
+package bank;
+import "google/protobuf/any.proto";
+import "google/protobuf/timestamp.proto";
+message Place { string iban = 1; int64 number = 2; optional string branch = 3; }
+message Move {
+  Place from = 1;
+  string to = 2;
+  uint32 cents = 3;
+  bool urgent = 4;
+  oneof note { string text = 5; bytes picture = 6; }
+  repeated int32 tags = 7;
+  google.protobuf.Any extra = 8;
+  map<string, string> labels = 9;
+  sint32 offset = 10;
+  google.protobuf.Timestamp at = 11;
+  double rate = 12;
+}
+service Accounts {
+  rpc Transfer(Move) returns (Move);
+  rpc Batch(stream Move) returns (Move);
+}
+"#;
+
+    fn pool() -> DescriptorPool {
+        compile(&[Source { name: "bank.proto", text: PROTO }]).unwrap()
+    }
+
+    fn members(list: &[(&str, &str)]) -> Members {
+        list.iter().map(|(name, kind)| ((*name).to_owned(), Member::parse(kind).unwrap())).collect()
+    }
+
+    fn call(list: &[(&str, &str)]) -> Result<Call, String> {
+        Call::new(&pool(), "/bank.Accounts/Transfer", &members(list)).map_err(|(_, message)| message)
+    }
+
+    fn transfer() -> Call {
+        call(&[
+            ("from.iban", "id"),
+            ("from.number", "int"),
+            ("from.branch", "text?"),
+            ("to", "id"),
+            ("cents", "int"),
+            ("urgent", "bool"),
+            ("offset", "int"),
+        ])
+        .unwrap()
+    }
+
+    fn tag(number: u32, wire: u32) -> Vec<u8> {
+        varint(u64::from(number << 3 | wire))
+    }
+
+    fn varint(mut number: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while number > 0x7f {
+            bytes.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        bytes.push(number as u8);
+        bytes
+    }
+
+    fn text(number: u32, text: &[u8]) -> Vec<u8> {
+        [tag(number, 2), varint(text.len() as u64), text.to_vec()].concat()
+    }
+
+    fn number(field: u32, value: u64) -> Vec<u8> {
+        [tag(field, 0), varint(value)].concat()
+    }
+
+    fn from() -> Vec<u8> {
+        text(1, &[text(1, b"DE17"), number(2, 42)].concat())
+    }
+
+    #[test]
+    fn fields_are_read_by_path_and_absent_ones_are_their_defaults() {
+        let message =
+            [from(), text(2, b"NL42"), number(3, 500), number(10, 5), text(9, b"\x0a\x01a\x12\x01b")];
+        let values = transfer().message.read(&message.concat()).unwrap();
+        let expected: Values = [
+            ("from.iban", AttributeValue::Text("DE17".into())),
+            ("from.number", AttributeValue::Long(42)),
+            ("to", AttributeValue::Text("NL42".into())),
+            ("cents", AttributeValue::Long(500)),
+            ("urgent", AttributeValue::Bool(false)),
+            ("offset", AttributeValue::Long(-3)),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
+        assert_eq!(values, expected);
+        let with_branch = text(1, &[text(1, b"DE17"), text(3, b"north")].concat());
+        let values = transfer().message.read(&[with_branch, text(2, b"x")].concat()).unwrap();
+        assert_eq!(values["from.branch"], AttributeValue::Text("north".into()));
+        assert_eq!(values["from.number"], AttributeValue::Long(0));
+    }
+
+    #[test]
+    fn policy_23_24_what_has_more_than_one_reading_is_refused() {
+        let good = [from(), text(2, b"NL42")].concat();
+        assert!(transfer().message.read(&good).is_ok());
+        let with = |more: Vec<u8>| [good.clone(), more].concat();
+        for (bad, why) in [
+            (with(text(2, b"XX66")), "`to` of bank.Move appears twice"),
+            (with(from()), "`from` of bank.Move appears twice"),
+            (
+                [text(1, &[text(1, b"a"), text(1, b"b")].concat()), text(2, b"x")].concat(),
+                "`iban` of bank.Place appears twice",
+            ),
+            (with([text(5, b"a"), text(6, b"b")].concat()), "not the only one of its oneof"),
+            (with(number(99, 1)), "no field number 99"),
+            (with(number(2, 1)), "`to` of bank.Move appears twice"),
+            ([from(), number(2, 1)].concat(), "`to` of bank.Move is written as another type"),
+            (with(tag(3, 3)), "written as another type"),
+            (with(tag(0, 2)), "no field number 0"),
+            (with(vec![0xff; 11]), "more than 64 bits"),
+            (with(number(3, 1 << 32)), "\"cents\" is not an integer"),
+            (with(number(4, 2)), "\"urgent\" is not true or false"),
+            (with(number(10, 1 << 40)), "\"offset\" is not an integer"),
+            (with(vec![0x22]), "another type"),
+            (with(vec![0x18]), "cut short"),
+            (with([tag(11, 2), varint(200)].concat()), "cut short"),
+            ([from(), text(2, b"a/b")].concat(), "\"to\" is not an id"),
+            ([from(), text(2, b"\xff")].concat(), "\"to\" is not an id"),
+            (from(), "\"to\" is not an id"),
+            (text(2, b"x"), "the member \"from.iban\" is missing"),
+            (
+                [text(1, &number(2, u64::MAX >> 1)), text(2, b"x")].concat(),
+                "\"from.number\" is not an integer",
+            ),
+        ] {
+            let error = transfer().message.read(&bad).unwrap_err();
+            assert!(error.contains(why), "{error}, not {why}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_judged_passes_in_every_form() {
+        let good = [from(), text(2, b"NL42")].concat();
+        for more in [
+            number(7, 1),
+            [number(7, 1), number(7, 2)].concat(),
+            text(7, &[1, 2, 3]),
+            text(8, b"\x0a\x03abc"),
+            [tag(12, 1), vec![0; 8]].concat(),
+            text(6, b"\xff\xfe"),
+        ] {
+            assert!(transfer().message.read(&[good.clone(), more].concat()).is_ok());
+        }
+    }
+
+    #[test]
+    fn paths_that_lead_nowhere_are_said_when_the_map_is_read() {
+        for (member, kind, why) in [
+            ("form", "id", "the message bank.Move has no field `form`; did you mean `from`?"),
+            ("from", "id", "bank.Move.from is a message, not a value"),
+            ("from.ibn", "id", "the message bank.Place has no field `ibn`; did you mean `iban`?"),
+            ("to.x", "id", "bank.Move.to is no message and has no field `x`"),
+            ("tags", "int", "bank.Move.tags is repeated"),
+            ("labels.a", "id", "bank.Move.labels is repeated"),
+            ("extra.value", "id", "bank.Move.extra may hold any message"),
+            ("rate", "int", "which is no int"),
+            ("cents", "id", "which is no id"),
+            ("to", "id?", "bank.Move.to is never missing"),
+        ] {
+            let error = call(&[(member, kind)]).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        let of = |path: &str| Call::new(&pool(), path, &Members::new());
+        assert!(
+            of("/bank.Accounts/Batch").unwrap().streams && !of("/bank.Accounts/Transfer").unwrap().streams
+        );
+        assert_eq!(
+            of("/bank.Account/Batch").unwrap_err().1,
+            "the .proto files have no service `bank.Account`; did you mean `bank.Accounts`?"
+        );
+        assert!(of("/bank.Accounts/Transfers").unwrap_err().1.contains("did you mean `Transfer`?"));
+    }
+
+    #[test]
+    fn files_import_one_another_and_errors_name_theirs() {
+        let common = Source {
+            name: "common.proto",
+            text: "syntax = \"proto3\"; package c; message Id { string v = 1; }",
+        };
+        let main = "syntax = \"proto3\"; import \"bank/v1/common.proto\"; message A { c.Id id = 1; } service S { rpc Get(A) returns (A); }";
+        let pool = compile(&[common, Source { name: "main.proto", text: main }]).unwrap();
+        let call = Call::new(&pool, "/S/Get", &members(&[("id.v", "id")])).unwrap();
+        assert!(call.message.read(&text(1, &text(1, b"x"))).is_ok());
+        let error =
+            compile(&[Source { name: "bad.proto", text: "syntax = \"proto3\"; message {" }]).unwrap_err();
+        assert!(error.starts_with("bad.proto: "), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn reading_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _unused = transfer().message.read(&bytes);
+        }
+
+        /// Whatever a message says of the object is what every reader of it says.
+        #[test]
+        fn a_message_that_is_read_is_read_alike_by_others(
+            bytes in proptest::collection::vec(any::<u8>(), 0..40), iban in "[a-z0-9]{0,6}", cents in any::<u32>(),
+        ) {
+            let message = [text(1, &text(1, iban.as_bytes())), number(3, cents.into()), bytes].concat();
+            if let Ok(values) = transfer().message.read(&message) {
+                let descriptor = pool().get_message_by_name("bank.Move").unwrap();
+                let other = prost_reflect::DynamicMessage::decode(descriptor, &message[..]).unwrap();
+                let from = other.get_field_by_name("from").unwrap();
+                let iban = from.as_message().unwrap().get_field_by_name("iban").unwrap().as_str().unwrap().to_owned();
+                prop_assert_eq!(&values["from.iban"], &AttributeValue::Text(iban.into()));
+                let cents = other.get_field_by_name("cents").unwrap().as_u32().unwrap();
+                prop_assert_eq!(&values["cents"], &AttributeValue::Long(cents.into()));
+            }
+        }
+    }
+}
