@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -21,30 +22,41 @@ def _doors(names):
 
 
 def idle(arguments):
-    """`--connections` that have shaken hands over mTLS, speak HTTP/2, answer pings, and ask nothing."""
+    """`--connections` that have shaken hands over mTLS, speak HTTP/2, answer pings, and ask nothing; `ours-mux` is our own
+    door with what our sidecars speak between them. No more than half of the descriptors that a process may have, of
+    which our door keeps the other half for its app."""
     parser = argparse.ArgumentParser(prog="bench/run idle", description=idle.__doc__)
-    parser.add_argument("--chains", default="envoy,haproxy,ours")
+    parser.add_argument("--chains", default="envoy,haproxy,ours,ours-mux")
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--seconds", type=int, default=45, help="that they idle: longer than any ping or head timeout")
     args = parser.parse_args(arguments)
     place.demand(["nginx", "haproxy"], wants_envoy="envoy" in args.chains)
     place.enter_private_network()
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    connections = min(args.connections, int(descriptors * 0.46))
+    if connections < args.connections:
+        note(f"{connections} connections: a process may have {descriptors} descriptors")
     rows = []
     with Running() as running:
         chains.app(running)
-        for chain in _doors(args.chains):
-            server = chain.start(running)[0]
+        for name in args.chains.split(","):
+            protocol = "palisade-mux/1" if name.endswith("-mux") else "h2"
+            chain = chains.by_name(name.removesuffix("-mux"))
+            processes = chain.start(running)
+            server = processes[0]
             before = server.rss_mb()
-            client = subprocess.Popen(_client("idle", server.ready, args.connections), stdin=subprocess.PIPE,
+            client = subprocess.Popen(_client("idle", server.ready, connections, protocol), stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, text=True)
             opened = json.loads(client.stdout.readline())
-            note(f"{chain.name}: {opened}")
+            note(f"{name}: {opened}")
             at_once, spent = server.rss_mb(), server.cpu_seconds()
             time.sleep(args.seconds)
             after, spent = server.rss_mb(), server.cpu_seconds() - spent
             alive = json.loads(client.communicate("end\n")[0].strip().splitlines()[-1])["alive"]
-            rows.append([chain.name, f"{opened['open']:,}", f"{alive:,}", f"{before:.0f}", f"{at_once:.0f}", f"{after:.0f}",
+            rows.append([name, f"{opened['open']:,}", f"{alive:,}", f"{before:.0f}", f"{at_once:.0f}", f"{after:.0f}",
                          f"{(after - before) * 1024 / max(1, opened['open']):.1f}", f"{spent / args.seconds * 100:.1f}"])
+            for process in processes:
+                process.stop()
     table.show(["door", "opened", "alive at the end", "RSS MB before", "when open", f"after {args.seconds} s",
                 "KiB a connection", "CPU % meanwhile"], rows)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A client that does nothing but mutual TLS: `mtls.py CERTS idle PORT COUNT`, `mtls.py CERTS shake PORT RATE SECONDS`.
+"""A client that does nothing but mutual TLS: `mtls.py CERTS idle PORT COUNT [ALPN]`, `mtls.py CERTS shake PORT RATE SECONDS`.
 
 `idle` opens COUNT connections as HTTP/2, answers settings and pings, prints how many are open, and how many still are
-once it reads a line. `shake` makes RATE full handshakes a second, each closed at once, and prints how many it made.
+once it reads a line; with another ALPN it says nothing on them. `shake` makes RATE full handshakes a second, each closed at once, and prints how many it made.
 """
 
 import asyncio
@@ -23,19 +23,22 @@ def frame(kind, flags=0, payload=b""):
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload
 
 
-def context(certs):
+def context(certs, protocol):
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.minimum_version = ssl.TLSVersion.TLSv1_3
     made.check_hostname = False
     made.load_verify_locations(f"{certs}/ca.crt")
     made.load_cert_chain(f"{certs}/client.crt", f"{certs}/client.key")
-    made.set_alpn_protocols(["h2"])
+    made.set_alpn_protocols([protocol])
     return made
 
 
-async def keep(reader, writer):
+async def keep(protocol, reader, writer):
     """Answers what a peer may want of an idle HTTP/2 connection until it ends."""
     try:
+        if protocol != "h2":
+            await reader.read()
+            return
         writer.write(PREFACE + frame(SETTINGS))
         while True:
             head = await reader.readexactly(9)
@@ -46,7 +49,7 @@ async def keep(reader, writer):
         pass
 
 
-async def idle(tls, port, count):
+async def idle(tls, port, count, protocol):
     slots = asyncio.Semaphore(AT_ONCE)
     keepers, failed = [], 0
 
@@ -59,7 +62,7 @@ async def idle(tls, port, count):
             except OSError:
                 failed += 1
                 return
-        keepers.append(asyncio.create_task(keep(*stream)))
+        keepers.append(asyncio.create_task(keep(protocol, *stream)))
 
     began = time.monotonic()
     await asyncio.gather(*(one() for _ in range(count)))
@@ -94,9 +97,10 @@ def main():
     certs, what, port, *rest = sys.argv[1:]
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    tls = context(certs)
+    protocol = rest[1] if what == "idle" and len(rest) > 1 else "h2"
+    tls = context(certs, protocol)
     if what == "idle":
-        asyncio.run(idle(tls, int(port), int(rest[0])))
+        asyncio.run(idle(tls, int(port), int(rest[0]), protocol))
     else:
         shake(tls, int(port), int(rest[0]), int(rest[1]))
 

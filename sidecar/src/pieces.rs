@@ -45,6 +45,14 @@ pub(crate) fn put(out: &mut BytesMut, data: &[u8]) {
     }
 }
 
+/// Appends `data`.
+pub(crate) fn append(out: &mut Vec<u8>, data: &[u8]) {
+    out.reserve(data.len());
+    for piece in data.chunks(PIECE_BYTES) {
+        out.extend_from_slice(piece);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::task::Waker;
@@ -104,6 +112,9 @@ mod tests {
             let mut out = BytesMut::new();
             put(&mut out, &bytes);
             prop_assert_eq!(&out[..], &bytes[..]);
+            let mut out = Vec::new();
+            append(&mut out, &bytes);
+            prop_assert_eq!(&out, &bytes);
         }
     }
 }

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 
 use super::copy::Side;
 use super::frame::HEAD_BYTES;
+use crate::pieces;
 
 /// One page: a request or an answer of an ordinary protocol.
 const FIRST_BUFFER_BYTES: usize = 4 * 1024;
@@ -26,6 +27,10 @@ const LARGE_AFTER_BYTES: u64 = 1024 * 1024;
 /// A buffer up to this size is given back when nothing more is there to read, a larger one after a pause:
 /// allocating it means new pages each time.
 const CHEAP_BUFFER_BYTES: usize = MIDDLE_BUFFER_BYTES;
+/// Writes of this size and more are gathered until they are as much as below, or flushed: a TLS record each, they
+/// would be a system call each.
+const GATHERED_FROM_BYTES: usize = 8 * 1024;
+const GATHERED_BYTES: usize = 64 * 1024;
 /// Bytes that the kernel takes from us beyond what it can send. Above all it lets us see a slow reader's
 /// progress; by default megabytes would lie between us and it.
 const UNSENT_BYTES: u32 = 128 * 1024;
@@ -41,6 +46,9 @@ pub struct Stream {
     read_bytes: u64,
     /// The last read filled what it was given, so there is more.
     more: bool,
+    /// Written, and not sent but for the first `sent` bytes.
+    gathered: Vec<u8>,
+    sent: usize,
 }
 
 impl Stream {
@@ -52,7 +60,7 @@ impl Stream {
         if let Err(error) = socket2::SockRef::from(&io).set_tcp_notsent_lowat(UNSENT_BYTES) {
             tracing::debug!(%error, "no TCP_NOTSENT_LOWAT");
         }
-        Self { io, buffer: Vec::new(), taken: 0, read_bytes: 0, more: false }
+        Self { io, buffer: Vec::new(), taken: 0, read_bytes: 0, more: false, gathered: Vec::new(), sent: 0 }
     }
 
     /// The other end's address.
@@ -128,6 +136,19 @@ impl Stream {
         }
     }
 
+    /// Sends what was gathered.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(unsent) = self.gathered.get(self.sent..).filter(|unsent| !unsent.is_empty()) {
+            match ready!(Pin::new(&mut self.io).poll_write(cx, unsent))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                count => self.sent += count,
+            }
+        }
+        self.gathered.clear();
+        self.sent = 0;
+        Poll::Ready(Ok(()))
+    }
+
     fn release(&mut self) {
         self.more = false;
         if self.buffer.capacity() <= CHEAP_BUFFER_BYTES {
@@ -144,6 +165,9 @@ impl Side for Stream {
         if self.unread().is_empty() {
             self.buffer = Vec::new();
             self.taken = 0;
+        }
+        if self.gathered.is_empty() {
+            self.gathered = Vec::new();
         }
     }
 
@@ -192,7 +216,18 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write(cx, data)
+        let this = self.get_mut();
+        if this.gathered.len() + data.len() > GATHERED_BYTES {
+            ready!(this.poll_send(cx))?;
+        }
+        if this.gathered.is_empty() && !(GATHERED_FROM_BYTES..GATHERED_BYTES).contains(&data.len()) {
+            return Pin::new(&mut this.io).poll_write(cx, data);
+        }
+        if this.gathered.capacity() == 0 {
+            this.gathered.reserve_exact(GATHERED_BYTES);
+        }
+        pieces::append(&mut this.gathered, data);
+        Poll::Ready(Ok(data.len()))
     }
 
     fn poll_write_vectored(
@@ -200,7 +235,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write_vectored(cx, data)
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.io).poll_write_vectored(cx, data)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -208,10 +245,14 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.io).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+        let this = self.get_mut();
+        ready!(this.poll_send(cx))?;
+        Pin::new(&mut this.io).poll_shutdown(cx)
     }
 }
