@@ -37,6 +37,31 @@ fn the_shipped_rules_decide_between_two_that_run_alone() {
 }
 
 #[test]
+fn traffic_goes_and_is_limited_as_the_files_say() {
+    let stage = Stage::new();
+    stage.amend(
+        "server",
+        "service = \"backend\"\n",
+        "service = \"backend\"\nrate_limit = { requests = 3, per = \"1h\" }\nhealth = { check = \"http:/\", every = \"100ms\" }\n",
+    );
+    let server = stage.start("server");
+    let plain = stage.start("client");
+    let answers: Vec<_> = (0..5).map(|_| get(stage.client, "/").0).collect();
+    assert_eq!(answers, [200, 200, 200, 429, 429]);
+    plain.end();
+    stage.amend(
+        "client",
+        "[outbound.backend]\n",
+        "[traffic.backend]\nfaults = { abort = 418, abort_share = \"100%\" }\n\n[outbound.backend]\n",
+    );
+    let faulty = stage.start("client");
+    faulty.hears("FAULTS ARE MADE ON PURPOSE");
+    assert_eq!(get(stage.client, "/").0, 418);
+    faulty.end();
+    server.end();
+}
+
+#[test]
 fn new_certificates_are_taken_under_load_without_a_call_lost() {
     const ROTATIONS: usize = 3;
     let stage = Stage::new();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use cedar_policy::{Effect, EntityUid, Policy, PolicyId, PolicySet};
-use identity::TrustDomain;
+use identity::{SpiffeId, TrustDomain};
 
 use crate::engine::Engine;
 use crate::explain::{self, Conjunct, Scope};
@@ -32,6 +32,19 @@ pub(crate) struct PolicyEntry {
     pub(crate) scope: Scope,
     /// Its conditions as an explanation needs them, from the first on.
     pub(crate) clauses: OnceLock<Result<Vec<Conjunct>, String>>,
+}
+
+/// What the scopes of policies open to a workload, for one action on one kind of object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reach {
+    /// The action's name in the service's namespace.
+    pub action: String,
+    /// The full name of the objects' type.
+    pub object: String,
+    /// The ids of permits, with `?` behind one that has conditions.
+    pub permits: String,
+    /// The ids of forbids that may take it away again.
+    pub forbids: String,
 }
 
 static NO_RULE: Rule = Rule::Absent;
@@ -116,6 +129,35 @@ impl ServicePolicy {
             routes.map(|route| (route.template.clone(), route.attributes_from())).collect();
         routes.sort_unstable_by(|one, other| one.0.cmp(&other.0));
         routes
+    }
+
+    /// What a workload may do, by the policies' scopes: a line for each action and kind of object that a permit
+    /// opens to it. Conditions are not weighed; a policy that has some is marked with `?`.
+    pub fn reach(&self, workload: &SpiffeId) -> Vec<Reach> {
+        let shared = &*self.shared;
+        let principal = schema::uid(&shared.schema.principals.workload, workload.as_str());
+        let mut reach = Vec::new();
+        for (name, action) in &shared.schema.actions {
+            for kind in &action.objects {
+                let of = |effect: PolicyEffect| {
+                    let entries = shared.entries.iter().filter(|entry| {
+                        entry.effect == effect && entry.scope.reaches(shared, &principal, &action.uid, kind)
+                    });
+                    let named = entries.map(|entry| {
+                        let mark = if entry.policy.has_non_scope_constraint() { "?" } else { "" };
+                        format!("{}{mark}", entry.id)
+                    });
+                    named.collect::<Vec<_>>().join(", ")
+                };
+                let permits = of(PolicyEffect::Permit);
+                if !permits.is_empty() {
+                    let forbids = of(PolicyEffect::Forbid);
+                    reach.push(Reach { action: name.clone(), object: kind.clone(), permits, forbids });
+                }
+            }
+        }
+        reach.sort_by(|one, other| (&one.action, &one.object).cmp(&(&other.action, &other.object)));
+        reach
     }
 
     /// Every policy: its id, its file and the line where it begins there, in the order of the files.

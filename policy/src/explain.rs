@@ -140,6 +140,20 @@ impl Scope {
         }
     }
 
+    /// Whether it may be about what this principal does to some object of a kind.
+    pub(crate) fn reaches(
+        &self,
+        shared: &Shared,
+        principal: &EntityUid,
+        action: &EntityUid,
+        kind: &str,
+    ) -> bool {
+        let kind = shared.schema.types.get(kind);
+        self.admits_principal(principal)
+            && self.admits_action(action, &shared.schema.action_entities)
+            && kind.is_some_and(|kind| self.admits_object(&kind.name, None))
+    }
+
     /// The parts that do not fit, as words.
     fn mismatches(&self, shared: &Shared, subject: &Subject<'_>) -> Vec<Mismatch> {
         let mut found = Vec::new();

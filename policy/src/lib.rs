@@ -8,6 +8,7 @@
 //! Nothing here does I/O on a request's path.
 
 mod body;
+mod cases;
 mod decide;
 mod engine;
 mod explain;
@@ -31,7 +32,8 @@ mod verdict;
 mod version;
 
 pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
-pub use decide::ServicePolicy;
+pub use cases::{Case, Decision};
+pub use decide::{Reach, ServicePolicy};
 pub use load::Policies;
 pub use map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 pub use object::{AttributeValue, Attributes, ObjectRef};

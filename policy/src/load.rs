@@ -23,7 +23,9 @@ use crate::shadow::Shadow;
 use crate::version::PolicyVersion;
 
 const MESH_SCHEMA: &str = "mesh.cedarschema";
-const SERVICES: &str = "services";
+pub(crate) const SERVICES: &str = "services";
+/// Where a service's tests are, which decide nothing: they are no part of a version.
+pub(crate) const TESTS: &str = "tests";
 const MAP: &str = "map.toml";
 /// Largest single file: ten thousand policies take three megabytes.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -171,10 +173,11 @@ fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option
             (false, "cedarschema") => schemas.push(read_file(root, &entry.path, problems)),
             (false, "cedar") => policies.push(read_file(root, &entry.path, problems)),
             (false, "proto") => protos.push(read_file(root, &entry.path, problems)),
+            (true, _) if entry.name == TESTS => {}
             (false, _) if entry.name == MAP => maps.push(read_file(root, &entry.path, problems)),
             _ => problems.push(
                 Problem::file(&entry.path, "not a file of a service that this version knows")
-                    .hint(format!("known are *.cedarschema, *.cedar, *.proto and {MAP}")),
+                    .hint(format!("known are *.cedarschema, *.cedar, *.proto, {MAP} and {TESTS}/")),
             ),
         }
     }

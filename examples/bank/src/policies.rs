@@ -8,6 +8,14 @@ pub const POLICIES: &[(&str, &str)] = &[
         "services/accounts/accounts.cedarschema",
         include_str!("../policies/services/accounts/accounts.cedarschema"),
     ),
+    (
+        "services/accounts/tests/accounts.toml",
+        include_str!("../policies/services/accounts/tests/accounts.toml"),
+    ),
+    (
+        "services/accounts/tests/bad/requests.toml",
+        include_str!("../policies/services/accounts/tests/bad/requests.toml"),
+    ),
     ("services/accounts/map.toml", include_str!("../policies/services/accounts/map.toml")),
     ("services/gateway/gateway.cedar", include_str!("../policies/services/gateway/gateway.cedar")),
     (

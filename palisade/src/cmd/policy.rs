@@ -1,8 +1,13 @@
-//! `palisade policy check`: every mistake in the policies directory, or what it holds.
+//! `palisade policy`: what is wrong with the policies directory, what its tests say, and who may do what by it.
+
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
-use identity::{Clock as _, SystemClock};
-use policy::{Attributes, Caller, Layer, ObjectRef, Occasion, Policies, Principal, Receipt, Verdict};
+use identity::{Clock as _, SpiffeId, SystemClock};
+use policy::{
+    Attributes, Caller, Case, Layer, ObjectRef, Occasion, Policies, Principal, Problem, Reach, Receipt,
+    Verdict,
+};
 
 use crate::Global;
 use crate::cmd::config;
@@ -21,12 +26,167 @@ pub(crate) struct Args {
 enum What {
     /// Say everything that is wrong with the policies. Exit code 4 if something is.
     Check,
+    /// Check the policies, and run the tests beside them: services/NAME/tests/*.toml. Exit code 1 if one fails.
+    Test {
+        /// Only the tests of this service.
+        #[arg(long, value_name = "NAME")]
+        service: Option<String>,
+        /// Each test and its outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write *.cedar files in the one form that reviews need not talk about.
+    Fmt {
+        /// Change nothing; exit code 1 if a file is not in that form.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Print who may do what to which kind of object, and by which policies: a table to commit, so that a review sees
+    /// what a change opens.
+    Matrix {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
-    match args.what {
-        What::Check => check(&config::load(&global.config)?, printer),
+    let mesh = config::load(&global.config)?;
+    match &args.what {
+        What::Check => check(&mesh, printer),
+        What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
+        What::Fmt { check } => fmt(&mesh, *check, printer),
+        What::Matrix { json } => matrix(&mesh, *json, printer),
     }
+}
+
+fn test(mesh: &Mesh, service: Option<&str>, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+    let policies = workload::policies(mesh)?;
+    let directory = &mesh.mesh.policies;
+    let registered = mesh.registrations();
+    let known = |name: &str| registered.iter().find(|known| known.name == name).map(|known| known.id.clone());
+    let cases = Case::load(directory, &policies, known)
+        .map_err(|problems| Failure::problems(&directory.display().to_string(), problems.0))?;
+    if let Some(name) = service.filter(|name| policies.service(name).is_none()) {
+        return Err(workload::no_policy(directory, name));
+    }
+    let cases = cases.iter().filter(|case| service.is_none_or(|name| case.service == name));
+    let outcomes: Vec<(&Case, Result<(), String>)> = cases.map(|case| (case, case.run(&policies))).collect();
+    if json {
+        let lines = outcomes.iter().map(|(case, outcome)| {
+            serde_json::json!({
+                "service": case.service,
+                "test": case.name,
+                "file": case.file,
+                "line": case.line,
+                "passed": outcome.is_ok(),
+                "why": outcome.as_ref().err(),
+            })
+        });
+        printer.data(&lines.map(|line| format!("{line}\n")).collect::<String>())?;
+    } else {
+        let lines = outcomes.iter().map(|(case, outcome)| {
+            let word = if outcome.is_ok() { "ok  " } else { "FAIL" };
+            format!("{word}  {}: {}\n", case.service, case.name)
+        });
+        printer.data(&lines.collect::<String>())?;
+    }
+    let failed = outcomes.iter().filter_map(|(case, outcome)| Some(case.problem(outcome.as_ref().err()?)));
+    let failed: Vec<Problem> = failed.collect();
+    let count = outcomes.len();
+    if !failed.is_empty() {
+        let message = format!("{} of {count} tests of the policies failed", failed.len());
+        return Err(Failure { problems: failed, ..Failure::new(message) });
+    }
+    if count == 0 {
+        printer.warning("there are no tests: write services/NAME/tests/*.toml, see the policies' README");
+    } else if !json {
+        printer.data(&format!("{count} tests, version {}\n", policies.version()))?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Longest line of a formatted policy, and what a level is moved in by.
+const LINE_WIDTH: usize = 110;
+const INDENT_WIDTH: isize = 2;
+
+fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
+    // What cannot be read cannot be written anew: mistakes are said first.
+    let _good = workload::policies(mesh)?;
+    let form = cedar_policy_formatter::Config { line_width: LINE_WIDTH, indent_width: INDENT_WIDTH };
+    let mut changed = Vec::new();
+    for path in cedar_files(&mesh.mesh.policies)? {
+        let failed = |what: &str, cause: String| {
+            let cause = std::io::Error::other(cause);
+            Failure::new(format!("{} cannot be {what}", path.display())).because(&cause)
+        };
+        let before = std::fs::read_to_string(&path).map_err(|error| failed("read", error.to_string()))?;
+        let after = cedar_policy_formatter::policies_str_to_pretty(&before, &form)
+            .map_err(|error| failed("formatted", error.to_string()))?;
+        if before == after {
+            continue;
+        }
+        if !check {
+            std::fs::write(&path, after).map_err(|error| failed("written", error.to_string()))?;
+        }
+        changed.push(format!("{}\n", path.display()));
+    }
+    printer.data(&changed.concat())?;
+    if check && !changed.is_empty() {
+        let message = format!("{} files are not in the one form", changed.len());
+        return Err(Failure::new(message).hint("palisade policy fmt writes them"));
+    }
+    Ok(Exit::Ok)
+}
+
+/// Every *.cedar file below the directory, in order.
+fn cedar_files(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let (mut found, mut folders) = (Vec::new(), vec![directory.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        let unreadable = |error: &std::io::Error| {
+            Failure::new(format!("{} cannot be read", folder.display())).because(error)
+        };
+        for entry in std::fs::read_dir(&folder).map_err(|error| unreadable(&error))? {
+            let path = entry.map_err(|error| unreadable(&error))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "cedar") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn matrix(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+    let policies = workload::policies(mesh)?;
+    let mut callers: Vec<(String, SpiffeId)> =
+        mesh.registrations().into_iter().map(|known| (known.name, known.id)).collect();
+    callers.sort();
+    let mut rows = Vec::new();
+    for service in policies.services() {
+        for (name, id) in &callers {
+            for Reach { action, object, permits, forbids } in service.reach(id) {
+                rows.push([name.clone(), service.name().to_owned(), action, object, permits, forbids]);
+            }
+        }
+    }
+    if json {
+        let lines = rows.iter().map(|[caller, service, action, object, permits, forbids]| {
+            let row = serde_json::json!({
+                "caller": caller, "service": service, "action": action, "object": object, "permits": permits,
+                "forbids": forbids,
+            });
+            format!("{row}\n")
+        });
+        printer.data(&lines.collect::<String>())?;
+    } else {
+        let rows: Vec<Vec<String>> = rows.into_iter().map(Vec::from).collect();
+        let header = ["caller", "service", "action", "object", "permitted by", "unless forbidden by"];
+        printer.data(&table(&header, &rows))?;
+    }
+    Ok(Exit::Ok)
 }
 
 fn check(mesh: &Mesh, printer: &Printer) -> Result<Exit, Failure> {
@@ -99,6 +259,12 @@ mod tests {
     use super::*;
 
     fn checked(reader: &str) -> Result<Exit, Failure> {
+        let (_folder, mesh) = bank(reader);
+        check(&mesh, &Printer::plain())
+    }
+
+    /// The bank's policies, and a mesh of which one service reads a secret.
+    fn bank(reader: &str) -> (tempfile::TempDir, Mesh) {
         let folder = tempfile::tempdir().unwrap();
         for (path, text) in bank::POLICIES {
             let path = folder.path().join("policies").join(path);
@@ -112,12 +278,68 @@ mod tests {
              [service.accounts]\napp = \"127.0.0.1:5000\"\ninbound = \"127.0.0.1:5001\"\n\
              admin = \"127.0.0.1:5002\"\nattest = {{ uid = 2 }}\n{}\n\
              [service.web]\napp = \"127.0.0.1:5010\"\ninbound = \"127.0.0.1:5011\"\n\
-             admin = \"127.0.0.1:5012\"\nattest = {{ uid = 3 }}\n{}\n",
+             admin = \"127.0.0.1:5012\"\nattest = {{ uid = 3 }}\n{}\n\
+             [service.payments]\napp = \"127.0.0.1:5020\"\ninbound = \"127.0.0.1:5021\"\n\
+             admin = \"127.0.0.1:5022\"\nattest = {{ uid = 4 }}\n",
             if reader == "accounts" { secrets } else { "" },
             if reader == "web" { secrets } else { "" },
         );
         let mesh = Mesh::parse(&text, &folder.path().join("mesh.toml"), "host-1").unwrap();
-        check(&mesh, &Printer::plain())
+        (folder, mesh)
+    }
+
+    #[test]
+    fn the_bank_s_tests_pass_and_a_changed_policy_fails_them() {
+        let (folder, mesh) = bank("accounts");
+        assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(test(&mesh, Some("web"), true, &Printer::plain()).unwrap(), Exit::Ok);
+        assert!(test(&mesh, Some("wed"), false, &Printer::plain()).is_err());
+        let path = folder.path().join("policies/services/accounts/accounts.cedar");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("context has user && resource.owner == context.user.id", "true"))
+            .unwrap();
+        let failure = test(&mesh, None, false, &Printer::plain()).unwrap_err();
+        assert_eq!(failure.exit, Exit::Failed);
+        let told = failure.problems.iter().map(ToString::to_string).collect::<String>();
+        assert!(told.contains("expected denied by `none`, allowed by `web-reads-own-accounts`"), "{told}");
+        assert!(failure.problems.iter().all(|problem| problem.line > 0));
+    }
+
+    #[test]
+    fn formatted_files_stay_so_and_mean_the_same() {
+        let (folder, mesh) = bank("accounts");
+        let path = folder.path().join("policies/services/accounts/accounts.cedar");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("permit (\n  principal", "permit(principal")).unwrap();
+        let failure = fmt(&mesh, true, &Printer::plain()).unwrap_err();
+        assert_eq!(failure.exit, Exit::Failed);
+        assert_eq!(fmt(&mesh, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("// payments looks up whose account"));
+        assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
+    }
+
+    #[test]
+    fn the_matrix_says_who_may_do_what() {
+        let (_folder, mesh) = bank("accounts");
+        let policies = workload::policies(&mesh).unwrap();
+        let accounts = policies.service("accounts").unwrap();
+        let id = |name: &str| SpiffeId::new(&format!("spiffe://bank.example/service/{name}")).unwrap();
+        let reach = accounts.reach(&id("web"));
+        let lines: Vec<_> =
+            reach.iter().map(|r| (r.action.as_str(), r.permits.as_str(), r.forbids.as_str())).collect();
+        assert_eq!(
+            lines,
+            [
+                ("ListAccounts", "web-lists-own-accounts?", ""),
+                ("ReadAccount", "web-reads-own-accounts?", ""),
+                ("ReadHistory", "web-reads-own-accounts?", "")
+            ]
+        );
+        let transfer = accounts.reach(&id("payments")).into_iter().find(|r| r.action == "Transfer").unwrap();
+        assert_eq!(transfer.forbids, "only-payments-moves-money?");
+        assert!(accounts.reach(&id("stranger")).is_empty());
+        assert_eq!(matrix(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
     }
 
     #[test]

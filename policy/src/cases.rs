@@ -1,0 +1,480 @@
+//! Tests of policies, kept beside them: `services/NAME/tests/*.toml`. Each asks what a sidecar would be asked, and says
+//! what must be decided and by which policy; who is trusted to allow the right thing for a wrong reason is not tested.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::CONTENT_TYPE;
+use identity::SpiffeId;
+use identity::hex;
+use identity::txn::User;
+use serde::Deserialize;
+use serde_json::Value as Json;
+use toml::Spanned;
+
+use crate::body::BodyRule;
+use crate::decide::ServicePolicy;
+use crate::load::{Policies, SERVICES, TESTS};
+use crate::map::Source;
+use crate::object::{AttributeValue, Attributes};
+use crate::problem::{Problem, Problems};
+use crate::receipt::Receipt;
+use crate::record::{Layer, Mode};
+use crate::request::{AttributeSource, Mapped};
+use crate::verdict::{Caller, Denial, Occasion, Principal, Verdict};
+
+/// Largest file of tests.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+/// The moment at which tests take place, if they name none: 2026-01-01T00:00:00Z.
+const NOW_SECONDS: u64 = 1_767_225_600;
+
+/// A file of tests.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CasesFile {
+    #[serde(default)]
+    test: Vec<Spanned<Section>>,
+}
+
+/// One `[[test]]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Section {
+    name: String,
+    /// A service of the mesh, or a SPIFFE ID.
+    #[serde(rename = "as")]
+    caller: Spanned<String>,
+    user: Option<UserSection>,
+    /// `METHOD /target`.
+    request: Spanned<String>,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+    body: Option<String>,
+    /// A body of bytes, such as a gRPC message, in hexadecimal digits.
+    body_hex: Option<Spanned<String>>,
+    /// What the app tells of every object of the request.
+    #[serde(default)]
+    attributes: BTreeMap<String, Json>,
+    /// … and of single ones, by id.
+    #[serde(default)]
+    objects: BTreeMap<String, BTreeMap<String, Json>>,
+    /// Seconds since the Unix epoch.
+    now: Option<u64>,
+    decision: Decision,
+    /// The policy, or the built-in rule; `none` where no policy allows it.
+    policy: Spanned<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum UserSection {
+    Id(String),
+    Whole(UserTable),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UserTable {
+    id: String,
+    #[serde(default = "any_issuer")]
+    issuer: String,
+    #[serde(default = "any_client")]
+    client: String,
+    #[serde(default)]
+    scopes: Vec<String>,
+    #[serde(default)]
+    groups: Vec<String>,
+    #[serde(default)]
+    auth_time: u64,
+}
+
+fn any_issuer() -> String {
+    "https://id.example".to_owned()
+}
+
+fn any_client() -> String {
+    "test".to_owned()
+}
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decision {
+    /// It is let through.
+    Allow,
+    /// It is understood, and not allowed: 403.
+    Deny,
+    /// It is not understood: 400.
+    Refuse,
+}
+
+/// One test.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// The service that is asked.
+    pub service: String,
+    /// What it is about.
+    pub name: String,
+    /// Where it stands, below the policies directory.
+    pub file: String,
+    /// Its first line, from 1.
+    pub line: usize,
+    path: PathBuf,
+    text: Arc<str>,
+    span: Range<usize>,
+    caller: SpiffeId,
+    section: Section,
+}
+
+impl Case {
+    /// All tests of a policies directory, by service and file. `workload` knows the callers that are named and not
+    /// written as a SPIFFE ID.
+    ///
+    /// # Errors
+    /// All files that are not tests, with what is wrong in them.
+    pub fn load(
+        dir: &Path,
+        policies: &Policies,
+        workload: impl Fn(&str) -> Option<SpiffeId>,
+    ) -> Result<Vec<Self>, Problems> {
+        let (mut cases, mut problems) = (Vec::new(), Problems::default());
+        for service in policies.services() {
+            let folder = dir.join(SERVICES).join(service.name()).join(TESTS);
+            for path in files(&folder, &mut problems) {
+                read(&path, dir, service.name(), &workload, &mut cases, &mut problems);
+            }
+        }
+        if problems.0.is_empty() { Ok(cases) } else { Err(problems) }
+    }
+
+    /// Asks. The error says what was decided instead, and why.
+    pub fn run(&self, policies: &Policies) -> Result<(), String> {
+        let Some(policy) = policies.service(&self.service) else {
+            return Err(format!("there is no policy of {}", self.service));
+        };
+        let (decision, rule, why) = self.ask(&policy.with_mode(Mode::Enforce))?;
+        let (wanted, by) = (self.section.decision, self.section.policy.get_ref());
+        if decision == wanted && rule == *by {
+            return Ok(());
+        }
+        let shown = |decision: Decision| match decision {
+            Decision::Allow => "allowed",
+            Decision::Deny => "denied",
+            Decision::Refuse => "refused",
+        };
+        Err(format!(
+            "expected {} by `{by}`, {} by `{rule}`{}",
+            shown(wanted),
+            shown(decision),
+            why.map_or(String::new(), |why| format!(": {why}"))
+        ))
+    }
+
+    /// A problem at this test, for whoever shows it.
+    pub fn problem(&self, message: &str) -> Problem {
+        let head = self.span.start..(self.span.start + "[[test]]".len()).min(self.text.len());
+        Problem::at(&self.path, &self.text, head, format!("{}: {message}", self.name))
+    }
+
+    fn ask(&self, policy: &ServicePolicy) -> Result<(Decision, String, Option<String>), String> {
+        let section = &self.section;
+        let (method, target) = section.request.get_ref().split_once(' ').unwrap_or_default();
+        let user = section.user.clone().map(|user| {
+            let table = match user {
+                UserSection::Whole(table) => table,
+                UserSection::Id(id) => {
+                    let (issuer, client) = (any_issuer(), any_client());
+                    UserTable { id, issuer, client, scopes: Vec::new(), groups: Vec::new(), auth_time: 0 }
+                }
+            };
+            let UserTable { id, issuer, client, scopes, groups, auth_time } = table;
+            Arc::new(User { id, issuer, client, scopes, groups, auth_time })
+        });
+        let caller = Caller {
+            principal: Principal::Workload(self.caller.clone()),
+            chain: if user.is_some() { [self.caller.clone()].into() } else { [].into() },
+            user,
+            address: None,
+        };
+        let receipt = Receipt::generate(&ring::rand::SystemRandom::new())
+            .map_err(|_| "the system's random generator failed".to_owned())?;
+        let occasion = Occasion {
+            receipt,
+            now: Duration::from_secs(section.now.unwrap_or(NOW_SECONDS)),
+            layer: Layer::Sidecar,
+            method,
+            target,
+            transaction: None,
+            trace_id: None,
+        };
+        let denied = |denial: &Denial| {
+            let decision = if denial.status() == 400 { Decision::Refuse } else { Decision::Deny };
+            Ok((decision, denial.rule().name().to_owned(), Some(denial.reason().to_owned())))
+        };
+        let refuse = |refusal| policy.refuse(Some(&caller), refusal, &occasion);
+
+        let body = self.body()?;
+        let parts = self.parts(method, target, body.as_deref())?;
+        let mapped = match policy.map(&parts) {
+            Ok(mapped) => mapped,
+            Err(refusal) => return denied(&refuse(refusal)),
+        };
+        if let Err(denial) = policy.screen(&caller, &mapped, &occasion) {
+            return denied(&denial);
+        }
+        let reads_body = !matches!(mapped.body(), BodyRule::Opaque { .. });
+        let mapped = match mapped.with_body(body.as_deref().filter(|_| reads_body).unwrap_or_default()) {
+            Ok(mapped) => mapped,
+            Err(refusal) => return denied(&refuse(refusal)),
+        };
+        let attributes = self.told(&mapped)?;
+        match policy.decide(&caller, &mapped, &attributes, &occasion) {
+            Verdict::Permit(permit) => Ok((Decision::Allow, permit.rule().name().to_owned(), None)),
+            Verdict::Deny(denial) => denied(&denial),
+        }
+    }
+
+    fn body(&self) -> Result<Option<Vec<u8>>, String> {
+        match (&self.section.body, &self.section.body_hex) {
+            (Some(_), Some(_)) => Err("`body` and `body_hex` are two bodies".to_owned()),
+            (Some(text), None) => Ok(Some(text.clone().into_bytes())),
+            (None, Some(digits)) => match hex::decode(digits.get_ref()) {
+                Some(bytes) => Ok(Some(bytes.to_vec())),
+                None => Err("`body_hex` is not hexadecimal digits, two a byte".to_owned()),
+            },
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn parts(&self, method: &str, target: &str, body: Option<&[u8]>) -> Result<http::request::Parts, String> {
+        let mut request = http::Request::builder().method(method).uri(target);
+        for (name, value) in &self.section.headers {
+            request = request.header(name, value);
+        }
+        let typed = self.section.headers.keys().any(|name| name.eq_ignore_ascii_case(CONTENT_TYPE.as_str()));
+        if let (Some(body), false) = (body, typed) {
+            let kind = match body.first() {
+                _ if self.section.body_hex.is_some() => "application/grpc",
+                Some(b'{' | b'[') => "application/json",
+                _ => "application/x-www-form-urlencoded",
+            };
+            request = request.header(CONTENT_TYPE, kind);
+        }
+        let request = request.body(()).map_err(|error| format!("the request is none: {error}"))?;
+        Ok(request.into_parts().0)
+    }
+
+    /// What the app tells of the objects, as far as the route asks it.
+    fn told(&self, mapped: &Mapped) -> Result<Attributes, String> {
+        let mut attributes = Attributes::none();
+        let by_app = mapped.attributes_from() != AttributeSource::Known;
+        for id in self.section.objects.keys() {
+            if !mapped.objects().iter().any(|object| object.id() == id) {
+                let objects: Vec<String> = mapped.objects().iter().map(ToString::to_string).collect();
+                return Err(format!(
+                    "`objects` tells of {id:?}, and the request is about {}",
+                    objects.join(", ")
+                ));
+            }
+        }
+        for object in mapped.objects() {
+            let own = self.section.objects.get(object.id());
+            for (name, json) in self.section.attributes.iter().chain(own.into_iter().flatten()) {
+                let value = told_by_app(mapped, name, json).map_err(|why| {
+                    if by_app { why } else { format!("{why}; on this route the app is not asked") }
+                })?;
+                attributes.insert(object.clone(), name.clone(), value);
+            }
+        }
+        Ok(attributes)
+    }
+}
+
+fn told_by_app(mapped: &Mapped, name: &str, json: &Json) -> Result<AttributeValue, String> {
+    match mapped.route.attributes.get(name) {
+        Some((Source::Entities | Source::Response(_), kind)) => {
+            kind.read(json).ok_or_else(|| format!("the attribute `{name}` is a {kind}"))
+        }
+        Some(_) => Err(format!("the request or the user tells `{name}`")),
+        None => Err(format!("nothing tells the attribute `{name}`")),
+    }
+}
+
+/// The tests of one folder, by name; none if there is no folder.
+fn files(folder: &Path, problems: &mut Problems) -> Vec<PathBuf> {
+    let Ok(listing) = fs::read_dir(folder) else { return Vec::new() };
+    let mut found = Vec::new();
+    for entry in listing.filter_map(Result::ok) {
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if path.is_dir() {
+            // Such as tests/bad: the same, sorted by what they are for.
+            found.extend(files(&path, problems));
+        } else if name.ends_with(".toml") {
+            found.push(path);
+        } else if !(name.starts_with('.') || name.to_ascii_lowercase().ends_with(".md")) {
+            problems.push(Problem::file(&path, "is no file of tests").hint("tests are *.toml"));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn read(
+    path: &Path,
+    dir: &Path,
+    service: &str,
+    workload: impl Fn(&str) -> Option<SpiffeId>,
+    cases: &mut Vec<Case>,
+    problems: &mut Problems,
+) {
+    let text = match fs::metadata(path) {
+        Ok(data) if data.len() > MAX_FILE_BYTES => Err(format!("larger than {MAX_FILE_BYTES} bytes")),
+        _ => fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}")),
+    };
+    let text = match text {
+        Ok(text) => text,
+        Err(message) => return problems.push(Problem::file(path, message)),
+    };
+    let file: CasesFile = match toml::from_str(&text) {
+        Ok(file) => file,
+        Err(error) => return problems.push(Problem::toml(path, &text, &error)),
+    };
+    if file.test.is_empty() {
+        return problems.push(Problem::file(path, "holds no [[test]]"));
+    }
+    let whole: Arc<str> = text.as_str().into();
+    for section in file.test {
+        let span = section.span();
+        let line = text.get(..span.start).unwrap_or_default().matches('\n').count() + 1;
+        let section = section.into_inner();
+        let named = section.caller.get_ref();
+        let caller = match SpiffeId::new(named) {
+            Ok(id) => Some(id),
+            Err(_) => workload(named),
+        };
+        if !section.request.get_ref().split_once(' ').is_some_and(|(_, target)| target.starts_with('/')) {
+            let problem =
+                Problem::at(path, &text, section.request.span(), "a request is a method and a path");
+            problems.push(problem.hint("request = \"GET /accounts/17\""));
+        }
+        let Some(caller) = caller else {
+            let message = format!("`{named}` is no service of the mesh and no SPIFFE ID");
+            problems.push(Problem::at(path, &text, section.caller.span(), message));
+            continue;
+        };
+        let shown = path.strip_prefix(dir).unwrap_or(path);
+        cases.push(Case {
+            service: service.to_owned(),
+            name: section.name.clone(),
+            file: shown.display().to_string(),
+            line,
+            path: path.to_owned(),
+            text: Arc::clone(&whole),
+            span,
+            caller,
+            section,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use identity::TrustDomain;
+
+    use super::*;
+    use crate::load::tests::load;
+
+    const TESTS: &str = r#"
+[[test]]
+name = "x reads its own"
+as = "web"
+request = "GET /orders/17"
+attributes = { owner = "x", tags = [] }
+decision = "allow"
+policy = "read"
+
+[[test]]
+name = "y's is not x's"
+as = "spiffe://bank.example/service/web"
+user = "alice"
+request = "GET /orders/17"
+objects = { "17" = { owner = "y", tags = ["a"] } }
+decision = "deny"
+policy = "none"
+
+[[test]]
+name = "one spelling"
+as = "web"
+request = "GET /orders/017"
+decision = "deny"
+policy = "route.unmapped"
+
+[[test]]
+name = "dots"
+as = "web"
+request = "GET /orders/../17"
+decision = "refuse"
+policy = "request.path"
+"#;
+
+    fn cases(text: &str) -> Result<(Vec<Case>, Arc<Policies>), String> {
+        let (policies, dir) = load(&[("services/shop/tests/reads.toml", Some(text))]);
+        let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
+        let domain = TrustDomain::new("bank.example").unwrap();
+        let workload = |name: &str| (name == "web").then(|| domain.workload("/service/web").unwrap());
+        let cases = Case::load(dir.path(), &policies, workload);
+        cases.map(|cases| (cases, policies)).map_err(|problems| problems.to_string())
+    }
+
+    fn outcome(text: &str) -> String {
+        let (cases, policies) = cases(text).unwrap();
+        cases[0].run(&policies).unwrap_err()
+    }
+
+    #[test]
+    fn tests_say_what_is_decided_and_by_what() {
+        let (cases, policies) = cases(TESTS).unwrap();
+        assert_eq!(cases.len(), 4);
+        for case in &cases {
+            assert_eq!(case.run(&policies), Ok(()), "{}", case.name);
+        }
+        assert_eq!((cases[1].file.as_str(), cases[1].line), ("services/shop/tests/reads.toml", 10));
+    }
+
+    #[test]
+    fn what_is_decided_otherwise_fails_with_the_reason() {
+        let told = outcome(&TESTS.replace("decision = \"allow\"", "decision = \"deny\""));
+        assert_eq!(told, "expected denied by `read`, allowed by `read`");
+        let told = outcome(&TESTS.replacen("policy = \"read\"", "policy = \"write\"", 1));
+        assert_eq!(told, "expected allowed by `write`, allowed by `read`");
+        let told = outcome(&TESTS.replacen("owner = \"x\"", "owner = \"z\"", 1));
+        assert!(told.starts_with("expected allowed by `read`, denied by `none`: "), "{told}");
+        let told = outcome(&TESTS.replacen("owner = \"x\"", "owner = 3", 1));
+        assert_eq!(told, "the attribute `owner` is a String");
+        let told = outcome(&TESTS.replacen("owner = \"x\"", "colour = \"x\"", 1));
+        assert_eq!(told, "nothing tells the attribute `colour`");
+        let told = outcome(&TESTS.replacen("attributes =", "objects = { \"18\" = {} }\nattributes =", 1));
+        assert_eq!(told, "`objects` tells of \"18\", and the request is about Shop::Order::\"17\"");
+    }
+
+    #[test]
+    fn files_that_are_no_tests_say_where() {
+        for (text, why) in [
+            ("", "holds no [[test]]"),
+            (&TESTS.replacen("decision", "decison", 1)[..], "reads.toml:7:1: unknown field `decison`"),
+            (
+                &TESTS.replacen("as = \"web\"", "as = \"wed\"", 1),
+                "reads.toml:4:6: `wed` is no service of the mesh",
+            ),
+            (&TESTS.replacen("GET /orders/17", "/orders/17", 1), "a request is a method and a path"),
+        ] {
+            let told = cases(text).unwrap_err();
+            assert!(told.contains(why), "{told}");
+        }
+    }
+}
