@@ -64,6 +64,8 @@ pub(crate) struct Shared {
     pub(crate) schema: ServiceSchema,
     pub(crate) routes: RouteTable,
     pub(crate) mapping: Mapping,
+    /// Methods of the service's `.proto` files that no route means.
+    pub(crate) unmapped: Vec<String>,
     pub(crate) set: PolicySet,
     /// In the order of the files.
     pub(crate) entries: Vec<PolicyEntry>,
@@ -129,6 +131,11 @@ impl ServicePolicy {
             routes.map(|route| (route.template.clone(), route.attributes_from())).collect();
         routes.sort_unstable_by(|one, other| one.0.cmp(&other.0));
         routes
+    }
+
+    /// The gRPC methods that the service's `.proto` files have and its map does not, which are denied to everybody.
+    pub fn unmapped_methods(&self) -> &[String] {
+        &self.shared.unmapped
     }
 
     /// What a workload may do, by the policies' scopes: a line for each action and kind of object that a permit

@@ -274,9 +274,13 @@ fn load_service(
     let map = map::parse(&files.map.path, &files.map.text, &schema, protos.as_ref(), problems);
     let loaded = load_policies(files, &schema, trust_domain, problems);
     let (map, (set, entries)) = (map?, loaded?);
+    let methods = protos.as_ref().map(proto::methods).unwrap_or_default();
+    let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
+    let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
     let mode = map.mode;
     let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
+    let shared = Shared { unmapped, ..shared };
     Some((namespace, ServicePolicy::new(shared, mode)))
 }
 
@@ -312,6 +316,7 @@ fn assemble(
         trust_domain: trust_domain.clone(),
         routes: RouteTable::new(name, version, map.routes),
         mapping: map.mapping,
+        unmapped: Vec::new(),
         by_id: entries.iter().enumerate().map(|(index, entry)| (entry.policy.id().clone(), index)).collect(),
         engine: Engine::new(&schema, &entries),
         shadow: Shadow::new(entries.len()),

@@ -84,6 +84,11 @@ impl Route {
         }
     }
 
+    /// Whether it is a request with this method and path that it means.
+    pub(crate) fn takes(&self, method: &str, path: &str) -> bool {
+        self.method == method && PathTemplate::parse(path).is_ok_and(|path| self.path.overlaps(&path))
+    }
+
     pub(crate) fn needs_body(&self) -> bool {
         matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. } | BodyRule::Grpc { .. })
     }

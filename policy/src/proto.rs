@@ -63,6 +63,17 @@ impl FileResolver for Given {
     }
 }
 
+/// The paths of all methods of the services here, in order.
+pub(crate) fn methods(pool: &DescriptorPool) -> Vec<String> {
+    let of = |service: prost_reflect::ServiceDescriptor| {
+        let name = service.full_name().to_owned();
+        service.methods().map(move |method| format!("/{name}/{}", method.name())).collect::<Vec<_>>()
+    };
+    let mut paths: Vec<String> = pool.services().flat_map(of).collect();
+    paths.sort();
+    paths
+}
+
 /// What one method's requests are.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {

@@ -38,7 +38,7 @@ use crate::traffic::config::{RetryOn, Traffic};
 use crate::traffic::endpoint::{self, InFlight, Locality, Member};
 use crate::traffic::hedge;
 use crate::traffic::random::Dice;
-use crate::traffic::resolve::Source;
+use crate::traffic::resolve::{self, Source};
 use crate::traffic::retry::Tries;
 use crate::traffic::steer::Steering;
 use crate::traffic::timeouts::{Bounds, MalformedTimeout};
@@ -231,10 +231,8 @@ impl Upstream {
             steering: Steering::new(traffic, Locality::default(), &[], dice),
             config,
         });
-        match &upstream.config.endpoints {
-            Source::Static(list) => upstream.steering.endpoints.replace(list.iter().cloned()),
-            source => upstream.follow(source.clone()),
-        }
+        let Self { config, steering, clock, .. } = &*upstream;
+        resolve::keep(&config.endpoints, &steering.endpoints, clock, steering.dice.another(), scope);
         if let Some(check) = health {
             upstream.watch_health(check);
         }

@@ -216,6 +216,14 @@ fn check(mesh: &Mesh, printer: &Printer) -> Result<Exit, Failure> {
         table(&["service", "mode"], &rows)
     );
     printer.data(&text)?;
+    for service in policies.services() {
+        for path in service.unmapped_methods() {
+            printer.warning(&format!(
+                "{}: {path} is not in map.toml, so it is denied to everybody",
+                service.name()
+            ));
+        }
+    }
     Ok(Exit::Ok)
 }
 

@@ -414,6 +414,7 @@ fn messages_are_read_by_the_service_s_own_proto_files() {
         let request = http::Request::post("/bank.Shop/Follow").header("content-type", kind).body(());
         policy.map(&request.unwrap().into_parts().0)
     };
+    assert_eq!(policy.unmapped_methods(), ["/bank.Shop/Look"]);
     let mapped = ask("application/grpc").unwrap();
     assert_eq!(mapped.body(), crate::BodyRule::Grpc { max_bytes: 65_536, streams: true });
     assert!(mapped.objects().is_empty());

@@ -22,7 +22,7 @@ use crate::server::Limits;
 use crate::traffic::config;
 use crate::traffic::endpoint::{Endpoint, InFlight, Locality};
 use crate::traffic::random::Dice;
-use crate::traffic::resolve::{self, Source, SystemResolver};
+use crate::traffic::resolve::{self, Source};
 use crate::traffic::steer::Steering;
 
 /// How often a session that a connection did not begin is sent over another: the second one is new.
@@ -76,9 +76,6 @@ impl TcpOutbound {
     ) -> Result<Arc<Self>, rustls::Error> {
         let pool = Pool::new(upstream.id.clone(), source, clock.clone(), stats.clone())?;
         let steering = Steering::new(config::Traffic::default(), Locality::default(), &[], dice);
-        if let Source::Static(list) = &upstream.endpoints {
-            steering.endpoints.replace(list.iter().cloned());
-        }
         Ok(Arc::new(Self { upstream, pool, steering, clock, stats, access_log }))
     }
 
@@ -97,17 +94,8 @@ impl TcpOutbound {
             accepting.serve_each("outbound tcp connection", &listener, serve).await;
         });
         scope.spawn_critical("tcp pool", Arc::clone(&self.pool).keep(scope.clone()));
-        if !matches!(self.upstream.endpoints, Source::Static(_)) {
-            let (source, endpoints) = (self.upstream.endpoints.clone(), Arc::clone(&self.steering.endpoints));
-            let (clock, dice) = (self.clock.clone(), Dice::seeded(self.steering.dice.bits()));
-            let draining = scope.clone();
-            scope.spawn("endpoints", async move {
-                tokio::select! {
-                    () = resolve::follow(source, endpoints, Arc::new(SystemResolver), clock, dice) => {}
-                    () = draining.draining() => {}
-                }
-            });
-        }
+        let dice = self.steering.dice.another();
+        resolve::keep(&self.upstream.endpoints, &self.steering.endpoints, &self.clock, dice, scope);
     }
 
     /// Puts other endpoints in place of those so far. Sessions that are open stay where they are.

@@ -33,6 +33,11 @@ impl Dice {
         Self::seeded(u64::from_le_bytes(seed))
     }
 
+    /// Draws of their own, decided by these.
+    pub fn another(&self) -> Self {
+        Self::seeded(self.bits())
+    }
+
     /// 64 random bits.
     pub fn bits(&self) -> u64 {
         mix(self.state.fetch_add(STEP, Ordering::Relaxed).wrapping_add(STEP))

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use identity::Scope;
 use identity::clock::SharedClock;
 use tokio::sync::watch;
 
@@ -72,6 +73,28 @@ impl fmt::Display for Source {
             Self::Pushed(_) => f.write_str("as they are announced"),
         }
     }
+}
+
+/// Keeps `endpoints` as `source` says, by the system's resolver, until `scope` drains. What stays is there at once.
+pub(crate) fn keep<C: Default + Send + Sync + 'static>(
+    source: &Source,
+    endpoints: &Arc<Endpoints<C>>,
+    clock: &SharedClock,
+    dice: Dice,
+    scope: &Scope,
+) {
+    if let Source::Static(list) = source {
+        return endpoints.replace(list.iter().cloned());
+    }
+    let following =
+        follow(source.clone(), Arc::clone(endpoints), Arc::new(SystemResolver), clock.clone(), dice);
+    let draining = scope.clone();
+    scope.spawn("endpoints", async move {
+        tokio::select! {
+            () = following => {}
+            () = draining.draining() => {}
+        }
+    });
 }
 
 /// Keeps `endpoints` as `source` says; ends when nothing can change them any more.

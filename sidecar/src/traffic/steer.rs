@@ -46,7 +46,7 @@ impl<C: Default> Steering<C> {
             retrier: Retrier::new(traffic.retries),
             hedging: traffic.hedge.map(Hedging::new),
             timeouts: traffic.timeouts,
-            balancer: Balancer::new(traffic.balance, Dice::seeded(dice.bits())),
+            balancer: Balancer::new(traffic.balance, dice.another()),
             ejector: Ejector::new(traffic.eject),
             dice,
         }

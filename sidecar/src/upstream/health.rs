@@ -12,8 +12,6 @@ use crate::traffic::config::{Check, HealthCheck};
 use crate::traffic::endpoint::Member;
 use crate::traffic::health::{self, Prober};
 use crate::traffic::probe;
-use crate::traffic::random::Dice;
-use crate::traffic::resolve::{self, Source, SystemResolver};
 
 struct Asker {
     upstream: Weak<Upstream>,
@@ -44,25 +42,11 @@ impl Upstream {
     /// Asks its endpoints for as long as its scope goes on.
     pub(super) fn watch_health(self: &Arc<Self>, check: HealthCheck) {
         let asker = Arc::new(Asker { upstream: Arc::downgrade(self), check: check.check.clone() });
-        let (endpoints, dice) =
-            (Arc::clone(&self.steering.endpoints), Dice::seeded(self.steering.dice.bits()));
+        let (endpoints, dice) = (Arc::clone(&self.steering.endpoints), self.steering.dice.another());
         let (clock, scope) = (self.clock.clone(), self.scope.clone());
         self.scope.spawn("health checks", async move {
             tokio::select! {
                 () = health::watch(endpoints, check, asker, clock, dice) => {}
-                () = scope.draining() => {}
-            }
-        });
-    }
-
-    /// Keeps its endpoints as `source` says, for as long as its scope goes on.
-    pub(crate) fn follow(&self, source: Source) {
-        let (endpoints, dice) =
-            (Arc::clone(&self.steering.endpoints), Dice::seeded(self.steering.dice.bits()));
-        let (clock, scope) = (self.clock.clone(), self.scope.clone());
-        self.scope.spawn("endpoints", async move {
-            tokio::select! {
-                () = resolve::follow(source, endpoints, Arc::new(SystemResolver), clock, dice) => {}
                 () = scope.draining() => {}
             }
         });
