@@ -53,7 +53,18 @@ fn grpc_calls_of_every_kind_pass_and_each_is_decided() {
     assert_eq!(app.says(), "asked");
     assert_eq!(app.says(), "cancelled");
     calls.tell("asked");
-    assert_eq!(calls.ends(), ["deadlines", "large_messages", "objects"]);
+    for part in ["deadlines", "large_messages", "objects", "change"] {
+        assert_eq!(calls.says(), part);
+    }
+    let policies = stage.path("policies/services/backend/backend.cedar");
+    let text = fs::read_to_string(&policies).unwrap();
+    let less = text.replace(" || resource == Backend::Account::\"42\"", "");
+    assert_ne!(less, text);
+    fs::write(&policies, less).unwrap();
+    server.hang_up();
+    server.hears("policies reloaded");
+    calls.tell("changed");
+    assert_eq!(calls.ends(), ["policies_that_change"]);
     server.end();
     let records = requests(&stage, "server");
     let of = |verdict: &'static str| records.iter().filter(move |record| record["verdict"] == verdict);

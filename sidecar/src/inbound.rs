@@ -39,7 +39,7 @@ use crate::messages::{self, Fault, Faults, Judge, Judged, Message, Messages};
 use crate::metrics::{Direction, Metrics, Observation};
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
-use crate::streams::{Asked, Streams};
+use crate::streams::{Asked, Said, Streams, map_again};
 use crate::tcp::TcpInbound;
 use crate::trace::{Place, Spans};
 use crate::traffic::ratelimit::{LocalLimit, Quota};
@@ -172,6 +172,7 @@ struct Understood<'a> {
     trace: Place,
     caller: Option<Caller>,
     mapped: Option<Mapped>,
+    said: Said,
     attributes: Attributes,
 }
 
@@ -201,8 +202,14 @@ impl Handler for Inbound {
             transaction: None,
             trace_id: trace.parent.map(|parent| parent.trace_id),
         };
-        let mut understood =
-            Understood { occasion, trace, caller: None, mapped: None, attributes: Attributes::none() };
+        let mut understood = Understood {
+            occasion,
+            trace,
+            caller: None,
+            mapped: None,
+            said: Said::default(),
+            attributes: Attributes::none(),
+        };
         let outcome = self.request(&connection, request, &mut understood).await;
         let ended = self.ended(outcome, &understood);
         let now = self.clock.now();
@@ -328,7 +335,7 @@ impl Inbound {
                 let body = Relay::body(body, Bound::Endless, ());
                 (upgraded(mapped, protocol).map_err(refuse)?, Carried::Body(body))
             }
-            None => self.body(mapped, &parts, body).await.map_err(refuse)?,
+            None => self.body(mapped, &parts, body, &mut understood.said).await.map_err(refuse)?,
         };
         let mapped = &*understood.mapped.insert(mapped);
 
@@ -343,7 +350,7 @@ impl Inbound {
             AttributeSource::Known => {
                 let attributes = Attributes::none();
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                let (body, faults) = self.judged(body, mapped, caller, &attributes, occasion);
+                let (body, faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
@@ -353,7 +360,7 @@ impl Inbound {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
                 let attributes = Box::pin(asked).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                let (body, faults) = self.judged(body, mapped, caller, &attributes, occasion);
+                let (body, faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
                 understood.attributes = attributes;
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
@@ -362,7 +369,8 @@ impl Inbound {
             }
             AttributeSource::Response => {
                 // What is safe to ask takes no body of messages.
-                let (body, _faults) = self.judged(body, mapped, caller, &Attributes::none(), occasion);
+                let (body, _faults) =
+                    self.judged(body, &policy, mapped, caller, &Attributes::none(), occasion);
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
                 let attributes = held.attributes(mapped).map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
@@ -373,7 +381,14 @@ impl Inbound {
     }
 
     /// Reads the body where the mapping needs it, bounds it where it does not, refuses it where none belongs.
-    async fn body(&self, mapped: Mapped, parts: &Parts, body: Body) -> Result<(Mapped, Carried), Refusal> {
+    /// What of it has a part in what the request means is `said`.
+    async fn body(
+        &self,
+        mapped: Mapped,
+        parts: &Parts,
+        body: Body,
+        said: &mut Said,
+    ) -> Result<(Mapped, Carried), Refusal> {
         let has_body = body.whole() != Some(&[]);
         match mapped.body() {
             // An empty body may still be announced as one that streams.
@@ -396,12 +411,17 @@ impl Inbound {
             BodyRule::Json { max_bytes } => {
                 plain_type(parts, "application/json")?;
                 let bytes = Box::pin(self.collect(body, max_bytes)).await?;
+                *said = Said { bytes: bytes.clone(), kind: parts.headers.get(CONTENT_TYPE).cloned() };
                 Ok((mapped.with_body(&bytes)?, Carried::Body(full(bytes))))
             }
-            BodyRule::Grpc { max_bytes, .. } => Box::pin(self.first_message(mapped, body, max_bytes)).await,
+            BodyRule::Grpc { max_bytes, .. } => {
+                said.kind = parts.headers.get(CONTENT_TYPE).cloned();
+                Box::pin(self.first_message(mapped, body, max_bytes, said)).await
+            }
             BodyRule::Form { max_bytes } => {
                 plain_type(parts, "application/x-www-form-urlencoded")?;
                 let bytes = Box::pin(self.collect(body, max_bytes)).await?;
+                *said = Said { bytes: bytes.clone(), kind: parts.headers.get(CONTENT_TYPE).cloned() };
                 Ok((mapped.with_body(&bytes)?, Carried::Body(full(bytes))))
             }
         }
@@ -413,6 +433,7 @@ impl Inbound {
         mapped: Mapped,
         body: Body,
         max_bytes: usize,
+        said: &mut Said,
     ) -> Result<(Mapped, Carried), Refusal> {
         let mut rest = Messages::new(body, max_bytes);
         let first = tokio::select! {
@@ -426,13 +447,15 @@ impl Inbound {
             None => return Err(Refusal::malformed("request.body", "the call has no message")),
         };
         let unjudged = mapped.clone();
-        Ok((mapped.with_body(first.payload())?, Carried::Begun(Box::new(Begun { first, rest, unjudged }))))
+        said.bytes = first.payload();
+        Ok((mapped.with_body(&said.bytes)?, Carried::Begun(Box::new(Begun { first, rest, unjudged }))))
     }
 
     /// What is passed on, and where it leaves word should it have to be ended.
     fn judged(
         &self,
         carried: Carried,
+        policy: &Arc<ServicePolicy>,
         mapped: &Mapped,
         caller: &Caller,
         attributes: &Attributes,
@@ -444,16 +467,23 @@ impl Inbound {
             Carried::Begun(begun) => {
                 let Begun { first, rest, unjudged } = *begun;
                 let faults = Faults::default();
-                let judge = self.judge_of_messages(unjudged, mapped, caller, attributes, occasion);
+                let judge = self.judge_of_messages(
+                    (Arc::clone(policy), unjudged),
+                    mapped,
+                    caller,
+                    attributes,
+                    occasion,
+                );
                 (Judged::body(first, rest, judge, Arc::clone(&faults)), Some(faults))
             }
         }
     }
 
-    /// Decides about each message of a call after its first, by the policy that is in force then.
+    /// Decides about each message of a call after its first, by the policy that is in force then; the call has `begun`
+    /// under one, which mapped it.
     fn judge_of_messages(
         &self,
-        unjudged: Mapped,
+        mut begun: (Arc<ServicePolicy>, Mapped),
         first: &Mapped,
         caller: &Caller,
         attributes: &Attributes,
@@ -465,7 +495,7 @@ impl Inbound {
         let (caller, attributes, trace_id) = (caller.clone(), attributes.clone(), occasion.trace_id);
         let (method, target) = (occasion.method.to_owned(), occasion.target.to_owned());
         let transaction = occasion.transaction.clone();
-        let one = !matches!(first.body(), BodyRule::Grpc { streams: true, .. });
+        let kind = HeaderValue::from_static("application/grpc");
         // The app has told of these objects and of no other.
         let told_of = match first.attributes_from() {
             AttributeSource::Entities => Some(first.objects().to_vec()),
@@ -485,6 +515,11 @@ impl Inbound {
                 trace_id,
             };
             let refuse = |refusal| policy.refuse(Some(&caller), refusal, &occasion);
+            let denied = |denial: Denial| {
+                metrics.denied(denial.rule().name().to_owned());
+                recorder.record(denial.record().clone());
+                Fault::Denied(Box::new(denial))
+            };
             let decide = |mapped: &Mapped| {
                 if told_of.as_ref().is_some_and(|objects| objects != mapped.objects()) {
                     let reason = "a later message is about another object than the first";
@@ -492,20 +527,22 @@ impl Inbound {
                 }
                 permitted(policy.decide(&caller, mapped, &attributes, &occasion)).map(drop)
             };
+            if !Arc::ptr_eq(&begun.0, &policy) {
+                // A request is judged by the policy that mapped it.
+                let again = map_again(&policy, &method, &target, Some(&kind)).map_err(refuse);
+                begun = (Arc::clone(&policy), again.map_err(&denied)?);
+            }
+            let unjudged = &begun.1;
             let verdict = match message {
                 Err(error) => Err(refuse(error.refusal())),
-                Ok(_) if one => {
+                Ok(_) if matches!(unjudged.body(), BodyRule::Grpc { streams: false, .. }) => {
                     Err(refuse(Refusal::malformed("request.body", "the method takes one message")))
                 }
                 Ok(payload) => {
                     unjudged.clone().with_body(payload).map_err(refuse).and_then(|mapped| decide(&mapped))
                 }
             };
-            verdict.map_err(|denial| {
-                metrics.denied(denial.rule().name().to_owned());
-                recorder.record(denial.record().clone());
-                Fault::Denied(Box::new(denial))
-            })
+            verdict.map_err(denied)
         })
     }
 
@@ -581,7 +618,8 @@ impl Inbound {
         policy: &Arc<ServicePolicy>,
         understood: &Understood<'_>,
     ) -> Response<Body> {
-        let Understood { occasion, caller: Some(caller), mapped: Some(mapped), attributes, .. } = understood
+        let Understood { occasion, caller: Some(caller), mapped: Some(mapped), said, attributes, .. } =
+            understood
         else {
             return response;
         };
@@ -594,6 +632,7 @@ impl Inbound {
             transaction: occasion.transaction.clone(),
             trace_id: occasion.trace_id,
             caller: caller.clone(),
+            said: said.clone(),
             mapped: mapped.clone(),
             attributes: attributes.clone(),
         };

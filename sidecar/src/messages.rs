@@ -66,8 +66,8 @@ pub(crate) struct Message(Bytes);
 
 impl Message {
     /// Without what stands before it.
-    pub(crate) fn payload(&self) -> &[u8] {
-        self.0.get(PREFIX_BYTES..).unwrap_or_default()
+    pub(crate) fn payload(&self) -> Bytes {
+        self.0.slice(PREFIX_BYTES.min(self.0.len())..)
     }
 }
 
@@ -170,7 +170,7 @@ impl http_body::Body for Judged {
                 this.over = true;
                 return Poll::Ready(None);
             }
-            Some(Ok(message)) => (this.judge)(Ok(message.payload())).map(|()| message),
+            Some(Ok(message)) => (this.judge)(Ok(&message.payload())).map(|()| message),
             Some(Err(error @ MessageError::Body(_))) => {
                 this.over = true;
                 return Poll::Ready(Some(Err(error.into())));

@@ -10,11 +10,12 @@ use std::task::{Context, Poll};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::Request;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Request};
 use http_body::{Frame, SizeHint};
 use identity::clock::SharedClock;
 use policy::{
-    Attributes, BodyRule, Caller, Denial, Layer, Mapped, Occasion, Receipts, Recorder, ServicePolicy,
+    Attributes, Caller, Denial, Layer, Mapped, Occasion, Receipts, Recorder, Refusal, ServicePolicy,
 };
 
 use crate::inbound::permitted;
@@ -39,9 +40,34 @@ pub(crate) struct Asked {
     pub(crate) transaction: Option<Arc<str>>,
     pub(crate) trace_id: Option<u128>,
     pub(crate) caller: Caller,
+    /// The body that named the objects, or the first message of a call, and its type.
+    pub(crate) said: Said,
     pub(crate) mapped: Mapped,
     /// As they were: an object that has changed hands meanwhile is not asked for again.
     pub(crate) attributes: Attributes,
+}
+
+/// What of a request's body had a part in its meaning.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Said {
+    pub(crate) bytes: Bytes,
+    pub(crate) kind: Option<HeaderValue>,
+}
+
+/// What a request that was read already means to another policy, without its body.
+pub(crate) fn map_again(
+    policy: &ServicePolicy,
+    method: &str,
+    target: &str,
+    kind: Option<&HeaderValue>,
+) -> Result<Mapped, Refusal> {
+    let mut request = Request::builder().method(method).uri(target);
+    if let Some(kind) = kind {
+        request = request.header(CONTENT_TYPE, kind);
+    }
+    let unreadable = |_| Refusal::malformed("request.target", "the target cannot be read again");
+    let (parts, ()) = request.body(()).map_err(unreadable)?.into_parts();
+    policy.map(&parts)
 }
 
 impl Streams {
@@ -90,18 +116,12 @@ struct Question {
 
 impl Question {
     fn decide(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<(), Denial> {
-        let Asked { method, target, caller, mapped, attributes, .. } = &self.asked;
+        let Asked { method, target, caller, said, attributes, .. } = &self.asked;
         let refuse = |refusal| policy.refuse(Some(caller), refusal, occasion);
-        let unreadable = || policy::Refusal::malformed("request.target", "the target cannot be read again");
-        // The new policy's own map says what it means, unless the body had a part in it, which is gone.
-        let mapped = if mapped.body() == BodyRule::None {
-            let request = Request::builder().method(method.as_str()).uri(target.as_str()).body(());
-            let (parts, ()) = request.map_err(|_| refuse(unreadable()))?.into_parts();
-            &policy.map(&parts).map_err(refuse)?
-        } else {
-            mapped
-        };
-        permitted(policy.decide(caller, mapped, attributes, occasion)).map(drop)
+        // The new policy's own map says what it means.
+        let mapped = map_again(policy, method, target, said.kind.as_ref()).map_err(refuse)?;
+        let mapped = mapped.with_body(&said.bytes).map_err(refuse)?;
+        permitted(policy.decide(caller, &mapped, attributes, occasion)).map(drop)
     }
 }
 

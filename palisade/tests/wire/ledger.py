@@ -328,9 +328,32 @@ def objects(channel):
     assert read(about(b"42")) == about(b"42")
 
 
+def policies_that_change(channel):
+    """A stream goes on under another policy, and is judged by it."""
+    follow = channel.stream_stream("/bank.Accounts/Follow")
+    turn = threading.Semaphore(1)
+
+    def questions(accounts):
+        for account in accounts:
+            assert turn.acquire(timeout=DEADLINE_SECONDS), "no answer"
+            yield about(account)
+
+    answers = follow(questions([b"17", b"42", b"17", b"42"]), timeout=DEADLINE_SECONDS)
+    for account in [b"17", b"42"]:
+        assert next(answers) == about(account)
+        if account == b"42":
+            say("change")
+            assert sys.stdin.readline() == "changed\n"
+        turn.release()
+    assert next(answers) == about(b"17")
+    turn.release()
+    error = failure(lambda: next(answers))
+    assert error.code() == grpc.StatusCode.PERMISSION_DENIED, error
+
+
 def call(port):
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals, deadlines, large_messages, objects]:
+        for part in [unary, streams, conversation, failures, cancellations, crowd, refusals, deadlines, large_messages, objects, policies_that_change]:
             part(channel)
             say(part.__name__)
 
