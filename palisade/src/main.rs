@@ -78,7 +78,7 @@ enum Verb {
     Idp,
     /// Check or show mesh.toml, or print its schema.
     Config(cmd::config::Args),
-    /// Check the policies.
+    /// Check, test, format and show the policies.
     Policy(cmd::policy::Args),
     /// Explain a decision by its receipt.
     Explain(cmd::explain::Args),

@@ -133,7 +133,10 @@ fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
     }
     printer.data(&changed.concat())?;
     if check && !changed.is_empty() {
-        let message = format!("{} files are not in the one form", changed.len());
+        let message = match changed.len() {
+            1 => "a file is not in the one form".to_owned(),
+            count => format!("{count} files are not in the one form"),
+        };
         return Err(Failure::new(message).hint("palisade policy fmt writes them"));
     }
     Ok(Exit::Ok)
@@ -318,6 +321,8 @@ mod tests {
         let (folder, mesh) = bank("accounts");
         let path = folder.path().join("policies/services/accounts/accounts.cedar");
         let text = std::fs::read_to_string(&path).unwrap();
+        // As it is committed.
+        assert_eq!(fmt(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
         std::fs::write(&path, text.replace("permit (\n  principal", "permit(principal")).unwrap();
         let failure = fmt(&mesh, true, &Printer::plain()).unwrap_err();
         assert_eq!(failure.exit, Exit::Failed);
