@@ -1,7 +1,7 @@
 //! What the gateway is told when it starts. Parsed into domain types by whoever reads the file.
 
 use std::fmt;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,7 +10,9 @@ use std::time::Duration;
 use identity::SpiffeId;
 use secrecy::{ExposeSecret as _, SecretString};
 use sidecar::trace::Share;
+use sidecar::traffic::config::Traffic;
 pub use sidecar::traffic::ratelimit::Rate;
+use sidecar::traffic::resolve::Source;
 use thiserror::Error;
 use url::Url;
 
@@ -82,8 +84,10 @@ pub struct Route {
     pub service: String,
     /// Who must answer there.
     pub service_id: SpiffeId,
-    /// Where its sidecar listens.
-    pub endpoints: Vec<SocketAddr>,
+    /// Where its sidecars are.
+    pub endpoints: Source,
+    /// How requests go there; what of it shares or copies them, or makes faults, is not heeded here.
+    pub traffic: Traffic,
 }
 
 /// How long a browser session lives.

@@ -13,6 +13,7 @@ use policy::{Policies, Recorder};
 use sidecar::Body;
 use sidecar::server::{Connection, Handler, Limits};
 use sidecar::trace::Share;
+use sidecar::traffic::random::Dice;
 use sidecar::traffic::ratelimit::Limiter;
 use sidecar::upstream::{Upstream, UpstreamConfig, UpstreamError};
 use thiserror::Error;
@@ -271,10 +272,11 @@ fn destinations(
         let config = UpstreamConfig {
             service: route.service.clone(),
             id: route.service_id.clone(),
-            endpoints: route.endpoints.clone().into(),
+            endpoints: route.endpoints.clone(),
             response_timeout: RESPONSE_TIMEOUT,
         };
-        let upstream = Upstream::new(config, source.clone(), Arc::clone(clock), scope)
+        let (traffic, dice) = (route.traffic.clone(), Dice::from_system(&identity::random::system()));
+        let upstream = Upstream::steered(config, traffic, dice, source.clone(), Arc::clone(clock), scope)
             .map_err(|cause| GatewayError::Upstream { service: route.service.clone(), cause })?;
         destinations.push(Destination { prefix: prefix.clone(), service: route.service.clone(), upstream });
     }

@@ -284,7 +284,8 @@ impl Site {
             prefix: prefix.into(),
             service: service.into(),
             service_id: id(&format!("/service/{service}")),
-            endpoints: vec![endpoint],
+            endpoints: vec![endpoint].into(),
+            traffic: sidecar::traffic::config::Traffic::default(),
         };
         let config = GatewayConfig {
             listen: front,

@@ -175,9 +175,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("mesh.toml");
         std::fs::create_dir(directory.path().join("policies")).unwrap();
-        let mesh = Mesh::parse(&schema::sample::<MeshFile>(), &file, "host-1").unwrap();
+        let more = "[traffic.web]\nhedge = { after = \"99%\" }\nretries = { on = [\"503\"] }\n";
+        let sample = schema::sample::<MeshFile>().replace("[traffic.web]\n", more);
+        let limited = sample.replace("[service.web]\n", "[service.web]\nrate_limit = { requests = 5 }\n");
+        let mesh = Mesh::parse(&limited, &file, "host-1").unwrap();
         let shown = serde_json::to_value(&mesh).unwrap();
         let again = Mesh::parse(&as_toml(&shown), &file, "another-host").unwrap();
         assert_eq!(serde_json::to_value(&again).unwrap(), shown);
+        assert_eq!(shown["traffic"]["web"]["hedge"]["after"], "99%");
+        assert_eq!(again.traffic, mesh.traffic);
+        assert!(again.service.values().any(|service| service.rate_limit.is_some()));
     }
 }

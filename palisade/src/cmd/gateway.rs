@@ -117,7 +117,8 @@ fn routes(gateway: &mesh::Gateway, mesh: &Mesh) -> Result<Vec<Route>, Failure> {
             prefix: prefix.clone(),
             service: name.to_string(),
             service_id: service.id.clone(),
-            endpoints: vec![service.inbound],
+            endpoints: service.endpoints.clone(),
+            traffic: mesh.traffic.get(name).cloned().unwrap_or_default(),
         })
     };
     let routes: Option<Vec<Route>> = gateway.routes.iter().map(route).collect();

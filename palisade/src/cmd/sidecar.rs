@@ -267,7 +267,7 @@ fn others(service: &Service, mesh: &Mesh) -> Vec<(UpstreamConfig, Traffic)> {
         let upstream = UpstreamConfig {
             service: name.to_string(),
             id: other.id.clone(),
-            endpoints: vec![other.inbound].into(),
+            endpoints: other.endpoints.clone(),
             response_timeout: service.request_timeout,
         };
         (upstream, mesh.traffic.get(name).cloned().unwrap_or_default())
@@ -295,16 +295,15 @@ fn configure(
         let (socket, what) = (format!("outbound.{callee}"), format!("the calls to {callee}"));
         let listener = listeners.tcp(&socket, &what, &key("calls"), *address)?;
         let target = match callee {
-            Callee::Vault => mesh
-                .vault
-                .as_ref()
-                .and_then(|vault| Some((mesh.own_id(Own::Vault)?, vault.listen, Carries::Requests))),
+            Callee::Vault => mesh.vault.as_ref().and_then(|vault| {
+                Some((mesh.own_id(Own::Vault)?, vec![vault.listen].into(), Carries::Requests))
+            }),
             Callee::Service(callee) => mesh
                 .service
                 .get(callee)
-                .map(|callee| (callee.id.clone(), callee.inbound, callee.app_protocol.carries())),
+                .map(|callee| (callee.id.clone(), callee.endpoints.clone(), callee.app_protocol.carries())),
         };
-        let Some((id, endpoint, carries)) = target else {
+        let Some((id, endpoints, carries)) = target else {
             return Err(Failure::invalid(format!("mesh.toml says nothing of {callee}, which {name} calls")));
         };
         calls.push(Call {
@@ -312,7 +311,7 @@ fn configure(
             upstream: UpstreamConfig {
                 service: callee.to_string(),
                 id,
-                endpoints: vec![endpoint].into(),
+                endpoints,
                 response_timeout: service.request_timeout,
             },
             carries,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use identity::{SpiffeId, TrustDomain};
 use policy::{Problem, suggest};
 use sidecar::Carries;
+use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 use url::Url;
 
@@ -119,6 +120,10 @@ impl Check<'_> {
             idp: issuer,
             vault: vault.flatten(),
             service: services,
+            traffic_written: traffic
+                .keys()
+                .filter_map(|name| Some((name.clone(), self.written("traffic", name.as_str(), None)?)))
+                .collect(),
             traffic,
             workload: workloads,
             limits: Limits { memory: memory? },
@@ -308,7 +313,13 @@ impl Check<'_> {
         let what = |part: &str| format!("{}'s {part}", written.get_ref());
         let host = section.host.as_ref().map_or(ANY_HOST, |host| host.get_ref()).to_owned();
         let app = self.bind_on(&host, Some(&section.app), "", &what("app"), Reach::Loopback);
-        let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), Reach::Dialled);
+        // Where others are told where to dial, it may listen on all addresses.
+        let reach = if section.endpoints.is_empty() { Reach::Dialled } else { Reach::Any };
+        let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), reach);
+        let endpoints = match section.endpoints.as_slice() {
+            [] => inbound.map(|inbound| vec![inbound].into()),
+            texts => self.endpoints(texts),
+        };
         let admin = self.bind_on(&host, Some(&section.admin), "", &what("admin"), Reach::Loopback);
         let id = trust_domain.and_then(|td| self.id(section.id.as_ref(), "service", written, td));
         let mut calls = BTreeMap::new();
@@ -345,8 +356,9 @@ impl Check<'_> {
         let capture = section.capture.as_ref().and_then(|capture| self.capture(capture));
         let mut addresses: Vec<SocketAddr> =
             section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
-        if let (true, Some(inbound), Some(app)) = (section.addresses.is_empty(), inbound, app) {
-            addresses.push(SocketAddr::new(inbound.ip(), app.port()));
+        if let (true, Some(Source::Static(list)), Some(app)) = (section.addresses.is_empty(), &endpoints, app)
+        {
+            addresses.extend(list.iter().map(|endpoint| SocketAddr::new(endpoint.address.ip(), app.port())));
         }
         let timeouts = Duration::from_millis(1)..=MAX_TIMEOUT;
         let request_timeout =
@@ -358,6 +370,7 @@ impl Check<'_> {
             host,
             app: app?,
             inbound: inbound?,
+            endpoints: endpoints?,
             admin: admin?,
             attest: attest?,
             calls,
@@ -367,7 +380,9 @@ impl Check<'_> {
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             request_timeout: request_timeout?,
             rate_limit: section.rate_limit.clone(),
+            rate_limit_written: self.written("service", written.get_ref(), Some("rate_limit")),
             health: section.health.clone(),
+            health_written: self.written("service", written.get_ref(), Some("health")),
             drain_timeout: drain_timeout?,
         };
         Some((name?, service))

@@ -220,6 +220,11 @@ pub(crate) struct ServiceSection {
     /// Where other services' sidecars reach this one, mTLS.
     #[schemars(with = "String", example = "127.0.0.1:5001")]
     pub(crate) inbound: Text,
+    /// Where those who call it find its sidecars, if not at inbound alone: the addresses of all its instances, or one
+    /// name and port, whose addresses are looked up every five seconds. Default: inbound.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.0.0.2:5001", "10.0.0.3:5001"])]
+    pub(crate) endpoints: Vec<Text>,
     /// /ready, /live and /metrics of the sidecar, loopback only.
     #[schemars(with = "String", example = "127.0.0.1:5002")]
     pub(crate) admin: Text,

@@ -23,10 +23,12 @@ use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
 use serde::{Serialize, Serializer};
+use serde_json::Value as Json;
 use sidecar::capture::Destination;
 use sidecar::otlp::TracesConfig;
 use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use sidecar::traffic::egress::Rule;
+use sidecar::traffic::resolve::Source;
 use url::Url;
 
 pub(crate) use file::{AppProtocol, Mode};
@@ -51,6 +53,9 @@ pub(crate) struct Mesh {
     /// How calls to services go, where something is said of it.
     #[serde(skip)]
     pub(crate) traffic: BTreeMap<ServiceName, Traffic>,
+    /// The same as it was written: what it leaves out is the reference's to say.
+    #[serde(rename = "traffic", skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) traffic_written: BTreeMap<ServiceName, Json>,
     pub(crate) workload: BTreeMap<String, Workload>,
     pub(crate) limits: Limits,
     pub(crate) telemetry: Telemetry,
@@ -137,6 +142,8 @@ pub(crate) struct Service {
     pub(crate) host: String,
     pub(crate) app: SocketAddr,
     pub(crate) inbound: SocketAddr,
+    #[serde(serialize_with = "as_list")]
+    pub(crate) endpoints: Source,
     pub(crate) admin: SocketAddr,
     pub(crate) attest: Attest,
     pub(crate) calls: BTreeMap<Callee, SocketAddr>,
@@ -151,8 +158,12 @@ pub(crate) struct Service {
     pub(crate) request_timeout: Duration,
     #[serde(skip)]
     pub(crate) rate_limit: Option<RateLimit>,
+    #[serde(rename = "rate_limit", skip_serializing_if = "Option::is_none")]
+    pub(crate) rate_limit_written: Option<Json>,
     #[serde(skip)]
     pub(crate) health: Option<HealthCheck>,
+    #[serde(rename = "health", skip_serializing_if = "Option::is_none")]
+    pub(crate) health_written: Option<Json>,
     #[serde(serialize_with = "humane")]
     pub(crate) drain_timeout: Duration,
 }
@@ -160,7 +171,11 @@ pub(crate) struct Service {
 impl Service {
     /// Where apps dial it that know of no sidecar.
     pub(crate) fn dialled_at(&self) -> impl Iterator<Item = SocketAddr> {
-        std::iter::once(self.inbound).chain(self.addresses.iter().copied())
+        let found = match &self.endpoints {
+            Source::Static(list) => list.iter().map(|endpoint| endpoint.address).collect(),
+            Source::Dns { .. } | Source::Pushed(_) => vec![self.inbound],
+        };
+        found.into_iter().chain(self.addresses.iter().copied())
     }
 }
 
@@ -348,6 +363,10 @@ fn shown<S: Serializer>(url: &Url, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&check::origin(url))
 }
 
+fn as_list<S: Serializer>(endpoints: &Source, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(endpoints.to_string().split(", "))
+}
+
 fn all_shown<S: Serializer>(values: &[impl fmt::Display], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(values.iter().map(ToString::to_string))
 }
@@ -444,5 +463,68 @@ impl Mesh {
             })
         });
         services.chain(workloads).chain(own).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(accounts: &str, more: &str) -> Result<Mesh, String> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("policies")).unwrap();
+        let text = format!(
+            "[mesh]\ntrust_domain = \"bank.example\"\npolicies = \"policies\"\n\
+             [service.accounts]\napp = \"127.0.0.1:5000\"\nadmin = \"127.0.0.1:5002\"\nattest = {{ uid = 2 }}\n{accounts}\n\
+             [service.web]\napp = \"127.0.0.1:5010\"\ninbound = \"127.0.0.1:5011\"\n\
+             admin = \"127.0.0.1:5012\"\nattest = {{ uid = 3 }}\ncalls = {{ accounts = \"127.0.0.1:5013\" }}\n{more}\n"
+        );
+        let parsed = Mesh::parse(&text, &folder.path().join("mesh.toml"), "host-1");
+        parsed.map_err(|problems| {
+            problems.iter().map(|problem| format!("{}: {problem}\n", problem.line)).collect()
+        })
+    }
+
+    #[test]
+    fn a_service_is_found_at_its_inbound_address_at_several_or_by_name() {
+        let found = |accounts: &str| {
+            let mesh = parse(accounts, "").unwrap();
+            let service = &mesh.service[&ServiceName::new("accounts").unwrap()];
+            let dialled: Vec<String> = service.dialled_at().map(|address| address.to_string()).collect();
+            (service.endpoints.to_string(), dialled)
+        };
+        let (endpoints, dialled) = found("inbound = \"127.0.0.1:5001\"");
+        assert_eq!(
+            (&endpoints[..], &dialled[..]),
+            ("127.0.0.1:5001", &["127.0.0.1:5001".to_owned(), "127.0.0.1:5000".into()][..])
+        );
+        let two = "inbound = \"0.0.0.0:5001\"\nendpoints = [\"10.0.0.2:5001\", \"10.0.0.3:5001\"]";
+        let (endpoints, dialled) = found(two);
+        assert_eq!(endpoints, "10.0.0.2:5001, 10.0.0.3:5001");
+        assert_eq!(dialled, ["10.0.0.2:5001", "10.0.0.3:5001", "10.0.0.2:5000", "10.0.0.3:5000"]);
+        let (endpoints, _) = found("inbound = \"0.0.0.0:5001\"\nendpoints = [\"accounts.internal:5001\"]");
+        assert_eq!(endpoints, "accounts.internal:5001");
+        let wrong = parse("inbound = \"0.0.0.0:5001\"", "").unwrap_err();
+        assert!(wrong.contains("0.0.0.0 cannot be dialled"), "{wrong}");
+        let wrong =
+            parse("inbound = \"0.0.0.0:5001\"\nendpoints = [\"10.0.0.2:5001\", \"x:1\"]", "").unwrap_err();
+        assert!(wrong.contains("`x:1` is not an address to connect to"), "{wrong}");
+    }
+
+    #[test]
+    fn traffic_names_services_that_take_requests() {
+        let inbound = "inbound = \"127.0.0.1:5001\"";
+        let mesh = parse(inbound, "[traffic.accounts]\nmirror = { to = \"web\" }").unwrap();
+        assert_eq!(mesh.traffic.len(), 1);
+        for (wrong, why) in [
+            ("[traffic.acounts]\nbalance = \"random\"", "unknown service `acounts`"),
+            ("[traffic.accounts]\nsplit = { accounts = 1, next = 1 }", "unknown service `next`"),
+        ] {
+            let told = parse(inbound, wrong).unwrap_err();
+            assert!(told.contains(why) && told.starts_with("15: "), "{told}");
+        }
+        let tcp = format!("{inbound}\napp_protocol = \"tcp\"");
+        let told = parse(&tcp, "[traffic.accounts]\nbalance = \"random\"").unwrap_err();
+        assert!(told.contains("takes connections, not requests"), "{told}");
     }
 }

@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use policy::Problem;
+use serde_json::Value as Json;
 use sidecar::capture::Destination;
 use sidecar::otlp::{Endpoint, TracesConfig};
 use sidecar::trace::Share;
 use sidecar::traffic::config::Traffic;
 use sidecar::traffic::egress::Rule;
+use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 use url::Url;
 
@@ -41,6 +43,8 @@ pub(crate) struct Check<'a> {
     pub(crate) declared: BTreeSet<String>,
     pub(crate) problems: Vec<Problem>,
     pub(crate) bound: Vec<Bound>,
+    /// The file as data, for what is shown as it was written.
+    written: Json,
 }
 
 /// How far an address may reach.
@@ -63,7 +67,9 @@ impl<'a> Check<'a> {
         problems: Vec<Problem>,
     ) -> Self {
         let base = std::path::absolute(file).ok().and_then(|file| file.parent().map(Path::to_owned));
-        Self { file, text, base: base.unwrap_or_default(), declared, problems, bound: Vec::new() }
+        // What is no TOML has been said by now.
+        let written = toml::from_str(text).unwrap_or_default();
+        Self { file, text, base: base.unwrap_or_default(), declared, problems, bound: Vec::new(), written }
     }
 
     /// What was read, if nothing was wrong with it.
@@ -81,6 +87,12 @@ impl<'a> Check<'a> {
 
 /// Values.
 impl Check<'_> {
+    /// A value as it was written.
+    pub(crate) fn written(&self, section: &str, name: &str, key: Option<&str>) -> Option<Json> {
+        let section = self.written.get(section)?.get(name)?;
+        key.map_or(Some(section), |key| section.get(key)).cloned()
+    }
+
     pub(crate) fn bind(
         &mut self,
         text: Option<&Text>,
@@ -354,6 +366,20 @@ impl Check<'_> {
             );
         }
         Some(TracesConfig { endpoint: endpoint.ok()?, sample: sample.ok()? })
+    }
+
+    /// Where a service is found: addresses, or one name with a port.
+    pub(crate) fn endpoints(&mut self, texts: &[Text]) -> Option<Source> {
+        match texts {
+            [name] if name.get_ref().parse::<SocketAddr>().is_err() => {
+                let HostPort { host, port } = self.host_port(name)?;
+                Some(Source::Dns { name: host.into(), port })
+            }
+            texts => {
+                let found: Vec<SocketAddr> = texts.iter().filter_map(|text| self.dialled(text)).collect();
+                (!found.is_empty()).then(|| found.into())
+            }
+        }
     }
 
     /// An address that others connect to.

@@ -24,7 +24,7 @@ use crate::mesh::check::MAX_TIMEOUT;
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
 use crate::mesh::read::{Check, Reach};
-use crate::mesh::{AppProtocol, HostPort, ServiceName};
+use crate::mesh::{AppProtocol, ServiceName};
 
 /// Most threads that carry requests: far above any machine's processors.
 const MAX_WORKERS: u32 = 1024;
@@ -231,18 +231,11 @@ impl Check<'_> {
             let hint = "add endpoints = [\"ADDRESS:PORT\"]";
             self.report(&section.id, format!("{name} is to be found nowhere"), Some(hint.into()));
         }
-        let mut endpoints = Vec::new();
-        let named = match section.endpoints.as_slice() {
-            [name] if name.get_ref().parse::<SocketAddr>().is_err() => Some(self.host_port(name)?),
-            texts => {
-                endpoints.extend(texts.iter().filter_map(|text| self.dialled(text)));
-                None
-            }
-        };
+        let endpoints = self.endpoints(&section.endpoints);
         let mut addresses: Vec<SocketAddr> =
             section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
-        if section.addresses.is_empty() {
-            addresses.clone_from(&endpoints);
+        if let (true, Some(Source::Static(list))) = (section.addresses.is_empty(), &endpoints) {
+            addresses = list.iter().map(|endpoint| endpoint.address).collect();
         }
         Some(Outbound {
             listen: listen?,
@@ -251,10 +244,7 @@ impl Check<'_> {
                 CallProtocol::Http => Carries::Requests,
                 CallProtocol::Tcp => Carries::Connections,
             },
-            endpoints: match named {
-                Some(HostPort { host, port }) => Source::Dns { name: host.into(), port },
-                None => endpoints.into(),
-            },
+            endpoints: endpoints?,
             addresses,
             request_timeout: self.request_timeout(section.request_timeout.as_ref())?,
         })
