@@ -1,22 +1,26 @@
 //! The path of one request through the front door. Read [`handle`], then `admit`, top to bottom.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Body as _;
+use hyper::body::{Body as _, Frame};
 use identity::txn::{self, RequestBinding, User};
 use policy::{Permit, Receipt};
 use serde::Deserialize;
 use serde_json::json;
-use sidecar::Body;
 use sidecar::headers::{self as hygiene, TraceParent};
 use sidecar::server::Connection;
 use sidecar::traffic::ratelimit::{Quota, address_key};
+use sidecar::{Body, BoxError};
 
 use crate::gateway::{Destination, Shared};
 use crate::jwt::JwtError;
@@ -30,6 +34,8 @@ pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
 const MAX_REFUSAL_BYTES: u64 = 512;
 /// How long the token of one request lives; it is minted anew for each.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(30);
+/// How long an upgraded connection may go on. Who logs out, or is let go, keeps it for so long at most.
+const UPGRADED_LIFETIME: Duration = Duration::from_secs(3600);
 /// RFC 9728 §3.
 const RESOURCE_METADATA: &str = "/.well-known/oauth-protected-resource";
 
@@ -94,7 +100,7 @@ async fn admit(
     seen: &mut Option<User>,
 ) -> Result<Response<Body>, Refusal> {
     // Has the request one meaning?
-    hygiene::check_framing(&parts).map_err(Refusal::malformed)?;
+    let upgrade = hygiene::check_framing_of_upgrade(&parts).map_err(Refusal::malformed)?;
     target::check(&parts.uri).map_err(Refusal::malformed)?;
     if target::has_token(&parts.uri) {
         return Err(Refusal::malformed("request.token_in_query"));
@@ -109,8 +115,8 @@ async fn admit(
     };
     let Caller { user, by_cookie } = caller;
     let user = &*seen.insert(user);
-    // Did they mean to send it?
-    if by_cookie && !is_safe(&parts.method) {
+    // Did they mean to send it? What another site's page opens would speak in the user's name for as long as it stays.
+    if by_cookie && (upgrade.is_some() || !is_safe(&parts.method)) {
         browser::check_origin(gateway, &parts.headers)?;
     }
     // Not too often?
@@ -125,14 +131,18 @@ async fn admit(
     let permit = gateway.policy.permit(user, &destination.service, remote, &parts, &trace)?;
     // Pass it on, in the user's name.
     let navigation = answer::is_navigation(&parts.headers);
-    let request = outgoing(gateway, permit, destination, user, remote, trace, parts, body)?;
+    let request = outgoing(gateway, permit, destination, user, remote, trace, parts, body, upgrade.as_ref())?;
     let response = destination.upstream.send(request).await.map_err(|error| {
         let mut refusal = Refusal::unavailable("upstream", &error);
         refusal.status = error.status();
         refusal
     })?;
     let mut response = if navigation { for_people(response).await? } else { response };
-    incoming(gateway, response.headers_mut(), quota);
+    incoming(gateway, &mut response, quota, upgrade.as_ref());
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let end = gateway.clock.sleep(UPGRADED_LIFETIME);
+        response = response.map(|body| Body::new(Upgraded { body, end }));
+    }
     Ok(response)
 }
 
@@ -297,6 +307,7 @@ fn outgoing(
     trace: TraceParent,
     mut parts: Parts,
     body: Body,
+    upgrade: Option<&HeaderValue>,
 ) -> Result<Request<Body>, Refusal> {
     if let Some(length) = parts.headers.get(header::CONTENT_LENGTH) {
         let length: Option<usize> = length.to_str().ok().and_then(|text| text.parse().ok());
@@ -344,13 +355,16 @@ fn outgoing(
     token.set_sensitive(true);
     parts.headers.insert(HeaderName::from_static(txn::HEADER), token);
     parts.uri = target.into();
-    let body = Body::new(Limited::new(body, MAX_BODY_BYTES));
+    hygiene::ask_upgrade(&mut parts.headers, upgrade);
+    // What is said in the other protocol is no body.
+    let body = if upgrade.is_some() { body } else { Body::new(Limited::new(body, MAX_BODY_BYTES)) };
     Ok(Request::from_parts(parts, body))
 }
 
 /// The answer as it leaves: nothing of the mesh's inside, no cookie under a name of ours.
-fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
-    hygiene::strip_hop_by_hop(headers);
+fn incoming(gateway: &Shared, response: &mut Response<Body>, quota: Quota, upgrade: Option<&HeaderValue>) {
+    hygiene::strip_answer(response, upgrade);
+    let headers = response.headers_mut();
     hygiene::strip_identity(headers);
     headers.remove(&hygiene::TRACEPARENT);
     cookie::remove_set(headers, &gateway.cookie);
@@ -359,6 +373,30 @@ fn incoming(gateway: &Shared, headers: &mut HeaderMap, quota: Quota) {
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     for (name, value) in rate_headers(gateway, quota) {
         headers.insert(name, value);
+    }
+}
+
+/// What the service says in the protocol that a connection was upgraded to, until its time is over.
+struct Upgraded {
+    body: Body,
+    end: BoxFuture<'static, ()>,
+}
+
+impl hyper::body::Body for Upgraded {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.end.as_mut().poll(cx).is_ready() {
+            // Not to be asked again.
+            self.end = Box::pin(std::future::pending());
+            self.body = Body::empty();
+            return Poll::Ready(Some(Err("an upgraded connection's time is over".into())));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
     }
 }
 

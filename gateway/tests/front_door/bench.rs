@@ -15,7 +15,7 @@ use gateway::{
     Algorithm, Gateway, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey,
     SessionLimits, SharedRandom, Trust,
 };
-use http::header::{ACCEPT, LOCATION, SET_COOKIE};
+use http::header::{ACCEPT, LOCATION, SET_COOKIE, UPGRADE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use identity::clock::{ManualClock, SharedClock};
@@ -130,6 +130,12 @@ impl Handler for Echo {
             "user": chain.as_ref().map(|chain| chain.user().as_ref().clone()).map_err(ToString::to_string),
             "headers": headers,
         });
+        if let Some(protocol) = request.headers().get(UPGRADE).cloned() {
+            // Says what it hears.
+            let switched =
+                Response::builder().status(StatusCode::SWITCHING_PROTOCOLS).header(UPGRADE, protocol);
+            return switched.body(request.into_body()).unwrap();
+        }
         Response::builder()
             .header("set-cookie", "basket=1")
             .header("set-cookie", format!("{SESSION_COOKIE}=planted; Path=/; Secure"))
@@ -263,8 +269,13 @@ impl Site {
         service.set_nonblocking(true).unwrap();
         let service = tokio::net::TcpListener::from_std(service).unwrap();
         let endpoint = service.local_addr().unwrap();
-        let tls =
-            identity::tls::server_config(&web_source, ClientAuth::Required, &[ALPN_H2], &clock).unwrap();
+        let tls = identity::tls::server_config(
+            &web_source,
+            ClientAuth::Required,
+            &[b"palisade-mux/1", ALPN_H2],
+            &clock,
+        )
+        .unwrap();
         let verifier = Verifier::new(vec![id("/palisade/gateway")]);
         let echo = Arc::new(Echo { source: web_source, clock: Arc::clone(&clock), verifier });
         sidecar::server::serve(
@@ -358,6 +369,22 @@ impl Answer {
 }
 
 impl Bench {
+    /// A connection as a browser makes one, on which nothing was said.
+    pub(crate) async fn connection(&self) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+        let mut roots = rustls::RootCertStore::empty();
+        for authority in self.site.authority.bundle().authorities() {
+            roots.add(authority.clone()).unwrap();
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider);
+        let builder = builder.with_safe_default_protocol_versions().unwrap();
+        let tls = Arc::new(builder.with_root_certificates(roots).with_no_client_auth());
+        let port = self.gateway.port().unwrap();
+        let stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        let name = rustls_pki_types::ServerName::from(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        tokio_rustls::TlsConnector::from(tls).connect(name, stream).await.unwrap()
+    }
+
     pub(crate) fn clock(&self) -> SharedClock {
         self.site.clock.clone()
     }

@@ -15,8 +15,9 @@ use identity::jws;
 use policy::Outcome;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::bench::{ACCESS_LIFE, HTML, Jar, PASSWORD, Site, bench, log};
+use crate::bench::{ACCESS_LIFE, Bench, HTML, Jar, PASSWORD, Site, bench, log};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_person_logs_in_through_the_form_and_the_service_sees_who_it_is() {
@@ -559,4 +560,60 @@ async fn a_long_link_does_not_make_the_login_impossible() {
         let done = jar.visit(&bench, back.location().as_str()).await;
         assert_eq!(done.header(LOCATION), place.unwrap_or(&target));
     }
+}
+
+/// Asks for a WebSocket and returns what came back, and the connection if it was switched.
+async fn socket(
+    bench: &Bench,
+    headers: &[(&str, &str)],
+) -> (String, tokio_rustls::client::TlsStream<tokio::net::TcpStream>) {
+    let mut stream = bench.connection().await;
+    let authority = format!("127.0.0.1:{}", bench.gateway.port().unwrap());
+    let mut request = format!(
+        "GET /socket HTTP/1.1\r\nhost: {authority}\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+         sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    );
+    for (name, value) in headers {
+        request.push_str(&format!("{name}: {value}\r\n"));
+    }
+    request.push_str("\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    (String::from_utf8(head).unwrap(), stream)
+}
+
+#[tokio::test]
+async fn a_websocket_passes_for_a_page_of_this_site_and_for_no_other() {
+    let bench = bench().await;
+    let cookie = bench.cookie("alice").await;
+    let origin = bench.gateway.as_str().trim_end_matches('/').to_owned();
+    let (head, mut stream) = socket(&bench, &[("cookie", &cookie), ("origin", &origin)]).await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    assert!(head.to_ascii_lowercase().contains("\r\nupgrade: websocket\r\n"), "{head}");
+    for word in ["one", "two", "three"] {
+        stream.write_all(word.as_bytes()).await.unwrap();
+        let mut heard = vec![0; word.len()];
+        stream.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, word.as_bytes());
+    }
+    // Another site's page has the cookie too, and one without an origin cannot be told from it.
+    for headers in [
+        &[("cookie", &cookie[..]), ("origin", "https://evil.example")][..],
+        &[("cookie", &cookie[..])],
+        &[("cookie", &cookie[..]), ("origin", &origin[..]), ("sec-fetch-site", "cross-site")],
+    ] {
+        let (head, _) = socket(&bench, headers).await;
+        assert!(head.starts_with("HTTP/1.1 403 "), "{head}");
+    }
+    let (head, _) = socket(&bench, &[("origin", &origin)]).await;
+    assert!(!head.starts_with("HTTP/1.1 101 "), "{head}");
+    // Its time ends, whoever still speaks.
+    bench.site.clock.advance(Duration::from_secs(3500));
+    stream.write_all(b"x").await.unwrap();
+    assert_eq!(stream.read_u8().await.unwrap(), b'x');
+    bench.site.clock.advance(Duration::from_secs(101));
+    assert!(stream.read_u8().await.is_err(), "the connection is closed");
 }
