@@ -1,26 +1,24 @@
 //! The path of one request through the front door. Read [`handle`], then `admit`, top to bottom.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::future::BoxFuture;
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::{Body as _, Frame};
+use hyper::body::Body as _;
 use identity::txn::{self, RequestBinding, User};
 use policy::{Permit, Receipt};
 use serde::Deserialize;
 use serde_json::json;
+use sidecar::Body;
+use sidecar::bounded;
 use sidecar::headers::{self as hygiene, TraceParent};
 use sidecar::server::Connection;
 use sidecar::traffic::ratelimit::{Quota, address_key};
-use sidecar::{Body, BoxError};
+use sidecar::traffic::timeouts::{Bounds, Deadline};
 
 use crate::gateway::{Destination, Shared};
 use crate::jwt::JwtError;
@@ -140,8 +138,9 @@ async fn admit(
     let mut response = if navigation { for_people(response).await? } else { response };
     incoming(gateway, &mut response, quota, upgrade.as_ref());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let end = gateway.clock.sleep(UPGRADED_LIFETIME);
-        response = response.map(|body| Body::new(Upgraded { body, end }));
+        let whole = Deadline::within(UPGRADED_LIFETIME, gateway.clock.now());
+        let bounds = Bounds { head: Deadline::NEVER, whole, idle: None };
+        response = response.map(|body| bounded::body(body, &bounds, false, &gateway.clock));
     }
     Ok(response)
 }
@@ -373,30 +372,6 @@ fn incoming(gateway: &Shared, response: &mut Response<Body>, quota: Quota, upgra
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     for (name, value) in rate_headers(gateway, quota) {
         headers.insert(name, value);
-    }
-}
-
-/// What the service says in the protocol that a connection was upgraded to, until its time is over.
-struct Upgraded {
-    body: Body,
-    end: BoxFuture<'static, ()>,
-}
-
-impl hyper::body::Body for Upgraded {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if self.end.as_mut().poll(cx).is_ready() {
-            // Not to be asked again.
-            self.end = Box::pin(std::future::pending());
-            self.body = Body::empty();
-            return Poll::Ready(Some(Err("an upgraded connection's time is over".into())));
-        }
-        Pin::new(&mut self.body).poll_frame(cx)
     }
 }
 

@@ -18,10 +18,10 @@ use thiserror::Error;
 
 use crate::dial::Dial;
 use crate::http1;
-use crate::messages::{Fault, Faults};
+use crate::messages::{Faults, MessageBound};
 use crate::server::ScopeExecutor;
 use crate::traffic::config::Timeouts;
-use crate::traffic::timeouts::{Bounds, MalformedTimeout};
+use crate::traffic::timeouts::{Bounds, Deadline, MalformedTimeout};
 use crate::{Body, BoxError, bounded, grpc, headers};
 
 /// The app is on this machine: if it does not accept within this, it is down.
@@ -132,7 +132,11 @@ impl App {
     pub async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, AppError> {
         let (headers, now) = (request.headers_mut(), self.clock.now());
         let call = grpc::is_call(headers);
-        let bounds = Bounds::of(headers, self.response_timeout, &NO_TIMEOUTS, now)?;
+        let mut bounds = Bounds::of(headers, self.response_timeout, &NO_TIMEOUTS, now)?;
+        if !self.speaks_http2() {
+            // It serves no calls: a content type alone must not take the bound off that holds for its requests.
+            bounds.head = bounds.head.earlier(Deadline::within(self.response_timeout, now));
+        }
         bounds.whole.pass_on(headers, now);
         // Pinned where it is made: what `select!` is given by value is moved, and it is large.
         let mut answer = pin!(self.send_unbounded(request));
@@ -187,16 +191,14 @@ pub enum Bound {
 impl Bound {
     /// Messages of at most `max_bytes` each: a stream of them may go on for ever.
     pub(crate) fn messages(max_bytes: u64, faults: Faults) -> Self {
-        let prefix = [0; PREFIX_BYTES];
-        Self::Messages(MessageBound { max_bytes, prefix, have: 0, left_bytes: 0, faults })
+        Self::Messages(MessageBound::new(max_bytes, faults))
     }
 
     fn admits(&self, whole: &[u8]) -> bool {
         match self {
             Self::Endless => true,
             Self::Bytes(max) => whole.len() as u64 <= *max,
-            // No message in it is larger than all of it; otherwise they are looked at.
-            Self::Messages(messages) => whole.len() as u64 <= messages.max_bytes,
+            Self::Messages(messages) => messages.admits(whole),
         }
     }
 
@@ -209,50 +211,6 @@ impl Bound {
             }
             Self::Messages(messages) => messages.take(data),
         }
-    }
-}
-
-/// One byte of flags and four of length.
-const PREFIX_BYTES: usize = 5;
-
-/// Where the messages of a gRPC call begin and end.
-#[derive(Debug)]
-pub struct MessageBound {
-    max_bytes: u64,
-    prefix: [u8; PREFIX_BYTES],
-    /// Bytes of `prefix` that have come.
-    have: usize,
-    /// Left of the message that is under way.
-    left_bytes: u64,
-    /// hyper tells nobody why a request's body ended.
-    faults: Faults,
-}
-
-impl MessageBound {
-    fn take(&mut self, mut data: &[u8]) -> Result<(), OverLimit> {
-        while let Some((first, rest)) = data.split_first() {
-            if self.left_bytes > 0 {
-                let skipped = data.len().min(usize::try_from(self.left_bytes).unwrap_or(usize::MAX));
-                self.left_bytes -= skipped as u64;
-                data = data.get(skipped..).unwrap_or_default();
-                continue;
-            }
-            if let Some(slot) = self.prefix.get_mut(self.have) {
-                *slot = *first;
-            }
-            self.have += 1;
-            data = rest;
-            if self.have == PREFIX_BYTES {
-                let [_, length @ ..] = self.prefix;
-                self.left_bytes = u32::from_be_bytes(length).into();
-                self.have = 0;
-                if self.left_bytes > self.max_bytes {
-                    let _known = self.faults.set(Fault::TooLarge);
-                    return Err(OverLimit);
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -334,7 +292,7 @@ mod tests {
     fn message(bytes: usize) -> Vec<u8> {
         let mut message = vec![0];
         message.extend_from_slice(&(bytes as u32).to_be_bytes());
-        message.resize(PREFIX_BYTES + bytes, 7);
+        message.resize(5 + bytes, 7);
         message
     }
 

@@ -13,7 +13,7 @@ use crate::traffic::timeouts::Bounds;
 use crate::{Body, BoxError, grpc};
 
 /// The body, until `bounds` are reached. The end of a gRPC `call` then says why; any other is cut short.
-pub(crate) fn body(body: Body, bounds: &Bounds, call: bool, clock: &SharedClock) -> Body {
+pub fn body(body: Body, bounds: &Bounds, call: bool, clock: &SharedClock) -> Body {
     let left = bounds.whole.left(clock.now());
     if body.whole().is_some() || (left.is_none() && bounds.idle.is_none()) {
         return body;

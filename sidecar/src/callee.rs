@@ -60,7 +60,7 @@ impl Callee {
         Ok(Self { upstream, shares, mirror, faults, dice })
     }
 
-    /// The client to it, or the first that a call goes to if others share its calls.
+    /// The client to it.
     pub(crate) fn upstream(&self) -> &Upstream {
         &self.upstream
     }

@@ -32,7 +32,7 @@ mod answer;
 pub mod app;
 mod app_health;
 mod body;
-mod bounded;
+pub mod bounded;
 mod buffered;
 mod callee;
 pub mod capture;

@@ -11,6 +11,7 @@ use http_body::{Body as _, Frame};
 use policy::{Denial, Refusal};
 use thiserror::Error;
 
+use crate::app::OverLimit;
 use crate::{Body, BoxError, answer, grpc};
 
 /// One byte of flags and four of length (gRPC over HTTP/2, "Length-Prefixed-Message").
@@ -57,6 +58,57 @@ impl MessageError {
             Self::Flags | Self::Cut | Self::Body(_) => "request.body",
         };
         Refusal::malformed(rule, self.to_string())
+    }
+}
+
+/// Where the messages of a call begin and end that pass unread, each of so many bytes at most.
+#[derive(Debug)]
+pub struct MessageBound {
+    max_bytes: u64,
+    prefix: [u8; PREFIX_BYTES],
+    /// Bytes of `prefix` that have come.
+    have: usize,
+    /// Left of the message that is under way.
+    left_bytes: u64,
+    /// hyper tells nobody why a request's body ended.
+    faults: Faults,
+}
+
+impl MessageBound {
+    pub(crate) fn new(max_bytes: u64, faults: Faults) -> Self {
+        Self { max_bytes, prefix: [0; PREFIX_BYTES], have: 0, left_bytes: 0, faults }
+    }
+
+    /// Whether no message can be too large in a body that is here as a whole.
+    pub(crate) fn admits(&self, whole: &[u8]) -> bool {
+        whole.len() as u64 <= self.max_bytes
+    }
+
+    /// Looks at what passes.
+    pub(crate) fn take(&mut self, mut data: &[u8]) -> Result<(), OverLimit> {
+        while let Some((first, rest)) = data.split_first() {
+            if self.left_bytes > 0 {
+                let skipped = data.len().min(usize::try_from(self.left_bytes).unwrap_or(usize::MAX));
+                self.left_bytes -= skipped as u64;
+                data = data.get(skipped..).unwrap_or_default();
+                continue;
+            }
+            if let Some(slot) = self.prefix.get_mut(self.have) {
+                *slot = *first;
+            }
+            self.have += 1;
+            data = rest;
+            if self.have == PREFIX_BYTES {
+                let [_, length @ ..] = self.prefix;
+                self.left_bytes = u32::from_be_bytes(length).into();
+                self.have = 0;
+                if self.left_bytes > self.max_bytes {
+                    let _known = self.faults.set(Fault::TooLarge);
+                    return Err(OverLimit);
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -524,3 +524,17 @@ async fn a_sidecar_is_ready_when_its_app_is_well() {
     says(200).await;
     stage.end().await;
 }
+
+#[tokio::test]
+async fn a_content_type_takes_no_bound_off_an_app_that_serves_no_calls() {
+    let stage = Stage::new();
+    let (app, backend) = stage.service_with("backend", |inbound| InboundConfig {
+        request_timeout: Duration::from_millis(100),
+        ..inbound
+    });
+    let client = stage.client(&[("backend", backend)], Traffic::default());
+    app.stall();
+    let late = client.ask(&[("content-type", "application/grpc")]).await;
+    assert_eq!(late.headers()["grpc-status"], "4");
+    stage.end().await;
+}
