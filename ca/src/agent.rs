@@ -27,6 +27,7 @@ use crate::state::{self, StateError};
 mod attest;
 mod authority_header;
 mod decisions;
+mod endpoints;
 mod node;
 mod refusal;
 mod rotation;
@@ -35,6 +36,7 @@ mod workload;
 
 use attest::{Attestor, LinuxProcesses};
 use decisions::Queue;
+use endpoints::Endpoints;
 use node::Node;
 use refusal::Refusals;
 use upstream::Upstream;
@@ -179,13 +181,14 @@ impl Agent {
 
         let (view_sender, view) = watch::channel(None);
         let (svid_sender, svids) = watch::channel(Arc::default());
-        let queue = Arc::new(Queue::default());
+        let (queue, endpoints) = (Arc::new(Queue::default()), Endpoints::default());
         let attestor = Attestor::new(Arc::new(LinuxProcesses));
         let local = workload::Local {
             trust_domain: config.trust_domain.clone(),
             view: view.clone(),
             svids,
             queue: Arc::clone(&queue),
+            endpoints: endpoints.clone(),
             refusals: Arc::new(Refusals::new(
                 config.refusals.clone(),
                 id.clone(),
@@ -228,6 +231,10 @@ impl Agent {
                 Arc::clone(&random),
                 scope.clone(),
             ),
+        );
+        scope.spawn_critical(
+            "endpoints",
+            endpoints::exchange(endpoints, Arc::clone(&upstream), Arc::clone(&random), scope.clone()),
         );
         scope.spawn_critical("decisions", decisions::forward(queue, upstream, clock, random, scope.clone()));
         tracing::info!(%id, socket = %config.socket.display(), "agent serves");

@@ -39,6 +39,7 @@ use crate::state::{self, StateError};
 use crate::transport;
 
 mod admin_api;
+mod endpoints;
 mod limit;
 mod service;
 mod store;
@@ -51,6 +52,7 @@ pub(crate) use service::{
 };
 pub use store::StoreError;
 
+use endpoints::Registry;
 use store::{NodeRecord, Store, TokenRecord};
 
 /// Longest life of a join token: it is a bearer secret, so a day is generous.
@@ -235,6 +237,7 @@ struct Inner {
     rotate_after: Duration,
     decisions_kept: u64,
     entries: watch::Sender<Arc<EntrySet>>,
+    endpoints: Registry,
     nodes: Mutex<HashMap<String, Node>>,
     active: Mutex<HashMap<String, IssuedSvid>>,
     sequence: AtomicU64,
@@ -299,6 +302,7 @@ impl Control {
             rotate_after,
             decisions_kept,
             entries: watch::Sender::new(Arc::new(entries)),
+            endpoints: Registry::new(started),
             nodes: Mutex::new(
                 nodes
                     .into_iter()
@@ -316,6 +320,7 @@ impl Control {
         inner.renew_own(&publisher).await?;
         let tls_config = tls::server_config(&inner.own, ClientAuth::Optional, &[tls::ALPN_H2], &clock)
             .map_err(ControlError::Tls)?;
+        scope.spawn_critical("endpoints", endpoints::publish(Arc::clone(&inner)));
         scope.spawn_critical("control identity", keep_own_identity(Arc::clone(&inner), publisher));
         let connections = transport::accept_tls(listener, tls_config, clock, scope);
         scope.spawn_critical("control service", service::serve(Arc::clone(&inner), connections));
@@ -360,6 +365,7 @@ impl ControlHandle {
                 })
                 .collect(),
             nodes: self.0.node_statuses(),
+            endpoints: self.0.endpoints.statuses(),
             svids,
             counts: Counts {
                 svids_issued: counts.issued,

@@ -12,6 +12,7 @@
 //! | [`admin`] | the client of control's admin socket, for the command line |
 //! | [`agent`] | node identity, workload attestation, rotation, the Workload API |
 //! | [`mesh`] | the client with which a workload hands in its decisions |
+//! | [`discovery`] | the client with which a workload says where it serves, and hears where others do |
 //! | [`model`] | what control tells people and the console |
 //! | [`random`] | randomness as a parameter |
 
@@ -21,6 +22,8 @@ pub mod authority;
 mod backoff;
 pub mod control;
 pub mod csr;
+pub mod discovery;
+mod endpoint;
 pub mod entry;
 mod keyfile;
 pub mod mesh;

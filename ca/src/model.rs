@@ -18,6 +18,8 @@ pub struct ControlStatus {
     pub entries: Vec<EntryStatus>,
     /// Hosts that have joined.
     pub nodes: Vec<NodeStatus>,
+    /// Where workloads serve, as their hosts' agents say.
+    pub endpoints: Vec<EndpointStatus>,
     /// SVIDs that have not expired, newest first, at most [`MAX_SVIDS_LISTED`].
     pub svids: Vec<IssuedSvid>,
     /// Totals.
@@ -66,6 +68,17 @@ pub struct NodeStatus {
     pub serial: String,
     /// End of its last node identity.
     pub not_after: u64,
+}
+
+/// One place where a workload serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointStatus {
+    /// Who.
+    pub spiffe_id: String,
+    /// `IP:PORT`.
+    pub address: String,
+    /// Whether it takes requests and its host is heard of.
+    pub serving: bool,
 }
 
 /// One line of the issuance log.

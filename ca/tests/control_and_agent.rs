@@ -23,6 +23,7 @@ use ca::agent::{
 };
 use ca::authority::DEFAULT_ROOT_TTL;
 use ca::control::{Control, ControlConfig, ControlError, Entry, Selectors, listen};
+use ca::discovery::{self, Found, Wanted};
 use ca::mesh::{DecisionReporter, ReportedDecision};
 use ca::model::DecisionQuery;
 use ca::random::SystemRandom;
@@ -33,6 +34,7 @@ use identity::workload_api::proto::spiffe_workload_api_client::SpiffeWorkloadApi
 use identity::workload_api::{self, WorkloadApiError, proto};
 use identity::{Scope, SpiffeId, SystemClock, TrustDomain, X509Svid};
 use secrecy::SecretString;
+use tokio::sync::watch;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -223,6 +225,92 @@ async fn identity_11_from_join_token_to_a_verified_svid() {
     drop(stream);
     agent.stop().await;
     assert!(!world.socket().exists(), "nothing is left behind");
+    control.stop().await;
+}
+
+/// What a workload is told of where web serves.
+fn heard(world: &World, scope: &Scope) -> watch::Receiver<Vec<Found>> {
+    let (sender, receiver) = watch::channel(Vec::new());
+    let tell = Box::new(move |found| {
+        sender.send_if_modified(|told| std::mem::replace(told, found) != *told);
+    });
+    discovery::follow(world.socket(), vec![Wanted { id: SpiffeId::new(WEB).unwrap(), tell }], clock(), scope);
+    receiver
+}
+
+async fn until_heard(heard: &mut watch::Receiver<Vec<Found>>, wanted: &[(&str, bool)]) {
+    let wanted: Vec<Found> = wanted
+        .iter()
+        .map(|(address, serving)| Found { address: address.parse().unwrap(), serving: *serving })
+        .collect();
+    within(heard.wait_for(|found| *found == wanted)).await.unwrap();
+}
+
+#[tokio::test]
+async fn where_a_workload_serves_is_heard_of_and_outlives_restarts_but_not_the_workload() {
+    let world = World::new();
+    let control = world.control(vec![web()]).await;
+    let agent = world.agent(&control).await;
+    let (listening, serving_here, once) = (Scope::new(), Scope::new(), Scope::new());
+    let mut heard = heard(&world, &listening);
+    let (serving, told) = watch::channel(true);
+    // One that ends is gone at once.
+    discovery::announce(world.socket(), "10.0.0.2:5001".parse().unwrap(), told.clone(), clock(), &once);
+    until_heard(&mut heard, &[("10.0.0.2:5001", true)]).await;
+    once.drain();
+    assert_eq!(once.finished(PATIENCE).await, Ok(()));
+    discovery::announce(world.socket(), "10.0.0.1:5001".parse().unwrap(), told, clock(), &serving_here);
+    until_heard(&mut heard, &[("10.0.0.1:5001", true)]).await;
+    serving.send_replace(false);
+    until_heard(&mut heard, &[("10.0.0.1:5001", false)]).await;
+    serving.send_replace(true);
+    until_heard(&mut heard, &[("10.0.0.1:5001", true)]).await;
+    let status = control.it.handle().status().await.unwrap();
+    let found: Vec<_> =
+        status.endpoints.iter().map(|found| (&*found.spiffe_id, &*found.address, found.serving)).collect();
+    assert_eq!(found, [(WEB, "10.0.0.1:5001", true)]);
+
+    // Neither a new agent nor a new control takes anything away, and both hear of it again.
+    heard.mark_unchanged();
+    agent.stop().await;
+    let address = control.it.local_addr();
+    let again = world.try_agent(world.agent_config(address, None)).await.unwrap();
+    world.connected(&control, true).await;
+    control.stop().await;
+    let control = world.start(world.control_config(address, vec![web()])).await;
+    let handle = control.it.handle();
+    let mut changes = handle.subscribe();
+    while handle.status().await.unwrap().endpoints.is_empty() {
+        within(changes.recv()).await.unwrap();
+    }
+    assert!(!heard.has_changed().unwrap(), "never withdrawn");
+    for scope in [serving_here, listening] {
+        scope.drain();
+        assert_eq!(scope.finished(PATIENCE).await, Ok(()));
+    }
+    again.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_announces_nor_asks_without_an_identity() {
+    let world = World::new();
+    let nobody = entry(WEB, Selectors { path: Some("/bin/somebody-else".into()), ..Selectors::default() });
+    let control = world.control(vec![nobody]).await;
+    let agent = world.agent(&control).await;
+    let scope = Scope::new();
+    let mut heard = heard(&world, &scope);
+    let told = watch::channel(true).1;
+    discovery::announce(world.socket(), "10.0.0.1:5001".parse().unwrap(), told, clock(), &scope);
+    // Registered only now: what came before was refused, and nothing of it was kept.
+    let handle = control.it.handle();
+    assert_eq!(handle.status().await.unwrap().endpoints, []);
+    assert_eq!(*heard.borrow_and_update(), []);
+    handle.replace_entries(vec![web()]).unwrap();
+    until_heard(&mut heard, &[("10.0.0.1:5001", true)]).await;
+    scope.drain();
+    assert_eq!(scope.finished(PATIENCE).await, Ok(()));
+    agent.stop().await;
     control.stop().await;
 }
 

@@ -77,6 +77,21 @@ impl Upstream {
         ControlClient::new(self.channel.load().as_ref().clone()).max_decoding_message_size(MAX_STATE_BYTES)
     }
 
+    /// Hears when streams are to be opened anew: the ones of now belong to an older node identity.
+    pub(super) fn renewals(&self) -> watch::Receiver<()> {
+        self.renewed.subscribe()
+    }
+
+    /// What waits and timeouts go by.
+    pub(super) fn clock(&self) -> &SharedClock {
+        &self.clock
+    }
+
+    /// Where control is.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Leaves the connections that were made with an older node identity.
     pub(super) fn reconnect(&self) {
         match transport::mutual_channel(self.address, &self.source, self.control.clone(), &self.clock) {
@@ -151,7 +166,7 @@ pub(super) async fn follow(
     scope: Scope,
 ) {
     let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
-    let mut renewed = upstream.renewed.subscribe();
+    let mut renewed = upstream.renewals();
     while !scope.is_draining() {
         let ended = tokio::select! {
             ended = listen(&upstream, &node, &view, &trust_domain, &mut backoff) => ended,

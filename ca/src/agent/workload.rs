@@ -1,6 +1,6 @@
 //! The agent's Unix socket: the SPIFFE Workload API and the mesh service, each for attested callers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -11,22 +11,24 @@ use futures::Stream;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use identity::clock::SharedClock;
 use identity::served::Served;
 use identity::workload_api::SECURITY_HEADER;
 use identity::workload_api::proto;
 use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use identity::{Scope, TrustDomain, X509Svid, socket};
+use identity::{Scope, SpiffeId, TrustDomain, X509Svid, socket};
 
 use super::attest::{AttestError, Attestor, Process, Unattested};
 use super::authority_header::AnyAuthority;
 use super::decisions::Queue;
+use super::endpoints::Endpoints;
 use super::refusal::{RefusalReason, Refusals};
 use super::rotation::Svids;
 use super::upstream::HostView;
 use crate::control;
+use crate::endpoint;
 use crate::pb::mesh as pb;
 use crate::pb::mesh::mesh_server::{Mesh, MeshServer};
 use crate::transport::ACCEPT_PAUSE;
@@ -55,6 +57,7 @@ pub(super) struct Local {
     pub(super) view: watch::Receiver<Option<Arc<HostView>>>,
     pub(super) svids: watch::Receiver<Arc<Svids>>,
     pub(super) queue: Arc<Queue>,
+    pub(super) endpoints: Endpoints,
     pub(super) refusals: Arc<Refusals>,
     pub(super) clock: SharedClock,
     pub(super) scope: Scope,
@@ -448,12 +451,30 @@ impl<M: Make> Feed<M> {
     }
 }
 
-/// The mesh service's one call, for the records of refusals.
+/// The mesh service's calls, for the records of refusals.
 const REPORT: &str = "Mesh.Report";
+const ANNOUNCE: &str = "Mesh.Announce";
+const ENDPOINTS: &str = "Mesh.Endpoints";
 
 /// The mesh service.
 #[derive(Debug)]
 struct MeshService(Local);
+
+impl MeshService {
+    /// Who calls.
+    fn caller<T>(&self, method: &'static str, request: &Request<T>) -> Result<SpiffeId, Status> {
+        check_header(request)?;
+        let attested = attested(request)?;
+        let process = self.0.process(method, &attested)?;
+        let view =
+            self.0.view.borrow().clone().ok_or_else(|| Status::unavailable("the agent is starting"))?;
+        let matching = process.matching(&view);
+        match matching.first() {
+            Some(entry) => Ok(entry.id.clone()),
+            None => Err(self.0.no_entry(method, process, &view)),
+        }
+    }
+}
 
 #[tonic::async_trait]
 impl Mesh for MeshService {
@@ -461,19 +482,50 @@ impl Mesh for MeshService {
         &self,
         request: Request<pb::ReportRequest>,
     ) -> Result<Response<pb::ReportResponse>, Status> {
-        check_header(&request)?;
-        let attested = attested(&request)?;
-        let process = self.0.process(REPORT, &attested)?;
-        let view =
-            self.0.view.borrow().clone().ok_or_else(|| Status::unavailable("the agent is starting"))?;
-        let matching = process.matching(&view);
-        let Some(entry) = matching.first() else { return Err(self.0.no_entry(REPORT, process, &view)) };
+        let reporter = self.caller(REPORT, &request)?;
         let pb::ReportRequest { decisions, dropped } = request.into_inner();
         if decisions.len() > control::MAX_REPORT_BATCH {
             return Err(Status::invalid_argument("too many decisions in one batch"));
         }
-        let accepted = self.0.queue.push(decisions, &entry.id, dropped);
+        let accepted = self.0.queue.push(decisions, &reporter, dropped);
         Ok(Response::new(pb::ReportResponse { accepted }))
+    }
+
+    async fn announce(
+        &self,
+        request: Request<Streaming<pb::AnnounceRequest>>,
+    ) -> Result<Response<pb::AnnounceResponse>, Status> {
+        let id = self.caller(ANNOUNCE, &request)?;
+        let mut stream = request.into_inner();
+        let place = self.0.endpoints.announce(id);
+        loop {
+            let said = tokio::select! {
+                said = stream.message() => said?,
+                () = self.0.scope.draining() => return Err(Status::unavailable("the agent is stopping")),
+            };
+            let Some(pb::AnnounceRequest { address, serving }) = said else {
+                return Ok(Response::new(pb::AnnounceResponse {}));
+            };
+            let address = endpoint::address(&address)
+                .ok_or_else(|| Status::invalid_argument("not an address to connect to"))?;
+            place.say(address, serving)?;
+        }
+    }
+
+    type EndpointsStream = ResponseStream<pb::EndpointsResponse>;
+
+    async fn endpoints(
+        &self,
+        request: Request<pb::EndpointsRequest>,
+    ) -> Result<Response<Self::EndpointsStream>, Status> {
+        self.caller(ENDPOINTS, &request)?;
+        let wanted = request.into_inner().spiffe_ids;
+        if wanted.len() > endpoint::MAX_PER_HOST {
+            return Err(Status::invalid_argument("too many SPIFFE IDs"));
+        }
+        let wanted: Result<BTreeSet<SpiffeId>, _> = wanted.iter().map(|id| SpiffeId::new(id)).collect();
+        let wanted = wanted.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        Ok(Response::new(Box::pin(self.0.endpoints.of(wanted, self.0.scope.clone()))))
     }
 }
 

@@ -52,6 +52,7 @@ fn local() -> Local {
         svids: watch::channel(Arc::default()).1,
         refusals: Arc::new(Refusals::new(recorder, agent, Arc::clone(&queue), Arc::clone(&clock))),
         queue,
+        endpoints: Endpoints::default(),
         clock,
         scope: Scope::new(),
     }

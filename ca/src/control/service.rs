@@ -9,10 +9,11 @@ use std::time::Duration;
 use futures::Stream;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use identity::{Peer, SpiffeId};
 
+use super::endpoints::Announcing;
 use super::store::{NodeRecord, Redeemed, StoreError};
 use super::{Inner, NODE_SVID_TTL, Node};
 use crate::authority::{IssueError, Issued, LeafRequest};
@@ -282,6 +283,47 @@ impl Service for ControlService {
             .map_err(not_stored)?;
         self.0.changed();
         Ok(Response::new(pb::ReportResponse { stored: recorded.stored, refused: refused as u64 }))
+    }
+
+    async fn announce(
+        &self,
+        request: Request<Streaming<pb::AnnounceRequest>>,
+    ) -> Result<Response<pb::AnnounceResponse>, Status> {
+        let agent = self.agent(&request)?;
+        let mut stream = request.into_inner();
+        let announcing = Announcing::open(Arc::clone(&self.0), agent.host);
+        loop {
+            let said = tokio::select! {
+                said = stream.message() => said?,
+                () = self.0.scope.draining() => return Err(Status::unavailable("control is stopping")),
+            };
+            let Some(pb::AnnounceRequest { endpoints }) = said else {
+                return Ok(Response::new(pb::AnnounceResponse {}));
+            };
+            announcing.say(endpoints)?;
+        }
+    }
+
+    type EndpointsStream = Pin<Box<dyn Stream<Item = Result<pb::EndpointsResponse, Status>> + Send>>;
+
+    async fn endpoints(
+        &self,
+        request: Request<pb::EndpointsRequest>,
+    ) -> Result<Response<Self::EndpointsStream>, Status> {
+        self.agent(&request)?;
+        let told = (Arc::clone(&self.0), self.0.endpoints.subscribe());
+        let stream = futures::stream::unfold(Some(told), |told| async {
+            let (inner, mut view) = told?;
+            tokio::select! {
+                changed = view.changed() => changed.ok()?,
+                () = inner.scope.draining() => {
+                    return Some((Err(Status::unavailable("control is stopping")), None));
+                }
+            }
+            let message = view.borrow_and_update().message();
+            Some((Ok(message), Some((inner, view))))
+        });
+        Ok(Response::new(Box::pin(stream)))
     }
 }
 
