@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use identity::SpiffeId;
 use secrecy::{ExposeSecret as _, SecretString};
+use sidecar::proxy_protocol::Networks;
 use sidecar::trace::Share;
 use sidecar::traffic::config::Traffic;
 pub use sidecar::traffic::ratelimit::Rate;
@@ -29,6 +30,8 @@ pub const MIN_SEAL_KEY_BYTES: usize = 32;
 pub struct GatewayConfig {
     /// The front door, already bound, so that a taken port is the caller's error and not ours.
     pub listen: TcpListener,
+    /// The load balancers before it, which say where connections come from.
+    pub proxies: Networks,
     /// What browsers call this gateway: `https://127.0.0.1:8443`. Cookies, redirects and the CSRF check
     /// are bound to its origin.
     pub public_url: Url,
@@ -36,6 +39,8 @@ pub struct GatewayConfig {
     pub issuers: Vec<IssuerConfig>,
     /// Which path prefix goes to which service; the longest prefix wins, on a segment's edge.
     pub routes: Vec<Route>,
+    /// The services that routes lead to, and those that get calls only because another's traffic names them.
+    pub services: Vec<Service>,
     /// How long sessions live.
     pub sessions: SessionLimits,
     /// Requests of one principal.
@@ -82,11 +87,18 @@ pub struct Route {
     pub prefix: String,
     /// The service's name: what policies call it.
     pub service: String,
+}
+
+/// A service behind the gateway.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// What routes and policies call it.
+    pub name: String,
     /// Who must answer there.
-    pub service_id: SpiffeId,
+    pub id: SpiffeId,
     /// Where its sidecars are.
     pub endpoints: Source,
-    /// How requests go there; what of it shares or copies them, or makes faults, is not heeded here.
+    /// How requests go there.
     pub traffic: Traffic,
 }
 

@@ -1,5 +1,6 @@
 //! The front door put together: what it owns, how it starts.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use identity::tls::{ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::{IdentitySource, Scope};
 use policy::{Policies, Recorder};
 use sidecar::Body;
+use sidecar::callee::Callee;
 use sidecar::server::{Connection, Handler, Limits};
 use sidecar::trace::Share;
 use sidecar::traffic::random::Dice;
@@ -20,7 +22,7 @@ use thiserror::Error;
 use url::{Host, Url};
 
 use crate::coarse::Coarse;
-use crate::config::{GatewayConfig, Route};
+use crate::config::{GatewayConfig, Route, Service};
 use crate::https::HttpsClient;
 use crate::issuer::{IssuerClient, Issuers};
 use crate::seal::{SealError, Sealer};
@@ -54,13 +56,21 @@ pub enum GatewayError {
     /// A route's prefix is malformed or there twice.
     #[error("the route prefix {0:?} must begin with /, not end with one, and be there once")]
     Route(String),
-    /// A route's service cannot be called.
-    #[error("the route to {service} cannot be used: {cause}")]
+    /// A service cannot be called.
+    #[error("calls to {service} cannot be set up: {cause}")]
     Upstream {
         /// Which.
         service: String,
         /// Why.
         cause: UpstreamError,
+    },
+    /// A route leads to, or a service's traffic names, one that nothing is known of.
+    #[error("{place} names the service {service:?}, which nothing is known of")]
+    Unknown {
+        /// What names it.
+        place: String,
+        /// Which.
+        service: String,
     },
     /// The policies say nothing about the gateway.
     #[error("the policies have no service named {SERVICE:?}: add services/{SERVICE}/ to them")]
@@ -98,7 +108,7 @@ impl Gateway {
         if !config.cookie.starts_with("__Host-") {
             return Err(GatewayError::Cookie(config.cookie));
         }
-        let routes = destinations(&config.routes, &source, &clock, scope)?;
+        let routes = destinations(&config.routes, &config.services, &source, &clock, scope)?;
         let clients = config
             .issuers
             .iter()
@@ -156,7 +166,7 @@ impl Gateway {
             "gateway",
             listener,
             Some(tls),
-            Limits::default(),
+            Limits { proxies: config.proxies, ..Limits::default() },
             scope,
             clock,
             Arc::new(FrontDoor(shared)),
@@ -216,7 +226,7 @@ pub(crate) struct Shared {
 pub(crate) struct Destination {
     prefix: String,
     pub service: String,
-    pub upstream: Arc<Upstream>,
+    pub callee: Callee,
 }
 
 impl Destination {
@@ -257,28 +267,43 @@ fn origin(url: &Url) -> Result<(String, String), GatewayError> {
 
 fn destinations(
     routes: &[Route],
+    services: &[Service],
     source: &IdentitySource,
     clock: &SharedClock,
     scope: &Scope,
 ) -> Result<Vec<Destination>, GatewayError> {
+    let dice = || Dice::from_system(&identity::random::system());
+    let mut upstreams = BTreeMap::new();
+    for Service { name, id, endpoints, traffic } in services {
+        let config = UpstreamConfig {
+            service: name.clone(),
+            id: id.clone(),
+            endpoints: endpoints.clone(),
+            response_timeout: RESPONSE_TIMEOUT,
+        };
+        let upstream =
+            Upstream::steered(config, traffic.clone(), dice(), source.clone(), Arc::clone(clock), scope)
+                .map_err(|cause| GatewayError::Upstream { service: name.clone(), cause })?;
+        upstreams.insert(name.clone(), upstream);
+    }
     let mut destinations: Vec<Destination> = Vec::with_capacity(routes.len());
-    for route in routes {
-        let prefix = &route.prefix;
+    for Route { prefix, service } in routes {
         let form =
             prefix == "/" || (prefix.starts_with('/') && !prefix.ends_with('/') && !prefix.contains("//"));
         if !form || destinations.iter().any(|other| other.prefix == *prefix) {
             return Err(GatewayError::Route(prefix.clone()));
         }
-        let config = UpstreamConfig {
-            service: route.service.clone(),
-            id: route.service_id.clone(),
-            endpoints: route.endpoints.clone(),
-            response_timeout: RESPONSE_TIMEOUT,
-        };
-        let (traffic, dice) = (route.traffic.clone(), Dice::from_system(&identity::random::system()));
-        let upstream = Upstream::steered(config, traffic, dice, source.clone(), Arc::clone(clock), scope)
-            .map_err(|cause| GatewayError::Upstream { service: route.service.clone(), cause })?;
-        destinations.push(Destination { prefix: prefix.clone(), service: route.service.clone(), upstream });
+        let known = services.iter().find(|known| known.name == *service).zip(upstreams.get(service));
+        let (described, upstream) = known.ok_or_else(|| GatewayError::Unknown {
+            place: format!("the route {prefix}"),
+            service: service.clone(),
+        })?;
+        let callee = Callee::new(Arc::clone(upstream), &described.traffic, &upstreams, dice());
+        let callee = callee.map_err(|other| GatewayError::Unknown {
+            place: format!("the traffic of {service}"),
+            service: other,
+        })?;
+        destinations.push(Destination { prefix: prefix.clone(), service: service.clone(), callee });
     }
     destinations.sort_by_key(|route| std::cmp::Reverse(route.prefix.len()));
     Ok(destinations)

@@ -39,7 +39,8 @@ mod testing;
 
 pub use browser::{CALLBACK, LOGGED_OUT};
 pub use config::{
-    Algorithm, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits,
+    Algorithm, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, Service,
+    SessionLimits,
 };
 pub use gateway::{Gateway, GatewayError};
 pub use https::Trust;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
+use http::uri::PathAndQuery;
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Body as _;
@@ -19,6 +20,7 @@ use sidecar::headers::{self as hygiene, TraceParent};
 use sidecar::server::Connection;
 use sidecar::traffic::ratelimit::{Quota, address_key};
 use sidecar::traffic::timeouts::{Bounds, Deadline};
+use sidecar::upstream::Upstream;
 
 use crate::gateway::{Destination, Shared};
 use crate::jwt::JwtError;
@@ -129,12 +131,8 @@ async fn admit(
     let permit = gateway.policy.permit(user, &destination.service, remote, &parts, &trace)?;
     // Pass it on, in the user's name.
     let navigation = answer::is_navigation(&parts.headers);
-    let request = outgoing(gateway, permit, destination, user, remote, trace, parts, body, upgrade.as_ref())?;
-    let response = destination.upstream.send(request).await.map_err(|error| {
-        let mut refusal = Refusal::unavailable("upstream", &error);
-        refusal.status = error.status();
-        refusal
-    })?;
+    let head = outgoing(gateway, permit, remote, trace, parts, upgrade.as_ref())?;
+    let response = call(gateway, destination, user, remote, head, body, upgrade.is_some()).await?;
     let mut response = if navigation { for_people(response).await? } else { response };
     incoming(gateway, &mut response, quota, upgrade.as_ref());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -293,21 +291,18 @@ fn rate_headers(gateway: &Shared, quota: Quota) -> [(HeaderName, HeaderValue); 2
     gateway.requests.rate().headers("principal", quota)
 }
 
-/// The request as it leaves: nothing of what the caller claims about itself, everything that we verified.
+/// The head as it leaves, but for the token: nothing of what the caller claims about itself, everything that we
+/// verified.
 ///
 /// Takes the policy's leave: there is no other way to make a request that leaves.
-#[expect(clippy::too_many_arguments, reason = "each is a different fact about one request")]
 fn outgoing(
     gateway: &Shared,
     _permit: Permit,
-    destination: &Destination,
-    user: &User,
     remote: SocketAddr,
     trace: TraceParent,
     mut parts: Parts,
-    body: Body,
     upgrade: Option<&HeaderValue>,
-) -> Result<Request<Body>, Refusal> {
+) -> Result<Outgoing, Refusal> {
     if let Some(length) = parts.headers.get(header::CONTENT_LENGTH) {
         let length: Option<usize> = length.to_str().ok().and_then(|text| text.parse().ok());
         if length.is_none_or(|length| length > MAX_BODY_BYTES) {
@@ -341,23 +336,72 @@ fn outgoing(
         headers.insert(HeaderName::from_static(name), value);
     }
     let target = parts.uri.path_and_query().cloned().ok_or_else(|| Refusal::malformed("target.form"))?;
+    parts.uri = target.clone().into();
+    hygiene::ask_upgrade(&mut parts.headers, upgrade);
+    Ok(Outgoing { head: parts, target })
+}
+
+/// A request that may leave, and its target in the form that tokens are bound to.
+struct Outgoing {
+    head: Parts,
+    target: PathAndQuery,
+}
+
+/// Sends it to whoever gets it, and a copy to whoever gets one, each with a token of its own.
+async fn call(
+    gateway: &Shared,
+    destination: &Destination,
+    user: &User,
+    remote: SocketAddr,
+    Outgoing { mut head, target }: Outgoing,
+    body: Body,
+    upgrades: bool,
+) -> Result<Response<Body>, Refusal> {
+    let callee = &destination.callee;
+    let upstream = callee.choose(&head.headers, remote.ip(), Some(&user.id));
+    let key = upstream.key(&head.headers, remote.ip(), Some(&user.id));
+    if !upgrades && let Some(mut copy) = callee.copy(&head, &body) {
+        vouch(gateway, user, &mut copy.head, &target, copy.upstream)?;
+        copy.send(&gateway.scope);
+    }
+    vouch(gateway, user, &mut head, &target, upstream)?;
+    let (delay, abort) = callee.fault(&head.headers);
+    if let Some(delay) = delay {
+        gateway.clock.sleep(delay).await;
+    }
+    if let Some(status) = abort {
+        return Err(Refusal::new(status, "fault", "traffic.faults", "a fault made on purpose"));
+    }
+    // What is said in the other protocol is no body.
+    let body = if upgrades { body } else { Body::new(Limited::new(body, MAX_BODY_BYTES)) };
+    upstream.send_keyed(Request::from_parts(head, body), key).await.map_err(|error| {
+        let mut refusal = Refusal::unavailable("upstream", &error);
+        refusal.status = error.status();
+        refusal
+    })
+}
+
+/// Says to this one, and to nobody else, for whom the request is.
+fn vouch(
+    gateway: &Shared,
+    user: &User,
+    head: &mut Parts,
+    target: &PathAndQuery,
+    to: &Upstream,
+) -> Result<(), Refusal> {
     let now = gateway.clock.now();
     let identity = gateway
         .source
         .valid_at(now)
         .ok_or_else(|| Refusal::unavailable("gateway.no_identity", "the gateway has no valid SVID"))?;
-    let binding = RequestBinding::new(parts.method.as_str(), target.as_str());
-    let token = txn::mint(&identity.svid, user, destination.upstream.id(), binding, TOKEN_LIFETIME, now)
+    let binding = RequestBinding::new(head.method.as_str(), target.as_str());
+    let token = txn::mint(&identity.svid, user, to.id(), binding, TOKEN_LIFETIME, now)
         .map_err(|error| Refusal::unavailable("gateway.mint", error))?;
     let mut token =
         HeaderValue::try_from(token).map_err(|error| Refusal::unavailable("gateway.mint", error))?;
     token.set_sensitive(true);
-    parts.headers.insert(HeaderName::from_static(txn::HEADER), token);
-    parts.uri = target.into();
-    hygiene::ask_upgrade(&mut parts.headers, upgrade);
-    // What is said in the other protocol is no body.
-    let body = if upgrade.is_some() { body } else { Body::new(Limited::new(body, MAX_BODY_BYTES)) };
-    Ok(Request::from_parts(parts, body))
+    head.headers.insert(HeaderName::from_static(txn::HEADER), token);
+    Ok(())
 }
 
 /// The answer as it leaves: nothing of the mesh's inside, no cookie under a name of ours.

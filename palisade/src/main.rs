@@ -6,6 +6,7 @@ mod cmd;
 mod credentials;
 mod decisions;
 mod demo;
+mod discovery;
 mod failure;
 mod handover;
 mod listen;

@@ -7,13 +7,15 @@ use identity::clock::SharedClock;
 pub(crate) use identity::random::SharedRandom;
 use identity::{IdentitySource, Scope, SpiffeId, SystemClock};
 use policy::{Mode, Policies, ServicePolicy};
+use sidecar::traffic::config::Traffic;
+use sidecar::traffic::topology::{Topology, own_addresses};
 
 use crate::Global;
 use crate::cmd::config;
 use crate::credentials::Credentials;
 use crate::failure::Failure;
 use crate::logging;
-use crate::mesh::{self, Mesh};
+use crate::mesh::{self, Mesh, Zone};
 use crate::readiness::{Awaited, Readiness};
 
 /// What a verb works with.
@@ -27,8 +29,9 @@ pub(crate) struct Workload {
 impl Workload {
     /// Reads mesh.toml and starts the log.
     pub(crate) fn begin(global: &Global) -> Result<Self, Failure> {
-        let mesh = config::load(&global.config)?;
+        let mut mesh = config::load(&global.config)?;
         logging::start(global.log.as_deref().unwrap_or(&mesh.telemetry.log))?;
+        place(mesh.traffic.values_mut(), &mesh.zones);
         Ok(Self {
             mesh,
             credentials: Credentials::new(
@@ -65,6 +68,22 @@ impl Workload {
     pub(crate) fn no_section(&self, section: &str) -> Failure {
         Failure::invalid(format!("{} has no [{section}]", self.mesh.file.display()))
             .hint("add the section; `palisade config example` shows it with every key")
+    }
+}
+
+/// Tells traffic what is near this machine.
+pub(crate) fn place<'a>(traffic: impl Iterator<Item = &'a mut Traffic>, zones: &[Zone]) {
+    let own = own_addresses().unwrap_or_else(|error| {
+        tracing::warn!(%error, "this machine's addresses are not known: nothing is near");
+        Vec::new()
+    });
+    let networks = zones.iter().flat_map(|zone| zone.networks.iter().map(|network| (&*zone.name, *network)));
+    let topology = Arc::new(Topology::new(networks, own));
+    if !zones.is_empty() {
+        tracing::info!(zone = topology.zone(), "this machine's zone, by its addresses");
+    }
+    for traffic in traffic {
+        traffic.topology = Arc::clone(&topology);
     }
 }
 

@@ -3,7 +3,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::future::BoxFuture;
 use http::HeaderValue;
@@ -12,6 +11,7 @@ use identity::Scope;
 use identity::clock::SharedClock;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 
 use crate::app::{App, AppProtocol};
 use crate::traffic::config::{Check, HealthCheck};
@@ -23,7 +23,7 @@ use crate::{BoxError, dial};
 /// What is known of the app.
 #[derive(Debug, Default)]
 pub(crate) struct AppHealth {
-    well: AtomicBool,
+    well: watch::Sender<bool>,
 }
 
 impl AppHealth {
@@ -44,7 +44,7 @@ impl AppHealth {
         let (told, draining) = (Arc::clone(&known), scope.clone());
         scope.spawn("app health", async move {
             let changed = |well| {
-                told.well.store(well, Ordering::Relaxed);
+                told.well.send_replace(well);
                 healthy.set(well.into());
             };
             tokio::select! {
@@ -56,7 +56,12 @@ impl AppHealth {
     }
 
     pub(crate) fn is_well(&self) -> bool {
-        self.well.load(Ordering::Relaxed)
+        *self.well.borrow()
+    }
+
+    /// The same, now and at every change.
+    pub(crate) fn follow(&self) -> watch::Receiver<bool> {
+        self.well.subscribe()
     }
 }
 

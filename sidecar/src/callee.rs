@@ -18,8 +18,8 @@ use crate::traffic::random::Dice;
 use crate::traffic::split::Split;
 use crate::upstream::Upstream;
 
-/// One called service, as the app knows it.
-pub(crate) struct Callee {
+/// One called service, as those who call it know it.
+pub struct Callee {
     upstream: Arc<Upstream>,
     shares: Option<Shares>,
     mirror: Option<(Mirror, Arc<Upstream>)>,
@@ -37,7 +37,7 @@ struct Shares {
 impl Callee {
     /// The service behind `upstream`, with those of `known` that its traffic names; the error is a name that is not
     /// among them.
-    pub(crate) fn new(
+    pub fn new(
         upstream: Arc<Upstream>,
         traffic: &Traffic,
         known: &BTreeMap<String, Arc<Upstream>>,
@@ -61,31 +61,31 @@ impl Callee {
     }
 
     /// The client to it.
-    pub(crate) fn upstream(&self) -> &Upstream {
+    pub fn upstream(&self) -> &Upstream {
         &self.upstream
     }
 
     /// Its name.
-    pub(crate) fn service(&self) -> &str {
+    pub fn service(&self) -> &str {
         self.upstream.service()
     }
 
     /// Who gets a call.
-    pub(crate) fn choose(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> &Arc<Upstream> {
+    pub fn choose(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> &Arc<Upstream> {
         let Some(Shares { split, by, upstreams }) = &self.shares else { return &self.upstream };
         let key = by.as_ref().and_then(|by| by.key(headers, source, user));
         upstreams.get(split.choose(key, &self.dice)).unwrap_or(&self.upstream)
     }
 
     /// What is done to a call on purpose: how long it waits, and what it is then answered instead of going anywhere.
-    pub(crate) fn fault(&self, headers: &HeaderMap) -> (Option<Duration>, Option<StatusCode>) {
+    pub fn fault(&self, headers: &HeaderMap) -> (Option<Duration>, Option<StatusCode>) {
         let fault = self.faults.as_ref().map(|faults| faults.decide(headers, &self.dice));
         let Fault { delay, abort } = fault.unwrap_or_default();
         (delay, abort)
     }
 
     /// A copy of a call, marked as one, and who gets it; most often there is none.
-    pub(crate) fn copy(&self, head: &Parts, body: &Body) -> Option<Copied<'_>> {
+    pub fn copy(&self, head: &Parts, body: &Body) -> Option<Copied<'_>> {
         let (mirror, upstream) = self.mirror.as_ref()?;
         let bytes = body.whole().map(|bytes| bytes.len() as u64);
         if !mirror.copies(bytes, &self.dice) {
@@ -98,15 +98,17 @@ impl Callee {
 }
 
 /// A copy of a call, on its way to `upstream`.
-pub(crate) struct Copied<'a> {
-    pub(crate) upstream: &'a Arc<Upstream>,
-    pub(crate) head: Parts,
+pub struct Copied<'a> {
+    /// Who gets it.
+    pub upstream: &'a Arc<Upstream>,
+    /// To be vouched for as the call itself is: for this one.
+    pub head: Parts,
     body: Body,
 }
 
 impl Copied<'_> {
     /// Sends it, in a task of `scope`; nobody waits for its answer, which is read to its end and dropped.
-    pub(crate) fn send(self, scope: &Scope) {
+    pub fn send(self, scope: &Scope) {
         let Self { upstream, head, body } = self;
         let upstream = Arc::clone(upstream);
         let request = http::Request::from_parts(head, body);

@@ -34,7 +34,7 @@ mod app_health;
 mod body;
 pub mod bounded;
 mod buffered;
-mod callee;
+pub mod callee;
 pub mod capture;
 pub mod correlate;
 pub mod debug;

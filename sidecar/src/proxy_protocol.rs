@@ -260,6 +260,11 @@ pub struct Network {
 pub struct NetworkError(String);
 
 impl Networks {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether one of them contains `address`; an IPv4 address mapped into IPv6 is the IPv4 address.
     pub fn contain(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(address))
@@ -278,6 +283,11 @@ impl FromIterator<Network> for Networks {
 }
 
 impl Network {
+    /// How many bits addresses in it share.
+    pub fn prefix_bits(&self) -> u8 {
+        self.prefix_bits
+    }
+
     /// Whether it contains `address`.
     pub fn contains(&self, address: IpAddr) -> bool {
         let (own, own_bits) = bits(self.address);

@@ -13,6 +13,7 @@ use identity::txn::Verifier;
 use identity::{IdentitySource, Scope, SpiffeId};
 use policy::{Receipts, Recorder, ServicePolicy};
 use thiserror::Error;
+use tokio::sync::watch;
 
 use crate::access::AccessLog;
 use crate::admin::Admin;
@@ -121,7 +122,7 @@ pub struct Call {
     pub upstream: UpstreamConfig,
     /// What the calls are.
     pub carries: Carries,
-    /// How they go, if they are requests.
+    /// How they go.
     pub traffic: Traffic,
 }
 
@@ -175,6 +176,7 @@ pub struct Sidecar {
     policy: Option<Arc<ArcSwap<ServicePolicy>>>,
     /// What is open, to be judged again by another policy.
     live: Arc<Registry>,
+    app_health: Option<Arc<AppHealth>>,
     scope: Scope,
 }
 
@@ -346,7 +348,8 @@ impl Sidecar {
                 continue;
             }
             let UpstreamConfig { service, id, endpoints, .. } = upstream;
-            let upstream = TcpUpstream { service: service.clone(), id, port: String::new(), endpoints };
+            let upstream =
+                TcpUpstream { service: service.clone(), id, port: String::new(), endpoints, traffic };
             let (source, stats) = (source.clone(), metrics.tcp().clone());
             let dice = Dice::from_system(&random);
             let plain =
@@ -412,12 +415,18 @@ impl Sidecar {
                 scope: scope.clone(),
             };
             let (id, draining) = (config.id, scope.clone());
+            let app_health = app_health.clone();
             let admin =
                 Admin { id, source, app_health, metrics, clock: clock.clone(), scope: draining, debug };
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }
-        Ok(Self { policy, live, scope: scope.clone() })
+        Ok(Self { policy, live, app_health, scope: scope.clone() })
+    }
+
+    /// Whether the app is well, now and at every change; always, if it is not asked.
+    pub fn app_is_well(&self) -> watch::Receiver<bool> {
+        self.app_health.as_ref().map_or_else(|| watch::channel(true).1, |health| health.follow())
     }
 
     /// Puts another policy in force. A request that is under way is judged by the one it began with, a plain

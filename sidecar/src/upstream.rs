@@ -35,7 +35,7 @@ use crate::mux::{self, SendError};
 use crate::server::ScopeExecutor;
 use crate::traffic::breaker::{Overload, Permit, Resource};
 use crate::traffic::config::{RetryOn, Traffic};
-use crate::traffic::endpoint::{self, InFlight, Locality, Member};
+use crate::traffic::endpoint::{self, InFlight, Member};
 use crate::traffic::hedge;
 use crate::traffic::random::Dice;
 use crate::traffic::resolve::{self, Source};
@@ -228,7 +228,7 @@ impl Upstream {
             source,
             clock,
             scope: scope.clone(),
-            steering: Steering::new(traffic, Locality::default(), &[], dice),
+            steering: Steering::new(traffic, &[], dice),
             config,
         });
         let Self { config, steering, clock, .. } = &*upstream;
@@ -263,12 +263,12 @@ impl Upstream {
     }
 
     /// The key by which a request is kept together with others, if the configuration says so.
-    pub(crate) fn key(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> Option<u64> {
+    pub fn key(&self, headers: &HeaderMap, source: IpAddr, user: Option<&str>) -> Option<u64> {
         self.steering.key(headers, source, user)
     }
 
     /// Sends one request as [`Upstream::send`] does, to where others with the same key go.
-    pub(crate) async fn send_keyed(
+    pub async fn send_keyed(
         &self,
         request: Request<Body>,
         key: Option<u64>,

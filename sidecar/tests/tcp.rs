@@ -27,6 +27,7 @@ use sidecar::live::Registry;
 use sidecar::tcp::frame::{OpenFrame, Session, SessionError, Status};
 use sidecar::tcp::inbound::TcpInboundConfig;
 use sidecar::tcp::{ALPN_TCP, Ports, Stream, TcpInbound, TcpOutbound, TcpStats, TcpUpstream};
+use sidecar::traffic::config::{Limits, Traffic};
 use sidecar::traffic::random::Dice;
 use sidecar::{InboundConfig, Sidecar, SidecarConfig};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
@@ -68,6 +69,9 @@ fn policy(map: &str, cedar: &str) -> Arc<ServicePolicy> {
     let policies = Policies::load(folder.path(), &TrustDomain::new("bank.example").unwrap());
     policies.unwrap_or_else(|problems| panic!("{problems}")).service("db").unwrap()
 }
+
+/// How many sessions web may have with db at once.
+const MOST_SESSIONS: u32 = 64;
 
 /// The inbound half of db, and what it stands before.
 struct Db {
@@ -179,6 +183,10 @@ impl Db {
             id: id(callee),
             port: String::new(),
             endpoints: vec![self.address].into(),
+            traffic: Traffic {
+                limits: Limits { requests: MOST_SESSIONS, ..Limits::default() },
+                ..Traffic::default()
+            },
         };
         let stats = TcpStats::default();
         let outbound =
@@ -279,6 +287,31 @@ async fn an_echo_comes_back_and_each_way_ends_by_itself() {
     stream.shutdown().await.unwrap();
     until("both have finished", || web.outbound.ready_connections() == 1).await;
     assert_eq!(parting.scope.panics(), 0);
+}
+
+#[tokio::test]
+async fn more_sessions_than_traffic_allows_are_reset_until_one_has_ended() {
+    let db = Db::new(echo).await;
+    let web = db.web().await;
+    let mut open = Vec::new();
+    for _ in 0..MOST_SESSIONS {
+        let mut stream = web.connect().await;
+        stream.write_all(b"x").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x');
+        open.push(stream);
+    }
+    assert!(web.ask(b"one more").await.is_err());
+    assert_eq!(db.reached(), open.len());
+    drop(open.pop());
+    let mut heard = web.ask(b"again").await;
+    for _ in 0..1000 {
+        if heard.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        heard = web.ask(b"again").await;
+    }
+    assert_eq!(heard.unwrap(), b"again");
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use gateway::https::{HttpClient, HttpsClient};
 use gateway::idp::{Client, Idp, IdpConfig, users};
 use gateway::login::{self, Person};
 use gateway::{
-    Algorithm, Gateway, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey,
+    Algorithm, Gateway, GatewayConfig, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, Service,
     SessionLimits, SharedRandom, Trust,
 };
 use http::header::{ACCEPT, LOCATION, SET_COOKIE, UPGRADE};
@@ -28,8 +28,12 @@ use rcgen::SanType;
 use ring::rand::SystemRandom;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
+use sidecar::proxy_protocol::Networks;
 use sidecar::server::{Connection, Handler, Limits};
 use sidecar::trace::Share;
+use sidecar::traffic::config::Traffic;
+use tokio::io::AsyncWriteExt as _;
+use tokio::sync::mpsc;
 use url::Url;
 
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
@@ -83,6 +87,8 @@ pub(crate) struct Echo {
     source: IdentitySource,
     clock: SharedClock,
     verifier: Verifier,
+    /// What came as a copy.
+    copies: mpsc::UnboundedSender<Value>,
 }
 
 /// What the sidecar in front of a service says by itself, and an error of the service's own.
@@ -130,6 +136,9 @@ impl Handler for Echo {
             "user": chain.as_ref().map(|chain| chain.user().as_ref().clone()).map_err(ToString::to_string),
             "headers": headers,
         });
+        if request.headers().contains_key(sidecar::traffic::split::MIRRORED) {
+            self.copies.send(told.clone()).unwrap();
+        }
         if let Some(protocol) = request.headers().get(UPGRADE).cloned() {
             // Says what it hears.
             let switched =
@@ -151,6 +160,10 @@ pub(crate) struct Site {
     pub(crate) authority: TestAuthority,
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) random: SharedRandom,
+    /// Who says before a connection where it comes from.
+    pub(crate) proxies: Networks,
+    /// How requests go to the services.
+    pub(crate) traffic: Traffic,
 }
 
 pub(crate) struct Bench {
@@ -160,6 +173,7 @@ pub(crate) struct Bench {
     pub(crate) recorder: Arc<MemoryRecorder>,
     pub(crate) http: Arc<HttpsClient>,
     pub(crate) trust: Trust,
+    pub(crate) copies: tokio::sync::Mutex<mpsc::UnboundedReceiver<Value>>,
     pub(crate) scope: Scope,
 }
 
@@ -227,7 +241,8 @@ impl Site {
         };
         let users = users::to_toml(vec![user("alice"), user("bob")]).unwrap();
         std::fs::write(directory.path().join("users.toml"), users).unwrap();
-        Self { directory, authority, clock, random }
+        let (proxies, traffic) = (Networks::default(), Traffic::default());
+        Self { directory, authority, clock, random, proxies, traffic }
     }
 
     pub(crate) async fn start(self, ports: (u16, u16), rate: Rate) -> Bench {
@@ -277,7 +292,8 @@ impl Site {
         )
         .unwrap();
         let verifier = Verifier::new(vec![id("/palisade/gateway")]);
-        let echo = Arc::new(Echo { source: web_source, clock: Arc::clone(&clock), verifier });
+        let (copied, copies) = mpsc::unbounded_channel();
+        let echo = Arc::new(Echo { source: web_source, clock: Arc::clone(&clock), verifier, copies: copied });
         sidecar::server::serve(
             "web",
             service,
@@ -291,15 +307,16 @@ impl Site {
         let gateway_source = source("/palisade/gateway");
         let trust = Trust::Mesh { source: gateway_source.clone(), expected: None };
         let recorder = Arc::new(MemoryRecorder::default());
-        let route = |prefix: &str, service: &str| Route {
-            prefix: prefix.into(),
-            service: service.into(),
-            service_id: id(&format!("/service/{service}")),
+        let route = |prefix: &str, service: &str| Route { prefix: prefix.into(), service: service.into() };
+        let service = |name: &str| Service {
+            name: name.into(),
+            id: id(&format!("/service/{name}")),
             endpoints: vec![endpoint].into(),
-            traffic: sidecar::traffic::config::Traffic::default(),
+            traffic: self.traffic.clone(),
         };
         let config = GatewayConfig {
             listen: front,
+            proxies: self.proxies.clone(),
             public_url: gateway.clone(),
             issuers: vec![IssuerConfig {
                 issuer: issuer.clone(),
@@ -313,6 +330,7 @@ impl Site {
                 trust: Trust::Mesh { source: gateway_source.clone(), expected: Some(id("/palisade/idp")) },
             }],
             routes: vec![route("/", "web"), route("/pay", "payments")],
+            services: vec![service("web"), service("payments")],
             sessions: SessionLimits::default(),
             requests: rate,
             failed_authentications: Rate { per_second: 1.0, burst: 20 },
@@ -334,7 +352,8 @@ impl Site {
         .await
         .unwrap();
         let http = HttpsClient::new(trust.clone(), &clock).unwrap();
-        Bench { site: self, gateway, issuer, recorder, http, trust, scope }
+        let copies = tokio::sync::Mutex::new(copies);
+        Bench { site: self, gateway, issuer, recorder, http, trust, copies, scope }
     }
 }
 
@@ -371,6 +390,14 @@ impl Answer {
 impl Bench {
     /// A connection as a browser makes one, on which nothing was said.
     pub(crate) async fn connection(&self) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+        self.connection_after("").await.unwrap()
+    }
+
+    /// The same, with something said before TLS.
+    pub(crate) async fn connection_after(
+        &self,
+        before: &str,
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<tokio::net::TcpStream>> {
         let mut roots = rustls::RootCertStore::empty();
         for authority in self.site.authority.bundle().authorities() {
             roots.add(authority.clone()).unwrap();
@@ -380,9 +407,10 @@ impl Bench {
         let builder = builder.with_safe_default_protocol_versions().unwrap();
         let tls = Arc::new(builder.with_root_certificates(roots).with_no_client_auth());
         let port = self.gateway.port().unwrap();
-        let stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        stream.write_all(before.as_bytes()).await.unwrap();
         let name = rustls_pki_types::ServerName::from(IpAddr::V4(Ipv4Addr::LOCALHOST));
-        tokio_rustls::TlsConnector::from(tls).connect(name, stream).await.unwrap()
+        tokio_rustls::TlsConnector::from(tls).connect(name, stream).await
     }
 
     pub(crate) fn clock(&self) -> SharedClock {

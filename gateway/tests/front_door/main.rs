@@ -586,6 +586,68 @@ async fn socket(
 }
 
 #[tokio::test]
+async fn a_proxy_that_is_known_says_where_a_connection_comes_from() {
+    let mut site = Site::new();
+    site.proxies = ["127.0.0.1".parse().unwrap()].into_iter().collect();
+    let bench = site.start((0, 0), Rate { per_second: 100.0, burst: 1000 }).await;
+    let bearer = bench.bearer().await;
+    for before in ["PROXY TCP4 192.0.2.7 203.0.113.1 4000 443\r\n", "PROXY UNKNOWN\r\n"] {
+        let mut stream = bench.connection_after(before).await.unwrap();
+        let authority = format!("127.0.0.1:{}", bench.gateway.port().unwrap());
+        let request = format!(
+            "GET / HTTP/1.1\r\nhost: {authority}\r\nauthorization: {bearer}\r\nconnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        // The end may come without TLS's own.
+        let _ended = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
+        let from = if before.contains("192.0.2.7") { "192.0.2.7" } else { "127.0.0.1" };
+        assert!(answer.contains(&format!("[\"x-forwarded-for\",\"{from}\"]")), "{before:?}: {answer}");
+    }
+    assert!(bench.connection_after("").await.is_err(), "every connection of a proxy begins with a header");
+}
+
+#[tokio::test]
+async fn calls_are_shared_copied_and_failed_on_purpose_as_traffic_says() {
+    let mut site = Site::new();
+    // Nobody answers as payments: those who go there reach nobody.
+    site.traffic = serde_json::from_value(json!({
+        "split": {"web": 1, "payments": 1},
+        "split_by": "header:x-tenant",
+        // The clock stands still: nothing would wait for a second try.
+        "retries": {"on": []},
+        "mirror": {"to": "web", "share": "100%"},
+        "faults": {"abort": 418, "abort_share": "100%", "only_with": "x-fault"},
+    }))
+    .unwrap();
+    let bench = site.start((0, 0), Rate { per_second: 100.0, burst: 1000 }).await;
+    let bearer = bench.bearer().await;
+    let answer = bench.get("/pay", &[("authorization", &bearer)]).await;
+    assert_eq!(answer.status, StatusCode::FORBIDDEN, "the policy is asked for the service of the route");
+    let mut tenants = [0, 0];
+    for tenant in 0..16 {
+        let tenant = tenant.to_string();
+        let answer = bench.get("/x", &[("authorization", &bearer), ("x-tenant", &tenant)]).await;
+        match answer.status {
+            StatusCode::OK => tenants[0] += 1,
+            StatusCode::SERVICE_UNAVAILABLE => tenants[1] += 1,
+            other => panic!("{other}"),
+        }
+        let again = bench.get("/x", &[("authorization", &bearer), ("x-tenant", &tenant)]).await;
+        assert_eq!(again.status, answer.status, "a tenant stays where it is");
+    }
+    assert!(tenants.iter().all(|count| *count > 1), "{tenants:?}");
+    let mut copy = bench.copies.lock().await;
+    let copied = tokio::time::timeout(Duration::from_secs(20), copy.recv()).await.unwrap().unwrap();
+    assert_eq!((&copied["target"], &copied["user"]["Ok"]["id"]), (&json!("/x"), &json!("alice")));
+    let answer = bench.get("/x", &[("authorization", &bearer), ("x-fault", "please")]).await;
+    assert_eq!(answer.status, StatusCode::IM_A_TEAPOT);
+    let rules: Vec<String> = bench.recorder.records().iter().map(|record| format!("{record:?}")).collect();
+    assert!(rules.iter().any(|rule| rule.contains("traffic.faults")), "{rules:?}");
+}
+
+#[tokio::test]
 async fn a_websocket_passes_for_a_page_of_this_site_and_for_no_other() {
     let bench = bench().await;
     let cookie = bench.cookie("alice").await;

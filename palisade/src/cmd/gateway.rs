@@ -1,17 +1,22 @@
 //! `palisade gateway`: the front door for browsers and API clients.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gateway::config::{Algorithm, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, SessionLimits};
+use gateway::config::{
+    Algorithm, Issuer, IssuerConfig, Rate, Route, SESSION_COOKIE, SealKey, Service, SessionLimits,
+};
 use gateway::gateway::SERVICE;
 use gateway::{Gateway, GatewayConfig, Trust};
 use identity::IdentitySource;
 use sidecar::trace::Share;
+use sidecar::traffic::config::Traffic;
 
 use crate::Global;
 use crate::credentials::Credential;
 use crate::decisions;
+use crate::discovery::Discovery;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Mesh, Own};
@@ -56,7 +61,8 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         })?;
     let issuer = Issuer::try_from(gateway.issuer.clone())
         .map_err(|error| Failure::invalid("[gateway] issuer is not usable").because(&error))?;
-    let routes = routes(gateway, &workload.mesh)?;
+    let mut discovery = Discovery::default();
+    let services = services(gateway, &workload.mesh, &mut discovery);
     serve::run("gateway", DRAIN, async |scope| {
         let source = workload.identity(&scope);
         let issuer = IssuerConfig {
@@ -73,9 +79,11 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         };
         let config = GatewayConfig {
             listen,
+            proxies: gateway.proxies.clone(),
             public_url: gateway.public_url.clone(),
             issuers: vec![issuer],
-            routes,
+            routes: routes(gateway),
+            services,
             sessions: SessionLimits::default(),
             requests: REQUESTS,
             failed_authentications: FAILED_AUTHENTICATIONS,
@@ -84,6 +92,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
             cookie: SESSION_COOKIE.to_owned(),
             traced: workload.mesh.traces.as_ref().map_or(Share::ALL, |traces| traces.sample),
         };
+        discovery.follow(&workload, &scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Gateway));
@@ -110,19 +119,26 @@ fn trust(gateway: &mesh::Gateway, mesh: &Mesh, source: &IdentitySource) -> Resul
     })
 }
 
-fn routes(gateway: &mesh::Gateway, mesh: &Mesh) -> Result<Vec<Route>, Failure> {
-    let route = |(prefix, name): (&String, &mesh::ServiceName)| {
-        let service = mesh.service.get(name)?;
-        Some(Route {
-            prefix: prefix.clone(),
-            service: name.to_string(),
-            service_id: service.id.clone(),
-            endpoints: service.endpoints.clone(),
-            traffic: mesh.traffic.get(name).cloned().unwrap_or_default(),
-        })
+fn routes(gateway: &mesh::Gateway) -> Vec<Route> {
+    let route = |(prefix, name): (&String, &mesh::ServiceName)| Route {
+        prefix: prefix.clone(),
+        service: name.to_string(),
     };
-    let routes: Option<Vec<Route>> = gateway.routes.iter().map(route).collect();
-    routes.ok_or_else(|| {
-        Failure::invalid("a route of the gateway names a service that mesh.toml does not have")
-    })
+    gateway.routes.iter().map(route).collect()
+}
+
+/// Those that its routes lead to, and those that their traffic names.
+fn services(gateway: &mesh::Gateway, mesh: &Mesh, discovery: &mut Discovery) -> Vec<Service> {
+    let routed: BTreeSet<&mesh::ServiceName> = gateway.routes.values().collect();
+    let traffic = routed.iter().filter_map(|name| mesh.traffic.get(*name));
+    let named: BTreeSet<&str> = traffic.flat_map(Traffic::named).collect();
+    let called =
+        mesh.service.iter().filter(|(name, _)| routed.contains(name) || named.contains(name.as_str()));
+    let service = |(name, service): (&mesh::ServiceName, &mesh::Service)| Service {
+        name: name.to_string(),
+        id: service.id.clone(),
+        endpoints: discovery.source(service),
+        traffic: mesh.traffic.get(name).cloned().unwrap_or_default(),
+    };
+    called.map(service).collect()
 }

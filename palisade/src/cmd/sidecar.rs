@@ -17,17 +17,17 @@ use policy::{Mapping, ServicePolicy};
 use sidecar::access::{AccessLog, AccessTarget};
 use sidecar::capture::CaptureConfig;
 use sidecar::overload::Budget;
-use sidecar::proxy_protocol::Networks;
 use sidecar::traffic::config::Traffic;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, Carries, InboundConfig, Sidecar, SidecarConfig};
+use sidecar::{Call, Carries, HboneConfig, InboundConfig, Sidecar, SidecarConfig};
 
 use crate::Global;
 use crate::cmd::capture;
 use crate::decisions;
+use crate::discovery::{self, Discovery};
 use crate::failure::{Exit, Failure};
 use crate::listen::Listeners;
-use crate::mesh::{self, AppProtocol, Callee, Mesh, Own, Service, ServiceName};
+use crate::mesh::{self, AppProtocol, Callee, Hbone, Mesh, Own, Service, ServiceName};
 use crate::printer::Printer;
 use crate::rlimits;
 use crate::serve::{self, Started};
@@ -132,6 +132,7 @@ struct OfMesh {
     service: String,
     drain_timeout: Duration,
     config: SidecarConfig,
+    discovery: Discovery,
 }
 
 impl OfMesh {
@@ -149,14 +150,14 @@ impl OfMesh {
         listeners: &mut Listeners,
     ) -> Result<Self, Failure> {
         let service = service(&workload.mesh, name)?;
-        let config = configure(name, service, policy, &workload.mesh, listeners)?;
+        let (config, discovery) = configure(name, service, policy, &workload.mesh, listeners)?;
         listeners.all_wanted()?;
         let drain_timeout = service.drain_timeout;
-        Ok(Self { service: name.to_owned(), drain_timeout, config, workload })
+        Ok(Self { service: name.to_owned(), drain_timeout, config, discovery, workload })
     }
 
     async fn start(self, succession: Succession, scope: Scope) -> Result<Started<Arc<Sidecar>>, Failure> {
-        let Self { workload, service, config, .. } = self;
+        let Self { workload, service, config, discovery, .. } = self;
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
@@ -167,11 +168,13 @@ impl OfMesh {
         let traces = workload.mesh.traces.clone();
         let config = SidecarConfig { access_log, traces, capture, ..config };
         let ready = workload.identified(source.clone(), Some(config.id.clone()));
+        discovery.follow(&workload, &scope);
         succession.wait(&ready, &clock).await?;
         let sidecar = Sidecar::start(config, source, recorder, clock.clone(), random, &scope)
             .map_err(|error| not_started("the sidecar", &error))?;
         succession.take_over(clock, &scope).await?;
         let sidecar = Arc::new(sidecar);
+        discovery::announce(own, &workload, sidecar.app_is_well(), &scope)?;
         let (reloaded, mesh) = (Arc::clone(&sidecar), workload.mesh);
         let reload = move || replace_policy(&reloaded, workload::policy(&mesh, &service));
         Ok(Started::new(sidecar).ready_when(ready).reloaded_by(reload))
@@ -251,7 +254,7 @@ fn addresses(service: &Service, mesh: &Mesh) -> impl Iterator<Item = (String, Ve
 }
 
 /// Whom the service calls only because the traffic of those that it does call names them.
-fn others(service: &Service, mesh: &Mesh) -> Vec<(UpstreamConfig, Traffic)> {
+fn others(service: &Service, mesh: &Mesh, discovery: &mut Discovery) -> Vec<(UpstreamConfig, Traffic)> {
     let called = service.calls.keys().filter_map(|callee| match callee {
         Callee::Service(name) => Some(name),
         Callee::Vault => None,
@@ -267,12 +270,23 @@ fn others(service: &Service, mesh: &Mesh) -> Vec<(UpstreamConfig, Traffic)> {
         let upstream = UpstreamConfig {
             service: name.to_string(),
             id: other.id.clone(),
-            endpoints: other.endpoints.clone(),
+            endpoints: discovery.source(other),
             response_timeout: service.request_timeout,
         };
         (upstream, mesh.traffic.get(name).cloned().unwrap_or_default())
     });
     others.collect()
+}
+
+/// Where another mesh's proxies come in, if they may.
+fn second_way(
+    hbone: Option<&Hbone>,
+    key: &str,
+    listeners: &mut Listeners,
+) -> Result<Option<HboneConfig>, Failure> {
+    let Some(Hbone { listen, destinations }) = hbone else { return Ok(None) };
+    let listener = listeners.tcp("hbone", "the sidecar's second way in", key, *listen)?;
+    Ok(Some(HboneConfig { listener, destinations: destinations.clone() }))
 }
 
 fn configure(
@@ -281,16 +295,17 @@ fn configure(
     policy: Arc<ServicePolicy>,
     mesh: &Mesh,
     listeners: &mut Listeners,
-) -> Result<SidecarConfig, Failure> {
+) -> Result<(SidecarConfig, Discovery), Failure> {
     let key = |part: &str| format!("[service.{name}] {part}");
     fits(service.app_protocol, &policy, &format!("mesh.toml: [service.{name}]"))?;
     let inbound = listeners.tcp("inbound", "the sidecar", &key("inbound"), service.inbound)?;
     let admin = listeners.tcp("admin", "the sidecar's admin port", &key("admin"), service.admin)?;
+    let hbone = second_way(service.hbone.as_ref(), &key("hbone"), listeners)?;
     let of = |callee: &Callee| match callee {
         Callee::Service(name) => mesh.traffic.get(name).cloned().unwrap_or_default(),
         Callee::Vault => Traffic::default(),
     };
-    let mut calls = Vec::new();
+    let (mut calls, mut discovery) = (Vec::new(), Discovery::default());
     for (callee, address) in &service.calls {
         let (socket, what) = (format!("outbound.{callee}"), format!("the calls to {callee}"));
         let listener = listeners.tcp(&socket, &what, &key("calls"), *address)?;
@@ -301,7 +316,7 @@ fn configure(
             Callee::Service(callee) => mesh
                 .service
                 .get(callee)
-                .map(|callee| (callee.id.clone(), callee.endpoints.clone(), callee.app_protocol.carries())),
+                .map(|callee| (callee.id.clone(), discovery.source(callee), callee.app_protocol.carries())),
         };
         let Some((id, endpoints, carries)) = target else {
             return Err(Failure::invalid(format!("mesh.toml says nothing of {callee}, which {name} calls")));
@@ -318,7 +333,8 @@ fn configure(
             traffic: of(callee),
         });
     }
-    Ok(SidecarConfig {
+    let others = others(service, mesh, &mut discovery);
+    let config = SidecarConfig {
         id: service.id.clone(),
         inbound: Some(InboundConfig {
             service: name.to_owned(),
@@ -328,14 +344,14 @@ fn configure(
             policy,
             gateways: mesh.own_id(Own::Gateway).into_iter().collect(),
             request_timeout: service.request_timeout,
-            proxies: Networks::default(),
-            hbone: None,
+            proxies: service.proxies.clone(),
+            hbone,
             rate_limit: service.rate_limit.clone(),
             health: service.health.clone(),
         }),
         ext_authz: None,
         calls,
-        others: others(service, mesh),
+        others,
         capture: CaptureConfig::default(),
         admin: Some(admin),
         access_log: None,
@@ -344,5 +360,6 @@ fn configure(
             memory_bytes: mesh.limits.memory.budget_bytes(),
             descriptors: rlimits::most_descriptors(),
         },
-    })
+    };
+    Ok((config, discovery))
 }

@@ -90,7 +90,7 @@ pub(crate) fn mesh_toml(
         let _infallible = writeln!(
             text,
             "[service.{service}]\napp = \"{app}\"\ninbound = \"{inbound}\"\nadmin = \"{admin}\"\n\
-             attest = {{ path = {program} }}\ncalls = {{ {calls} }}\nsecrets = [{secrets}]\n",
+             endpoints = [\"control\"]\nattest = {{ path = {program} }}\ncalls = {{ {calls} }}\nsecrets = [{secrets}]\n",
             app = at(&format!("{service}.app")),
             inbound = at(&format!("{service}.inbound")),
             admin = at(&format!("{service}.admin")),

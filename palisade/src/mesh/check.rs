@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
 use policy::{Problem, suggest};
-use sidecar::Carries;
 use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 use url::Url;
@@ -16,8 +15,8 @@ use super::file::{MeshFile, Text};
 use super::load::Sections;
 use super::read::{Check, Reach};
 use super::{
-    Agent, AppProtocol, Attest, Callee, Control, Gateway, Idp, Limits, Mesh, Mode, Own, Service, ServiceName,
-    Telemetry, Vault, Whole, Workload,
+    Agent, AppProtocol, Attest, BY_CONTROL, Callee, Control, Found, Gateway, Idp, Limits, Mesh, Mode, Own,
+    Service, ServiceName, Telemetry, Vault, Whole, Workload,
 };
 
 /// The host of what runs wherever it is started.
@@ -64,6 +63,7 @@ impl Check<'_> {
             vault,
             service,
             traffic,
+            zones,
             workload,
             limits,
             telemetry,
@@ -100,8 +100,7 @@ impl Check<'_> {
         }
         let traffic =
             self.traffic(traffic, |name| match services.iter().find(|(known, _)| known.as_str() == name) {
-                Some((_, service)) if service.app_protocol.carries() == Carries::Requests => Ok(()),
-                Some(_) => Err(format!("the app of `{name}` takes connections, not requests")),
+                Some((_, service)) => Ok(service.app_protocol.carries()),
                 None => Err(format!("unknown service `{name}`")),
             });
         let mut workloads = BTreeMap::new();
@@ -125,6 +124,7 @@ impl Check<'_> {
                 .filter_map(|name| Some((name.clone(), self.written("traffic", name.as_str(), None)?)))
                 .collect(),
             traffic,
+            zones: self.zones(&zones),
             workload: workloads,
             limits: Limits { memory: memory? },
             telemetry: Telemetry {
@@ -260,6 +260,7 @@ impl Check<'_> {
             audience: text(&section.audience).unwrap_or_else(|| origin(&public_url)),
             public_url,
             routes,
+            proxies: self.proxies(&section.proxy_protocol_from),
             state: self.path_or(section.state.as_ref(), "/var/lib/palisade/gateway"),
             attest: attest?,
         })
@@ -316,9 +317,13 @@ impl Check<'_> {
         // Where others are told where to dial, it may listen on all addresses.
         let reach = if section.endpoints.is_empty() { Reach::Dialled } else { Reach::Any };
         let inbound = self.bind_on(&host, Some(&section.inbound), "", &what("inbound"), reach);
+        let (hbone, known) = (section.hbone.as_ref(), &section.hbone_destinations);
+        let hbone = self.hbone(&host, &what("hbone"), hbone, known, app);
+        let proxies = self.proxies(&section.proxy_protocol_from);
         let endpoints = match section.endpoints.as_slice() {
-            [] => inbound.map(|inbound| vec![inbound].into()),
-            texts => self.endpoints(texts),
+            [] => inbound.map(|inbound| Found::At(vec![inbound].into())),
+            [only] if only.get_ref() == BY_CONTROL => Some(Found::ByControl),
+            texts => self.endpoints(texts).map(Found::At),
         };
         let admin = self.bind_on(&host, Some(&section.admin), "", &what("admin"), Reach::Loopback);
         let id = trust_domain.and_then(|td| self.id(section.id.as_ref(), "service", written, td));
@@ -356,7 +361,8 @@ impl Check<'_> {
         let capture = section.capture.as_ref().and_then(|capture| self.capture(capture));
         let mut addresses: Vec<SocketAddr> =
             section.addresses.iter().filter_map(|text| self.dialled(text)).collect();
-        if let (true, Some(Source::Static(list)), Some(app)) = (section.addresses.is_empty(), &endpoints, app)
+        if let (true, Some(Found::At(Source::Static(list))), Some(app)) =
+            (section.addresses.is_empty(), &endpoints, app)
         {
             addresses.extend(list.iter().map(|endpoint| SocketAddr::new(endpoint.address.ip(), app.port())));
         }
@@ -370,6 +376,8 @@ impl Check<'_> {
             host,
             app: app?,
             inbound: inbound?,
+            proxies,
+            hbone,
             endpoints: endpoints?,
             admin: admin?,
             attest: attest?,

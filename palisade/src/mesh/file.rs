@@ -35,6 +35,11 @@ pub(crate) struct MeshFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, Traffic>")]
     pub(crate) traffic: BTreeMap<Spanned<String>, Traffic>,
+    /// The zones that hosts are in, such as data centres, each by its networks: what `prefer` goes by. A host is in the
+    /// zone that its own addresses are in. Leave the section out where nothing is far.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, Vec<String>>", example = serde_json::json!({"north": ["10.1.0.0/16"], "south": ["10.2.0.0/16"]}))]
+    pub(crate) zones: BTreeMap<Text, Vec<Text>>,
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, WorkloadSection>")]
     pub(crate) workload: BTreeMap<Spanned<String>, WorkloadSection>,
@@ -151,6 +156,11 @@ pub(crate) struct GatewaySection {
     /// Where sessions and the listener's certificate are kept. Default: /var/lib/palisade/gateway.
     #[schemars(with = "Option<String>", example = "/var/lib/palisade/gateway")]
     pub(crate) state: Option<Text>,
+    /// The load balancers in front of `listen`, which must begin each connection with a PROXY protocol header,
+    /// version 1 or 2; nobody else may. Default: none.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.1.0.0/16"])]
+    pub(crate) proxy_protocol_from: Vec<Text>,
     /// How the agent knows the gateway's process.
     #[schemars(with = "AttestSection", example = serde_json::json!({"path": "/usr/bin/palisade-gateway"}))]
     pub(crate) attest: Spanned<AttestSection>,
@@ -220,8 +230,22 @@ pub(crate) struct ServiceSection {
     /// Where other services' sidecars reach this one, mTLS.
     #[schemars(with = "String", example = "127.0.0.1:5001")]
     pub(crate) inbound: Text,
-    /// Where those who call it find its sidecars, if not at inbound alone: the addresses of all its instances, or one
-    /// name and port, whose addresses are looked up every five seconds. Default: inbound.
+    /// The load balancers in front of `inbound`, which must begin each connection with a PROXY protocol header,
+    /// version 1 or 2; nobody else may. Default: none.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.1.0.0/16"])]
+    pub(crate) proxy_protocol_from: Vec<Text>,
+    /// A second way in, for the proxies of an Istio ambient mesh: HBONE, port 15008 by custom. Default: none.
+    #[schemars(with = "Option<String>", example = "127.0.0.1:15008")]
+    pub(crate) hbone: Option<Text>,
+    /// The app's addresses as that mesh knows them. Default: hbone's address with the app's port.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["10.0.0.2:80"])]
+    pub(crate) hbone_destinations: Vec<Text>,
+    /// Where those who call it find its sidecars, if not at inbound alone: the addresses of all its instances; one
+    /// name and port, whose addresses are looked up every five seconds; or control, which tells where its sidecars
+    /// say that they are (at inbound's address, or if that stands for all, at the one by which control is reached).
+    /// Default: inbound.
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["10.0.0.2:5001", "10.0.0.3:5001"])]
     pub(crate) endpoints: Vec<Text>,

@@ -26,6 +26,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value as Json;
 use sidecar::capture::Destination;
 use sidecar::otlp::TracesConfig;
+use sidecar::proxy_protocol::Networks;
 use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use sidecar::traffic::egress::Rule;
 use sidecar::traffic::resolve::Source;
@@ -56,6 +57,8 @@ pub(crate) struct Mesh {
     /// The same as it was written: what it leaves out is the reference's to say.
     #[serde(rename = "traffic", skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) traffic_written: BTreeMap<ServiceName, Json>,
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "by_zone")]
+    pub(crate) zones: Vec<Zone>,
     pub(crate) workload: BTreeMap<String, Workload>,
     pub(crate) limits: Limits,
     pub(crate) telemetry: Telemetry,
@@ -107,6 +110,12 @@ pub(crate) struct Gateway {
     pub(crate) audience: String,
     /// Path prefix to service.
     pub(crate) routes: BTreeMap<String, ServiceName>,
+    #[serde(
+        rename = "proxy_protocol_from",
+        skip_serializing_if = "Networks::is_empty",
+        serialize_with = "networks"
+    )]
+    pub(crate) proxies: Networks,
     pub(crate) state: PathBuf,
     pub(crate) attest: Attest,
 }
@@ -142,8 +151,15 @@ pub(crate) struct Service {
     pub(crate) host: String,
     pub(crate) app: SocketAddr,
     pub(crate) inbound: SocketAddr,
-    #[serde(serialize_with = "as_list")]
-    pub(crate) endpoints: Source,
+    #[serde(
+        rename = "proxy_protocol_from",
+        skip_serializing_if = "Networks::is_empty",
+        serialize_with = "networks"
+    )]
+    pub(crate) proxies: Networks,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hbone: Option<Hbone>,
+    pub(crate) endpoints: Found,
     pub(crate) admin: SocketAddr,
     pub(crate) attest: Attest,
     pub(crate) calls: BTreeMap<Callee, SocketAddr>,
@@ -172,10 +188,38 @@ impl Service {
     /// Where apps dial it that know of no sidecar.
     pub(crate) fn dialled_at(&self) -> impl Iterator<Item = SocketAddr> {
         let found = match &self.endpoints {
-            Source::Static(list) => list.iter().map(|endpoint| endpoint.address).collect(),
-            Source::Dns { .. } | Source::Pushed(_) => vec![self.inbound],
+            Found::At(Source::Static(list)) => list.iter().map(|endpoint| endpoint.address).collect(),
+            Found::At(_) | Found::ByControl => vec![self.inbound],
         };
         found.into_iter().chain(self.addresses.iter().copied())
+    }
+}
+
+/// Where a service is found by those who call it.
+#[derive(Debug, Clone)]
+pub(crate) enum Found {
+    /// There.
+    At(Source),
+    /// Where its sidecars say that they are: control tells.
+    ByControl,
+}
+
+/// What `endpoints` says for that.
+pub(crate) const BY_CONTROL: &str = "control";
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(source) => source.fmt(f),
+            Self::ByControl => f.write_str(BY_CONTROL),
+        }
+    }
+}
+
+/// As it is written.
+impl Serialize for Found {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.to_string().split(", "))
     }
 }
 
@@ -192,6 +236,21 @@ pub(crate) struct Capture {
     /// The same, by name.
     #[serde(serialize_with = "all_shown")]
     pub(crate) egress_names: Vec<Rule>,
+}
+
+/// `[service.NAME] hbone`, and its destinations.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Hbone {
+    pub(crate) listen: SocketAddr,
+    /// INVARIANT: at least one.
+    pub(crate) destinations: Vec<SocketAddr>,
+}
+
+/// One of `[zones]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Zone {
+    pub(crate) name: String,
+    pub(crate) networks: Networks,
 }
 
 /// `[workload.NAME]`
@@ -363,8 +422,13 @@ fn shown<S: Serializer>(url: &Url, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&check::origin(url))
 }
 
-fn as_list<S: Serializer>(endpoints: &Source, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(endpoints.to_string().split(", "))
+fn networks<S: Serializer>(networks: &Networks, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(networks.iter().map(ToString::to_string))
+}
+
+fn by_zone<S: Serializer>(zones: &[Zone], serializer: S) -> Result<S::Ok, S::Error> {
+    let networks = |zone: &Zone| zone.networks.iter().map(ToString::to_string).collect::<Vec<_>>();
+    serializer.collect_map(zones.iter().map(|zone| (&zone.name, networks(zone))))
 }
 
 fn all_shown<S: Serializer>(values: &[impl fmt::Display], serializer: S) -> Result<S::Ok, S::Error> {
@@ -504,6 +568,8 @@ mod tests {
         assert_eq!(dialled, ["10.0.0.2:5001", "10.0.0.3:5001", "10.0.0.2:5000", "10.0.0.3:5000"]);
         let (endpoints, _) = found("inbound = \"0.0.0.0:5001\"\nendpoints = [\"accounts.internal:5001\"]");
         assert_eq!(endpoints, "accounts.internal:5001");
+        let (endpoints, dialled) = found("inbound = \"0.0.0.0:5001\"\nendpoints = [\"control\"]");
+        assert_eq!((&endpoints[..], &dialled[..]), ("control", &["0.0.0.0:5001".to_owned()][..]));
         let wrong = parse("inbound = \"0.0.0.0:5001\"", "").unwrap_err();
         assert!(wrong.contains("0.0.0.0 cannot be dialled"), "{wrong}");
         let wrong =
@@ -524,7 +590,8 @@ mod tests {
             assert!(told.contains(why) && told.starts_with("15: "), "{told}");
         }
         let tcp = format!("{inbound}\napp_protocol = \"tcp\"");
-        let told = parse(&tcp, "[traffic.accounts]\nbalance = \"random\"").unwrap_err();
-        assert!(told.contains("takes connections, not requests"), "{told}");
+        assert_eq!(parse(&tcp, "[traffic.accounts]\nbalance = \"random\"").unwrap().traffic.len(), 1);
+        let told = parse(&tcp, "[traffic.accounts]\nretries = { max = 1 }").unwrap_err();
+        assert!(told.contains("takes connections: only balance,"), "{told}");
     }
 }

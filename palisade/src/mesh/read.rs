@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use policy::Problem;
 use serde_json::Value as Json;
+use sidecar::Carries;
 use sidecar::capture::Destination;
 use sidecar::otlp::{Endpoint, TracesConfig};
+use sidecar::proxy_protocol::{Network, NetworkError, Networks};
 use sidecar::trace::Share;
-use sidecar::traffic::config::Traffic;
+use sidecar::traffic::config::{Prefer, Traffic};
 use sidecar::traffic::egress::Rule;
 use sidecar::traffic::resolve::Source;
 use toml::Spanned;
@@ -21,7 +23,7 @@ use url::Url;
 use super::check::ANY_HOST;
 use super::file::{AttestSection, CaptureSection, Text, TracesSection};
 use super::load::MAX_PROBLEMS;
-use super::{Attest, Capture, HostPort, Memory, ServiceName};
+use super::{Attest, Capture, Hbone, HostPort, Memory, ServiceName, Zone};
 
 /// Smallest memory budget: a sidecar without traffic takes about as much.
 const MIN_MEMORY_BYTES: u64 = 16 << 20;
@@ -322,24 +324,49 @@ impl Check<'_> {
         Some(Capture { outbound_port, inbound_port, egress, egress_names })
     }
 
-    /// How calls to services go. `takes_requests` says of a name why no requests can be sent to it.
+    /// The zones and their networks.
+    pub(crate) fn zones(&mut self, sections: &BTreeMap<Text, Vec<Text>>) -> Vec<Zone> {
+        let mut zones = Vec::with_capacity(sections.len());
+        for (name, networks) in sections {
+            if networks.is_empty() {
+                let hint = "write the networks that it is made of, such as [\"10.1.0.0/16\"]";
+                self.report(name, format!("the zone {} is nowhere", name.get_ref()), Some(hint.into()));
+            }
+            let networks = networks.iter().filter_map(|text| self.network(text)).collect();
+            zones.push(Zone { name: name.get_ref().clone(), networks });
+        }
+        zones
+    }
+
+    /// How calls to services go. `carries` says of a name what its calls are, or why there are none.
     pub(crate) fn traffic(
         &mut self,
         sections: BTreeMap<Spanned<String>, Traffic>,
-        takes_requests: impl Fn(&str) -> Result<(), String>,
+        carries: impl Fn(&str) -> Result<Carries, String>,
     ) -> BTreeMap<ServiceName, Traffic> {
         let mut traffic = BTreeMap::new();
         for (written, section) in sections {
             let name = written.get_ref();
-            let named = section.named().filter(|other| *other != name);
-            let wrong: Vec<String> = std::iter::once(name.as_str())
-                .chain(named)
-                .filter_map(|name| takes_requests(name).err())
-                .collect();
+            let held = match carries(name) {
+                Ok(Carries::Requests) => Ok(()),
+                Ok(Carries::Connections) => {
+                    section.of_connections().map_err(|problem| format!("`{name}` {problem}"))
+                }
+                Err(message) => Err(message),
+            };
+            let named = section.named().filter(|other| *other != name).map(|other| match carries(other)? {
+                Carries::Requests => Ok(()),
+                Carries::Connections => Err(format!("`{other}` takes connections, not requests")),
+            });
+            let wrong: Vec<String> = std::iter::once(held).chain(named).filter_map(Result::err).collect();
             for message in wrong {
-                let hint =
-                    "[traffic.NAME], the keys of its split and mirror.to are services that take requests";
+                let hint = "[traffic.NAME], the keys of its split and mirror.to are services that are called; the \
+                            latter two take requests";
                 self.report(&written, message, Some(hint.into()));
+            }
+            if !self.declared.contains("zones") && section.prefer == Prefer::Zone {
+                let hint = "add [zones], with the networks of each";
+                self.report(&written, "there are no zones to prefer".to_owned(), Some(hint.into()));
             }
             if let Ok(name) = ServiceName::new(name) {
                 traffic.insert(name, section);
@@ -380,6 +407,50 @@ impl Check<'_> {
                 (!found.is_empty()).then(|| found.into())
             }
         }
+    }
+
+    /// The proxies that say where connections come from.
+    pub(crate) fn proxies(&mut self, texts: &[Text]) -> Networks {
+        texts.iter().filter_map(|text| self.network(text)).collect()
+    }
+
+    fn network(&mut self, text: &Text) -> Option<Network> {
+        match text.get_ref().parse() {
+            Ok(network) => Some(network),
+            Err(error) => {
+                let error: NetworkError = error;
+                self.report(text, error.to_string(), None);
+                None
+            }
+        }
+    }
+
+    /// The second way in to `app`, which other meshes know as `destinations`.
+    pub(crate) fn hbone(
+        &mut self,
+        host: &str,
+        what: &str,
+        listen: Option<&Text>,
+        destinations: &[Text],
+        app: Option<SocketAddr>,
+    ) -> Option<Hbone> {
+        let Some(text) = listen else {
+            if let Some(first) = destinations.first() {
+                self.report(first, "there is no `hbone` to come in by".to_owned(), None);
+            }
+            return None;
+        };
+        let listen = self.bind_on(host, Some(text), "", what, Reach::Any);
+        let mut named: Vec<SocketAddr> = destinations.iter().filter_map(|text| self.dialled(text)).collect();
+        let listen = listen?;
+        if destinations.is_empty() {
+            if listen.ip().is_unspecified() {
+                let hint = "add hbone_destinations = [\"ADDRESS:PORT\"]";
+                self.report(text, "which address do others know the app by?".to_owned(), Some(hint.into()));
+            }
+            named.push(SocketAddr::new(listen.ip(), app?.port()));
+        }
+        Some(Hbone { listen, destinations: named })
     }
 
     /// An address that others connect to.

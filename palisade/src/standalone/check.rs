@@ -12,15 +12,14 @@ use policy::Problem;
 use sidecar::Carries;
 use sidecar::access::AccessTarget;
 use sidecar::ext_authz::{Door, EntitiesConfig};
-use sidecar::proxy_protocol::{Network, NetworkError};
 use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 
 use super::file::{
     CallProtocol, ExtAuthzSection, InboundSection, OutboundSection, SidecarFile, TelemetrySection,
 };
-use super::{Decided, ExtAuthz, Hbone, Inbound, Outbound, Standalone};
-use crate::mesh::check::MAX_TIMEOUT;
+use super::{Decided, ExtAuthz, Inbound, Outbound, Standalone};
+use crate::mesh::check::{ANY_HOST, MAX_TIMEOUT};
 use crate::mesh::file::Text;
 use crate::mesh::load::Sections;
 use crate::mesh::read::{Check, Reach};
@@ -55,6 +54,7 @@ impl Check<'_> {
             ext_authz,
             outbound,
             traffic,
+            zones,
             capture,
             admin,
             telemetry,
@@ -105,8 +105,7 @@ impl Check<'_> {
         }
         let traffic =
             self.traffic(traffic, |name| match calls.iter().find(|(known, _)| known.as_str() == name) {
-                Some((_, call)) if call.carries == Carries::Requests => Ok(()),
-                Some(_) => Err(format!("the calls to `{name}` are connections, not requests")),
+                Some((_, call)) => Ok(call.carries),
                 None => Err(format!("there is no [outbound.{name}]")),
             });
         let admin = admin
@@ -124,6 +123,7 @@ impl Check<'_> {
             ext_authz: asked.flatten(),
             outbound: calls,
             traffic,
+            zones: self.zones(&zones),
             capture: capture.and_then(|section| self.capture(&section)),
             admin: admin.flatten(),
             access_log: self.access_log(&telemetry),
@@ -139,8 +139,9 @@ impl Check<'_> {
         let listen = self.bind(Some(&section.listen), "", "inbound's listen", Reach::Any);
         let app = self.bind(Some(&section.app), "", "the app", Reach::Loopback);
         let decided = self.decided(&section.service, &section.policies, &section.gateways);
-        let hbone = self.hbone(section, app);
-        let proxies = section.proxy_protocol_from.iter().filter_map(|text| self.network(text)).collect();
+        let (hbone, known) = (section.hbone.as_ref(), &section.hbone_destinations);
+        let hbone = self.hbone(ANY_HOST, "inbound's hbone", hbone, known, app);
+        let proxies = self.proxies(&section.proxy_protocol_from);
         Some(Inbound {
             hbone,
             proxies,
@@ -152,37 +153,6 @@ impl Check<'_> {
             rate_limit: section.rate_limit.clone(),
             health: section.health.clone(),
         })
-    }
-
-    fn network(&mut self, text: &Text) -> Option<Network> {
-        match text.get_ref().parse() {
-            Ok(network) => Some(network),
-            Err(error) => {
-                let error: NetworkError = error;
-                self.report(text, error.to_string(), None);
-                None
-            }
-        }
-    }
-
-    fn hbone(&mut self, section: &InboundSection, app: Option<SocketAddr>) -> Option<Hbone> {
-        let destinations = section.hbone_destinations.iter().filter_map(|text| self.dialled(text));
-        let mut destinations: Vec<SocketAddr> = destinations.collect();
-        let Some(text) = &section.hbone else {
-            if let Some(first) = section.hbone_destinations.first() {
-                self.report(first, "there is no `hbone` to come in by".to_owned(), None);
-            }
-            return None;
-        };
-        let listen = self.bind(Some(text), "", "inbound's hbone", Reach::Any)?;
-        if section.hbone_destinations.is_empty() {
-            if listen.ip().is_unspecified() {
-                let hint = "add hbone_destinations = [\"ADDRESS:PORT\"]";
-                self.report(text, "which address do others know the app by?".to_owned(), Some(hint.into()));
-            }
-            destinations.push(SocketAddr::new(listen.ip(), app?.port()));
-        }
-        Some(Hbone { listen, destinations })
     }
 
     fn ext_authz(&mut self, section: &ExtAuthzSection) -> Option<ExtAuthz> {

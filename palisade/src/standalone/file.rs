@@ -32,6 +32,11 @@ pub(crate) struct SidecarFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, Traffic>")]
     pub(crate) traffic: BTreeMap<Spanned<String>, Traffic>,
+    /// The zones that hosts are in, such as data centres, each by its networks: what `prefer` goes by. A host is in the
+    /// zone that its own addresses are in. Leave the section out where nothing is far.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, Vec<String>>", example = serde_json::json!({"north": ["10.1.0.0/16"], "south": ["10.2.0.0/16"]}))]
+    pub(crate) zones: BTreeMap<Text, Vec<Text>>,
     pub(crate) capture: Option<CaptureSection>,
     pub(crate) admin: Option<AdminSection>,
     #[serde(default)]
@@ -51,6 +56,7 @@ impl Reference for SidecarFile {
         ("ext_authz", ""),
         ("outbound", "backend"),
         ("traffic", "backend"),
+        ("zones", ""),
         ("capture", ""),
         ("admin", ""),
         ("telemetry", ""),

@@ -25,7 +25,7 @@ use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
 use sidecar::traffic::resolve::Source;
 
 use crate::mesh::load;
-use crate::mesh::{AppProtocol, Capture, Memory, ServiceName};
+use crate::mesh::{AppProtocol, Capture, Hbone, Memory, ServiceName, Zone};
 use file::SidecarFile;
 
 /// One sidecar, as `sidecar.toml` describes it: defaults filled in, paths absolute.
@@ -40,6 +40,7 @@ pub(crate) struct Standalone {
     pub(crate) outbound: BTreeMap<ServiceName, Outbound>,
     /// How calls to services go, where something is said of it.
     pub(crate) traffic: BTreeMap<ServiceName, Traffic>,
+    pub(crate) zones: Vec<Zone>,
     pub(crate) capture: Option<Capture>,
     pub(crate) admin: Option<SocketAddr>,
     /// None for no access log.
@@ -64,14 +65,6 @@ pub(crate) struct Inbound {
     pub(crate) health: Option<HealthCheck>,
     pub(crate) proxies: Networks,
     pub(crate) hbone: Option<Hbone>,
-}
-
-/// `[inbound] hbone`
-#[derive(Debug, Clone)]
-pub(crate) struct Hbone {
-    pub(crate) listen: SocketAddr,
-    /// INVARIANT: at least one.
-    pub(crate) destinations: Vec<SocketAddr>,
 }
 
 /// `[ext_authz]`
@@ -287,10 +280,17 @@ mod tests {
         };
         let read = parse("[traffic.web]\nsplit = { web = 9, next = 1 }\n").unwrap();
         assert_eq!(read.traffic.len(), 1);
+        let near = "[zones]\nnorth = [\"10.1.0.0/16\"]\n[traffic.db]\nprefer = \"zone\"\nlimits = { requests = 9 }\n";
+        assert_eq!(parse(near).unwrap().traffic.len(), 1);
         for (wrong, why) in [
             ("[traffic.wed]\nbalance = \"random\"\n", "there is no [outbound.wed]"),
             ("[traffic.web]\nsplit = { web = 9, nxt = 1 }\n", "there is no [outbound.nxt]"),
-            ("[traffic.web]\nmirror = { to = \"db\" }\n", "the calls to `db` are connections"),
+            ("[traffic.web]\nmirror = { to = \"db\" }\n", "`db` takes connections, not requests"),
+            ("[traffic.db]\nretries = { max = 3 }\n", "`db` takes connections: only balance,"),
+            ("[traffic.db]\nbalance = \"hash:source\"\n", "which have no key to balance by"),
+            ("[traffic.web]\nprefer = \"zone\"\n", "there are no zones to prefer"),
+            ("[zones]\nnorth = [\"10.1.0.1/16\"]\n", "`10.1.0.1/16` is not a network"),
+            ("[zones]\nnorth = []\n", "the zone north is nowhere"),
             ("[traffic.web]\nbalanse = \"random\"\n", "unknown key `balanse`"),
             ("[traffic.web]\nretries = { maximum = 3 }\n", "unknown key `maximum` in [traffic.web.retries]"),
             ("[traffic.web]\nretries = { budget = \"101%\" }\n", "`101%` is not a share"),

@@ -19,8 +19,9 @@ use crate::accept::Slot;
 use crate::live::Traffic;
 use crate::metrics::Direction;
 use crate::server::Limits;
+use crate::traffic::breaker::{Overload, Permit, Resource};
 use crate::traffic::config;
-use crate::traffic::endpoint::{Endpoint, InFlight, Locality};
+use crate::traffic::endpoint::{Endpoint, InFlight};
 use crate::traffic::random::Dice;
 use crate::traffic::resolve::{self, Source};
 use crate::traffic::steer::Steering;
@@ -41,6 +42,8 @@ pub struct TcpUpstream {
     pub port: String,
     /// Where.
     pub endpoints: Source,
+    /// How they go there, as far as that holds for connections ([`config::Traffic::of_connections`]).
+    pub traffic: config::Traffic,
 }
 
 /// Plain connections of the app to one service.
@@ -60,6 +63,8 @@ enum ConnectError {
     NotLocal,
     #[error("no endpoint is configured")]
     NoEndpoint,
+    #[error(transparent)]
+    Overload(#[from] Overload),
     #[error("{0}")]
     Pool(#[from] PoolError),
 }
@@ -75,7 +80,7 @@ impl TcpOutbound {
         access_log: bool,
     ) -> Result<Arc<Self>, rustls::Error> {
         let pool = Pool::new(upstream.id.clone(), source, clock.clone(), stats.clone())?;
-        let steering = Steering::new(config::Traffic::default(), Locality::default(), &[], dice);
+        let steering = Steering::new(upstream.traffic.clone(), &[], dice);
         Ok(Arc::new(Self { upstream, pool, steering, clock, stats, access_log }))
     }
 
@@ -137,6 +142,7 @@ impl TcpOutbound {
         if !remote.ip().is_loopback() {
             return Err(ConnectError::NotLocal.into());
         }
+        let _permit: Permit = self.steering.breaker.take(Resource::Request).map_err(ConnectError::from)?;
         let open = OpenFrame { port: self.upstream.port.clone(), source: Some(remote) };
         let (Ready { tls, mut lease }, mut _counted) = self.connection(false).await?;
         let mut session = Session::open(tls, &open);

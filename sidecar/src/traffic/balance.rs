@@ -201,7 +201,7 @@ mod tests {
     use super::*;
     use crate::traffic::config::Prefer;
     use crate::traffic::endpoint::tests::{address, endpoints, members, placement};
-    use crate::traffic::endpoint::{Endpoint, Endpoints, Locality, Unavailable};
+    use crate::traffic::endpoint::{Endpoint, Endpoints, Unavailable};
 
     const NOW: Duration = Duration::from_secs(1_700_000_000);
     const ALL: [fn() -> Balance; 5] = [
@@ -352,17 +352,14 @@ mod tests {
     #[test]
     fn parts_of_the_traffic_follow_healthy_shares() {
         let endpoints = Endpoints::new(placement(Prefer::Zone));
-        endpoints.replace((0..20).map(|n| {
-            let zone = if n < 10 { "z0" } else { "z1" };
-            Endpoint { locality: Locality { zone: Some(zone.into()), host: None }, ..address(n).into() }
-        }));
-        for member in &members(&endpoints)[..5] {
+        endpoints.replace((0..34).map(|n| address(n).into()));
+        for member in &members(&endpoints)[..12] {
             endpoints.set_unavailable(member, Unavailable::Unhealthy, true);
         }
         for how in ALL {
             let counts = spread(how(), &endpoints, 50_000);
-            assert_eq!(counts[..5], [0; 5]);
-            let near: u64 = counts[5..10].iter().sum();
+            assert_eq!(counts[..12], [0; 12]);
+            let near: u64 = counts[12..24].iter().sum();
             assert!(near.abs_diff(35_000) < 500, "{:?}: half healthy × 1.4 stays near: {counts:?}", how());
         }
     }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, Method, StatusCode};
@@ -15,6 +16,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use super::egress::Rule;
+use super::topology::Topology;
 pub use super::value::Share;
 use super::value::{
     at_most, between, failure, header, maybe_between, maybe_within, methods, read_from_text, within,
@@ -31,10 +33,14 @@ pub struct Traffic {
     /// Default: p2c-ewma.
     #[schemars(with = "String", example = &"hash:header:x-tenant")]
     pub balance: Balance,
-    /// How near endpoints are preferred while at least 71 % of the near ones are healthy. Not a key yet: nothing
-    /// says how near an endpoint is.
-    #[serde(skip)]
+    /// Which endpoints get all of it while 71 % of them are healthy: zone (those of [zones] that this host is in),
+    /// host (those on this host, then the zone's), or any. With fewer, what they cannot carry goes farther.
+    /// Default: any.
+    #[schemars(example = &"zone")]
     pub prefer: Prefer,
+    /// What is near, for whoever reads the file to fill in.
+    #[serde(skip)]
+    pub topology: Arc<Topology>,
     /// When fewer of the endpoints than this are healthy, all are tried; 0%: never. Default: 50%.
     #[schemars(with = "String", example = &"50%")]
     pub panic_below: Panic,
@@ -75,6 +81,21 @@ pub struct Traffic {
 }
 
 impl Traffic {
+    /// What of it holds for connections, which are no requests; the error says what does not.
+    pub fn of_connections(&self) -> Result<(), &'static str> {
+        let Self { balance, prefer, topology, panic_below, eject, limits, .. } = self.clone();
+        let steered = Self { balance, prefer, topology, panic_below, eject, limits, ..Self::default() };
+        if *self != steered {
+            return Err(
+                "takes connections: only balance, prefer, panic_below, eject and limits hold for those",
+            );
+        }
+        match self.balance {
+            Balance::Hash(_) => Err("takes connections, which have no key to balance by"),
+            _ => Ok(()),
+        }
+    }
+
     /// The other services that it names, which must be known too.
     pub fn named(&self) -> impl Iterator<Item = &str> {
         let mirror = self.mirror.iter().map(|mirror| mirror.to.as_str());
@@ -678,6 +699,6 @@ mod tests {
         let mut found = Vec::new();
         undescribed(&schema, "", &mut found);
         assert_eq!(found, [] as [String; 0]);
-        assert_eq!(schema["properties"].as_object().unwrap().len(), 12);
+        assert_eq!(schema["properties"].as_object().unwrap().len(), 13);
     }
 }

@@ -18,6 +18,7 @@ use super::config::{Prefer, Share};
 use super::load::Load;
 use super::outlier::Record;
 use super::random::mix;
+use super::topology::{Nearness, Topology};
 
 /// Endpoints of one service; more are a mistake of whoever announced them. Choosing by hash looks at each.
 pub const MAX_ENDPOINTS: usize = 4096;
@@ -34,32 +35,21 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Its share of the traffic relative to the others', 1 to [`MAX_WEIGHT`]; 0 counts as 1.
     pub weight: u32,
-    /// Where that is.
-    pub locality: Locality,
     /// False if whoever announced it asks for no more requests (it drains, or its host is ill).
     pub serving: bool,
 }
 
 impl From<SocketAddr> for Endpoint {
     fn from(address: SocketAddr) -> Self {
-        Self { address, weight: 1, locality: Locality::default(), serving: true }
+        Self { address, weight: 1, serving: true }
     }
-}
-
-/// Zone and host by the names that operators gave them; unknown ones equal nothing.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Locality {
-    /// A failure domain of many hosts, such as a data centre.
-    pub zone: Option<Arc<str>>,
-    /// One machine.
-    pub host: Option<Arc<str>>,
 }
 
 /// Whom this sidecar prefers, and when it stops believing that so many can be ill.
 #[derive(Debug, Clone)]
 pub struct Placement {
-    /// Where this sidecar runs.
-    pub own: Locality,
+    /// How near an endpoint is.
+    pub topology: Arc<Topology>,
     /// How near an endpoint must be to be preferred.
     pub prefer: Prefer,
     /// Below this share of healthy endpoints all are tried: more likely the judgement is wrong than they.
@@ -69,12 +59,10 @@ pub struct Placement {
 impl Placement {
     /// Near ones first. Of two levels that hold the same endpoints only the nearer exists.
     fn tier(&self, endpoint: &Endpoint) -> u8 {
-        let same = |own: &Option<Arc<str>>, theirs: &Option<Arc<str>>| own.is_some() && own == theirs;
-        match self.prefer {
-            Prefer::Any => 0,
-            Prefer::Host if same(&self.own.host, &endpoint.locality.host) => 0,
-            Prefer::Host | Prefer::Zone if same(&self.own.zone, &endpoint.locality.zone) => 1,
-            Prefer::Host | Prefer::Zone => 2,
+        match (self.prefer, self.topology.nearness(endpoint.address.ip())) {
+            (Prefer::Any, _) | (Prefer::Host, Nearness::Host) => 0,
+            (Prefer::Host, Nearness::Zone) | (Prefer::Zone, Nearness::Host | Nearness::Zone) => 1,
+            (Prefer::Host | Prefer::Zone, Nearness::Elsewhere) => 2,
         }
     }
 }
@@ -413,8 +401,11 @@ pub(super) mod tests {
     }
 
     pub(in crate::traffic) fn placement(prefer: Prefer) -> Placement {
-        let own = Locality { zone: Some("z0".into()), host: Some("h0".into()) };
-        Placement { own, prefer, panic_below: Share::percent(50) }
+        // Eight endpoints here, sixteen in this zone beside them.
+        let own = (0..8).map(|number| address(number).ip()).collect();
+        let zones = ["10.0.0.0/28", "10.0.0.16/29"].map(|network| ("here", network.parse().unwrap()));
+        let topology = Arc::new(Topology::new(zones, own));
+        Placement { topology, prefer, panic_below: Share::percent(50) }
     }
 
     pub(in crate::traffic) fn endpoints(count: usize) -> Endpoints<()> {
@@ -425,11 +416,6 @@ pub(super) mod tests {
 
     pub(in crate::traffic) fn members<C>(endpoints: &Endpoints<C>) -> Vec<Arc<Member<C>>> {
         endpoints.now().iter().map(|(_, member)| Arc::clone(member)).collect()
-    }
-
-    fn placed(number: usize, zone: &str, host: &str) -> Endpoint {
-        let locality = Locality { zone: Some(zone.into()), host: Some(host.into()) };
-        Endpoint { locality, ..address(number).into() }
     }
 
     /// Each tier's part of the traffic and its number of candidates.
@@ -465,26 +451,25 @@ pub(super) mod tests {
     #[test]
     fn own_host_then_own_zone_then_all() {
         let endpoints = Endpoints::new(placement(Prefer::Host));
-        let hosts = ["h0", "h1", "h2", "h3"].map(|host| (if host == "h3" { "z1" } else { "z0" }, host));
-        endpoints.replace((0..40).map(|n| placed(n, hosts[n / 10].0, hosts[n / 10].1)));
+        endpoints.replace((0..32).map(|n| address(n).into()));
         let all = members(&endpoints);
         let fail = |range: std::ops::Range<usize>| {
             for member in &all[range] {
                 endpoints.set_unavailable(member, Unavailable::Unhealthy, true);
             }
         };
-        assert_eq!(shape(&endpoints), [(1.0, 10)], "all of it stays on this host");
+        assert_eq!(shape(&endpoints), [(1.0, 8)], "all of it stays on this host");
         fail(0..2);
-        assert_eq!(shape(&endpoints), [(1.0, 8)], "80 % healthy carries all");
-        fail(2..5);
-        let [(host, 5), (zone, 20)] = shape(&endpoints)[..] else { panic!("{:?}", shape(&endpoints)) };
+        assert_eq!(shape(&endpoints), [(1.0, 6)], "75 % healthy carries all");
+        fail(2..4);
+        let [(host, 4), (zone, 16)] = shape(&endpoints)[..] else { panic!("{:?}", shape(&endpoints)) };
         assert!((host - 0.7).abs() < 1e-6 && (zone - 0.3).abs() < 1e-6);
-        fail(5..10);
-        assert_eq!(shape(&endpoints), [(1.0, 20)]);
-        fail(10..30);
-        assert_eq!(shape(&endpoints), [(1.0, 10)], "another zone is better than nobody");
-        fail(30..40);
-        assert_eq!(shape(&endpoints).iter().map(|tier| tier.1).sum::<usize>(), 40, "all ill: all tried");
+        fail(4..8);
+        assert_eq!(shape(&endpoints), [(1.0, 16)]);
+        fail(8..24);
+        assert_eq!(shape(&endpoints), [(1.0, 8)], "another zone is better than nobody");
+        fail(24..32);
+        assert_eq!(shape(&endpoints).iter().map(|tier| tier.1).sum::<usize>(), 32, "all ill: all tried");
     }
 
     #[test]

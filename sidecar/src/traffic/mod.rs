@@ -3,7 +3,8 @@
 //! | module | what it decides |
 //! |---|---|
 //! | [`steer`] | all of it for one service together. Start reading here. |
-//! | [`endpoint`] | where a service is found, how near, and which endpoints may be chosen now |
+//! | [`endpoint`] | where a service is found, and which endpoints may be chosen now |
+//! | [`topology`] | how near an endpoint is |
 //! | [`resolve`] | where that knowledge comes from: a list, a name, whoever pushes it |
 //! | [`balance`] | which endpoint gets a request |
 //! | [`outlier`] | which endpoint is left out for a while |
@@ -35,4 +36,5 @@ pub mod retry;
 pub mod split;
 pub mod steer;
 pub mod timeouts;
+pub mod topology;
 mod value;

@@ -9,7 +9,7 @@ use http::{HeaderMap, StatusCode};
 use super::balance::Balancer;
 use super::breaker::Breaker;
 use super::config::{Timeouts, Traffic};
-use super::endpoint::{Endpoint, Endpoints, InFlight, Locality, Member, Placement};
+use super::endpoint::{Endpoint, Endpoints, InFlight, Member, Placement};
 use super::hedge::Hedging;
 use super::outlier::{Ejector, Outcome};
 use super::random::Dice;
@@ -35,9 +35,11 @@ pub struct Steering<C> {
 }
 
 impl<C: Default> Steering<C> {
-    /// Steers to `endpoints` until they are replaced. `own` is where this sidecar runs.
-    pub fn new(traffic: Traffic, own: Locality, endpoints: &[SocketAddr], dice: Dice) -> Self {
-        let placement = Placement { own, prefer: traffic.prefer, panic_below: traffic.panic_below.0 };
+    /// Steers to `endpoints` until they are replaced.
+    pub fn new(traffic: Traffic, endpoints: &[SocketAddr], dice: Dice) -> Self {
+        let Traffic { topology, prefer, panic_below, .. } = &traffic;
+        let placement =
+            Placement { topology: Arc::clone(topology), prefer: *prefer, panic_below: panic_below.0 };
         let known = Endpoints::new(placement);
         known.replace(endpoints.iter().copied().map(Endpoint::from));
         Self {
@@ -129,7 +131,7 @@ mod tests {
 
     fn steering(count: usize) -> Steering<()> {
         let addresses: Vec<_> = (0..count).map(address).collect();
-        Steering::new(Traffic::default(), Locality::default(), &addresses, Dice::seeded(8))
+        Steering::new(Traffic::default(), &addresses, Dice::seeded(8))
     }
 
     #[test]

@@ -11,7 +11,7 @@ use policy::{NoRecorder, Policies, ServicePolicy};
 use sidecar::ext_authz::{self, ExtAuthzConfig};
 use sidecar::overload::Budget;
 use sidecar::upstream::UpstreamConfig;
-use sidecar::{Call, HboneConfig, InboundConfig, Sidecar, SidecarConfig};
+use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
 use super::succession::Succession;
 use super::{access_log, captured, fits, replace_policy};
@@ -25,7 +25,7 @@ use crate::readiness::{Awaited, Readiness};
 use crate::rlimits;
 use crate::serve::Started;
 use crate::standalone::{Decided, Outbound, Standalone};
-use crate::workload::{no_policy, not_started};
+use crate::workload::{no_policy, not_started, place};
 
 /// The sidecar of a sidecar.toml, read. Its identity is in files, which are followed once it starts.
 pub(super) struct Alone {
@@ -39,8 +39,9 @@ impl Alone {
                         one that runs alone; `palisade config example --sidecar` prints one";
             return Err(Failure::usage("the sidecar of which service?").hint(hint));
         }
-        let standalone = config::load_standalone(&global.config)?;
+        let mut standalone = config::load_standalone(&global.config)?;
         logging::start(global.log.as_deref().unwrap_or(&standalone.log))?;
+        place(standalone.traffic.values_mut(), &standalone.zones);
         Ok(Self { standalone })
     }
 
@@ -123,12 +124,6 @@ fn configure(
         Some(inbound) => {
             let policy = policy(&inbound.decided, id.trust_domain())?;
             fits(inbound.app_protocol, &policy, &format!("{}: [inbound]", standalone.file.display()))?;
-            let hbone = inbound.hbone.as_ref();
-            let hbone = hbone.map(|hbone| {
-                let what = "the sidecar's second way in";
-                let listener = listeners.tcp("hbone", what, "[inbound] hbone", hbone.listen)?;
-                Ok::<_, Failure>(HboneConfig { listener, destinations: hbone.destinations.clone() })
-            });
             Some(InboundConfig {
                 service: inbound.decided.service.to_string(),
                 listener: listeners.tcp("inbound", "the sidecar", "[inbound] listen", inbound.listen)?,
@@ -138,7 +133,7 @@ fn configure(
                 gateways: inbound.decided.gateways.clone(),
                 request_timeout: inbound.request_timeout,
                 proxies: inbound.proxies.clone(),
-                hbone: hbone.transpose()?,
+                hbone: super::second_way(inbound.hbone.as_ref(), "[inbound] hbone", listeners)?,
                 rate_limit: inbound.rate_limit.clone(),
                 health: inbound.health.clone(),
             })
