@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use identity::SpiffeId;
 use secrecy::{ExposeSecret as _, SecretString};
+use sidecar::otlp::TracesConfig;
 use sidecar::proxy_protocol::Networks;
-use sidecar::trace::Share;
 use sidecar::traffic::config::Traffic;
 pub use sidecar::traffic::ratelimit::Rate;
 use sidecar::traffic::resolve::Source;
@@ -53,8 +53,9 @@ pub struct GatewayConfig {
     pub seal_keys: Vec<SealKey>,
     /// Normally [`SESSION_COOKIE`]; must begin with `__Host-`.
     pub cookie: String,
-    /// Which share of requests, each of which begins a trace, the mesh records.
-    pub traced: Share,
+    /// Where spans go, and of which requests, each of which begins a trace, the mesh records them; `None`: the gateway
+    /// leaves none, and all that come after it may.
+    pub traces: Option<TracesConfig>,
 }
 
 /// One OpenID provider.

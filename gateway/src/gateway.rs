@@ -11,10 +11,12 @@ use identity::clock::SharedClock;
 use identity::tls::{ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::{IdentitySource, Scope};
 use policy::{Policies, Recorder};
+use prometheus_client::registry::Registry;
 use sidecar::Body;
 use sidecar::callee::Callee;
+use sidecar::otlp::Traces;
 use sidecar::server::{Connection, Handler, Limits};
-use sidecar::trace::Share;
+use sidecar::trace::{Share, Spans};
 use sidecar::traffic::random::Dice;
 use sidecar::traffic::ratelimit::Limiter;
 use sidecar::upstream::{Upstream, UpstreamConfig, UpstreamError};
@@ -72,6 +74,9 @@ pub enum GatewayError {
         /// Which.
         service: String,
     },
+    /// The collector of traces cannot be reached by such an address.
+    #[error("spans cannot be sent: {0}")]
+    Traces(#[from] http::uri::InvalidUri),
     /// The policies say nothing about the gateway.
     #[error("the policies have no service named {SERVICE:?}: add services/{SERVICE}/ to them")]
     NoPolicy,
@@ -137,7 +142,16 @@ impl Gateway {
         config.listen.set_nonblocking(true).map_err(GatewayError::Listen)?;
         let listener = tokio::net::TcpListener::from_std(config.listen).map_err(GatewayError::Listen)?;
         let address = listener.local_addr().map_err(GatewayError::Listen)?;
+        let (front, telling) = (scope.part(), scope.part());
+        sidecar::drain_in_order([front.clone(), telling.clone()], scope);
+        let traced = config.traces.as_ref().map_or(Share::ALL, |traces| traces.sample);
+        let traces = config.traces.as_ref().map(|traces| {
+            let spans = Arc::new(Spans::new(Arc::clone(&random), traced));
+            // Its counts go nowhere: the gateway has no port for metrics.
+            Traces::start(traces, SERVICE, spans, Arc::clone(&clock), &mut Registry::default(), &telling)
+        });
         let shared = Arc::new(Shared {
+            traces: traces.transpose()?,
             strict_transport: matches!(config.public_url.host(), Some(Host::Domain(name)) if name != "localhost"),
             public_url: config.public_url,
             public_origin,
@@ -156,7 +170,7 @@ impl Gateway {
             clock: Arc::clone(&clock),
             random,
             scope: scope.clone(),
-            traced: config.traced,
+            traced,
         });
         for client in clients {
             scope.spawn_critical("issuer refresh", client.keep_fresh());
@@ -167,7 +181,7 @@ impl Gateway {
             listener,
             Some(tls),
             Limits { proxies: config.proxies, ..Limits::default() },
-            scope,
+            &front,
             clock,
             Arc::new(FrontDoor(shared)),
         );
@@ -220,6 +234,7 @@ pub(crate) struct Shared {
     pub random: SharedRandom,
     pub scope: Scope,
     pub traced: Share,
+    pub traces: Option<Traces>,
 }
 
 /// Where a route leads.

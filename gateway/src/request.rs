@@ -15,9 +15,11 @@ use policy::{Permit, Receipt};
 use serde::Deserialize;
 use serde_json::json;
 use sidecar::Body;
+use sidecar::access::Finished;
 use sidecar::bounded;
 use sidecar::headers::{self as hygiene, TraceParent};
 use sidecar::server::Connection;
+use sidecar::trace::Place;
 use sidecar::traffic::ratelimit::{Quota, address_key};
 use sidecar::traffic::timeouts::{Bounds, Deadline};
 use sidecar::upstream::Upstream;
@@ -52,6 +54,7 @@ pub(crate) async fn handle(
     connection: Arc<Connection>,
     request: Request<Body>,
 ) -> Response<Body> {
+    let began = gateway.clock.now();
     let (parts, body) = request.into_parts();
     let trace = match fresh_trace(&gateway) {
         Some(trace) => trace,
@@ -63,7 +66,10 @@ pub(crate) async fn handle(
     let mut user = None;
     let outcome = admit(&gateway, connection.remote, trace, parts, body, &mut user).await;
     let (trace_id, user) = (trace.trace_id_text(), user.as_ref());
+    let (mut verdict, mut rule, mut reason) = ("allow", String::new(), String::new());
     let response = outcome.unwrap_or_else(|refusal| {
+        verdict = if refusal.status.is_server_error() { "error" } else { "deny" };
+        (rule, reason) = (refusal.rule.to_string(), refusal.reason.clone());
         let situation = Situation {
             method: method.as_str(),
             target: recorded_target(&asked),
@@ -79,6 +85,22 @@ pub(crate) async fn handle(
         method = method.as_str(), path = asked.path(), status = response.status().as_u16(),
         user = user.map(|user| user.id.as_str()), remote = %connection.remote, trace_id, "request"
     );
+    if let Some(traces) = &gateway.traces {
+        let now = gateway.clock.now();
+        let seen = Finished {
+            trace: Place { parent: None, span: Some(trace) },
+            user: user.map_or("", |user| &user.id),
+            method: &method,
+            path: asked.path(),
+            verdict,
+            rule: &rule,
+            status: response.status(),
+            took: now.saturating_sub(began),
+            note: &reason,
+            ..Finished::default()
+        };
+        traces.show(&seen, now);
+    }
     protect(&gateway, response)
 }
 

@@ -74,7 +74,9 @@ use bytes::Bytes;
 pub use body::{Body, BoxError};
 pub use buffered::Buffered;
 pub use dial::unpaced;
-pub use sidecar::{Call, Carries, HboneConfig, InboundConfig, Sidecar, SidecarConfig, SidecarError};
+pub use sidecar::{
+    Call, Carries, HboneConfig, InboundConfig, Sidecar, SidecarConfig, SidecarError, drain_in_order,
+};
 
 /// A body that is already here.
 pub fn full(bytes: impl Into<Bytes>) -> Body {

@@ -199,6 +199,8 @@ impl Sidecar {
             log.register(metrics.registry_mut());
         }
         let (front, calls, telling) = (scope.part(), scope.part(), scope.part());
+        // The outbound half only after the inbound half's last request: until then the app may have to call on, over
+        // new connections too, to answer it. What is told of both goes out last.
         drain_in_order([front.clone(), calls.clone(), telling.clone()], scope);
         let recorded = config.traces.as_ref().map_or(Share::ALL, |traces| traces.sample);
         let spans = Arc::new(Spans::new(Arc::clone(&random), recorded));
@@ -448,19 +450,17 @@ fn name_of(config: &SidecarConfig) -> &str {
     service.unwrap_or_else(|| config.id.as_str().rsplit('/').next().unwrap_or_default())
 }
 
-/// Drains the outbound half only after the inbound half's last request: until then the app may have to
-/// call on, over new connections too, to answer it. What is told of both goes out last. Whoever joins `scope`
-/// bounds them all.
-fn drain_in_order([front, calls, telling]: [Scope; 3], scope: &Scope) {
+/// Drains these parts of `scope` when it drains, each once all tasks of the one before have ended. The end of a critical
+/// task in any drains the whole: the process is not whole any more. Whoever joins `scope` bounds them all.
+pub fn drain_in_order<const PARTS: usize>(parts: [Scope; PARTS], scope: &Scope) {
     let whole = scope.clone();
     scope.spawn_critical("drain", async move {
+        let any = futures::future::select_all(parts.iter().map(|part| Box::pin(part.draining())));
         tokio::select! {
             () = whole.draining() => {}
-            // A listener is gone: the process is not whole any more.
-            () = front.draining() => whole.drain(),
-            () = calls.draining() => whole.drain(),
+            _ = any => whole.drain(),
         }
-        for part in [front, calls, telling] {
+        for part in parts {
             part.drain();
             if let Err(reason) = part.finished(Duration::MAX).await {
                 tracing::debug!(reason, "drained after a failure");

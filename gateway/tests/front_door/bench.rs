@@ -28,9 +28,9 @@ use rcgen::SanType;
 use ring::rand::SystemRandom;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
+use sidecar::otlp::TracesConfig;
 use sidecar::proxy_protocol::Networks;
 use sidecar::server::{Connection, Handler, Limits};
-use sidecar::trace::Share;
 use sidecar::traffic::config::Traffic;
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::mpsc;
@@ -164,6 +164,8 @@ pub(crate) struct Site {
     pub(crate) proxies: Networks,
     /// How requests go to the services.
     pub(crate) traffic: Traffic,
+    /// Where its spans go.
+    pub(crate) traces: Option<TracesConfig>,
 }
 
 pub(crate) struct Bench {
@@ -242,7 +244,7 @@ impl Site {
         let users = users::to_toml(vec![user("alice"), user("bob")]).unwrap();
         std::fs::write(directory.path().join("users.toml"), users).unwrap();
         let (proxies, traffic) = (Networks::default(), Traffic::default());
-        Self { directory, authority, clock, random, proxies, traffic }
+        Self { directory, authority, clock, random, proxies, traffic, traces: None }
     }
 
     pub(crate) async fn start(self, ports: (u16, u16), rate: Rate) -> Bench {
@@ -337,7 +339,7 @@ impl Site {
             state: state.join("gateway"),
             seal_keys: vec![SealKey::new("k".repeat(32).into()).unwrap()],
             cookie: SESSION_COOKIE.into(),
-            traced: Share::ALL,
+            traces: self.traces.clone(),
         };
         let policies = policies(&state.join("policies"));
         Gateway::start(

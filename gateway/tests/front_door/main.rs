@@ -5,6 +5,8 @@
 mod bench;
 mod provider;
 
+use std::io::BufRead as _;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -15,6 +17,8 @@ use identity::jws;
 use policy::Outcome;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
+use sidecar::otlp::TracesConfig;
+use sidecar::trace::Share;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::bench::{ACCESS_LIFE, Bench, HTML, Jar, PASSWORD, Site, bench, log};
@@ -645,6 +649,43 @@ async fn calls_are_shared_copied_and_failed_on_purpose_as_traffic_says() {
     assert_eq!(answer.status, StatusCode::IM_A_TEAPOT);
     let rules: Vec<String> = bench.recorder.records().iter().map(|record| format!("{record:?}")).collect();
     assert!(rules.iter().any(|rule| rule.contains("traffic.faults")), "{rules:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_request_is_the_first_span_of_its_trace() {
+    let probe = "import opentelemetry.proto.collector.trace.v1.trace_service_pb2";
+    let probed = Command::new("python3").args(["-c", probe]).output();
+    if !probed.is_ok_and(|probed| probed.status.success()) {
+        identity::testing::skip(
+            "python3 cannot import opentelemetry.proto (pip install opentelemetry-proto)",
+        );
+        return;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../sidecar/tests/otlp_collector.py");
+    let mut collector =
+        Command::new("python3").arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = std::io::BufReader::new(collector.stdout.take().unwrap()).lines();
+    let port = said.next().unwrap().unwrap();
+    let mut site = Site::new();
+    let endpoint = format!("http://127.0.0.1:{port}/v1/traces").parse().unwrap();
+    site.traces = Some(TracesConfig { endpoint, sample: Share::ALL });
+    let bench = site.start((0, 0), Rate { per_second: 100.0, burst: 1000 }).await;
+    let bearer = bench.bearer().await;
+    let answer = bench.get("/accounts", &[("authorization", &bearer)]).await;
+    let parent = answer.sent("traceparent")[0].clone();
+    assert_eq!(bench.get("/pay", &[("authorization", &bearer)]).await.status, StatusCode::FORBIDDEN);
+    // What waits is sent at the end.
+    bench.stop().await;
+    drop(collector.stdin.take());
+    let spans: Vec<Value> = said.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert!(collector.wait().unwrap().success());
+    let [allowed, denied] = spans.as_slice() else { panic!("{spans:#?}") };
+    let id = |key: &str| allowed[key].as_str().unwrap();
+    assert_eq!(parent, format!("00-{}-{}-01", id("trace_id"), id("span_id")), "the sidecar's is its child");
+    assert_eq!((id("parent_span_id"), id("kind")), ("", "SPAN_KIND_SERVER"));
+    assert_eq!(allowed["resource"], json!({"service.name": "gateway"}));
+    assert_eq!(denied["attributes"]["http.response.status_code"], 403);
+    assert_ne!(denied["trace_id"], allowed["trace_id"]);
 }
 
 #[tokio::test]

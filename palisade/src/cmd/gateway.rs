@@ -10,7 +10,6 @@ use gateway::config::{
 use gateway::gateway::SERVICE;
 use gateway::{Gateway, GatewayConfig, Trust};
 use identity::IdentitySource;
-use sidecar::trace::Share;
 use sidecar::traffic::config::Traffic;
 
 use crate::Global;
@@ -90,7 +89,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
             state: gateway.state.clone(),
             seal_keys: vec![seal_key],
             cookie: SESSION_COOKIE.to_owned(),
-            traced: workload.mesh.traces.as_ref().map_or(Share::ALL, |traces| traces.sample),
+            traces: workload.mesh.traces.clone(),
         };
         discovery.follow(&workload, &scope);
         let recorder = decisions::recorder(&workload, &scope);

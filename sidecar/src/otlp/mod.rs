@@ -44,7 +44,7 @@ pub struct TracesConfig {
 
 /// What requests tell of themselves.
 #[derive(Debug)]
-pub(crate) struct Traces {
+pub struct Traces {
     spans: Arc<Spans>,
     queue: mpsc::Sender<Span>,
     counts: Counts,
@@ -60,7 +60,10 @@ struct Counts {
 impl Traces {
     /// Begins to send what [`Traces::show`] is shown, in the name of `service`. The task is one of `scope`, and sends
     /// what is left when that drains: drain it last.
-    pub(crate) fn start(
+    ///
+    /// # Errors
+    /// The collector's address is none that requests can be sent to.
+    pub fn start(
         config: &TracesConfig,
         service: &str,
         spans: Arc<Spans>,
@@ -78,7 +81,7 @@ impl Traces {
     }
 
     /// Keeps the span of a request that ended at `now`, if its trace is recorded.
-    pub(crate) fn show(&self, seen: &Finished<'_>, now: Duration) {
+    pub fn show(&self, seen: &Finished<'_>, now: Duration) {
         // A request that ended early has no span yet.
         let context = seen.trace.span.unwrap_or_else(|| self.spans.child(seen.trace.parent));
         if context.is_sampled() && self.queue.try_send(Span::of(seen, context, now)).is_err() {
