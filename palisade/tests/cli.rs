@@ -40,7 +40,7 @@ fn identities_that_are_none_or_not_of_this_mesh_are_refused() {
 }
 
 #[test]
-fn apps_calls_and_admin_ports_stay_on_loopback() {
+fn security_30_apps_calls_and_admin_ports_stay_on_loopback() {
     expect("not-loopback", &["config", "check", "not-loopback.toml"]);
 }
 

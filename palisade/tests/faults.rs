@@ -332,7 +332,7 @@ fn a_peer_that_is_stopped_costs_a_few_calls_and_then_none_until_it_goes_on() {
 }
 
 #[test]
-fn without_descriptors_it_waits_and_serves_again() {
+fn security_29_without_descriptors_it_waits_and_serves_again() {
     const LIMIT: usize = 64;
     if let Some(why) = unavailable() {
         return skip(why);

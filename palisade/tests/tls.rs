@@ -24,7 +24,7 @@ const NOT_FOR_BROWSERS: [&str; 6] = [
 ];
 
 #[test]
-fn a_scanner_finds_tls_1_3_and_nothing_to_complain_of() {
+fn security_8_a_scanner_finds_tls_1_3_no_session_to_resume_and_nothing_to_complain_of() {
     if Command::new("testssl").arg("--version").output().is_err() {
         identity::testing::skip("no testssl here (Debian package testssl.sh)");
         return;
@@ -53,6 +53,8 @@ fn a_scanner_finds_tls_1_3_and_nothing_to_complain_of() {
         ("TLS1_1", "not offered"),
         ("TLS1_2", "not offered"),
         ("TLS1_3", "offered"),
+        ("sessionresumption_ticket", "not supported"),
+        ("sessionresumption_ID", "No Session ID, no resumption"),
     ] {
         let said = found.get(protocol).is_some_and(|(_, finding)| finding.starts_with(offered));
         assert!(said, "{protocol}: {found:#?}");

@@ -488,7 +488,7 @@ async fn policy_16_to_20_bodies_are_read_one_way_or_refused() {
 }
 
 #[tokio::test]
-async fn policy_13_15_32_bodies_methods_and_bytes_that_do_not_belong() {
+async fn policy_13_15_32_security_24_bodies_methods_and_bytes_that_do_not_belong() {
     let world = World::new().await;
     let (status, _) = world.call("alice", "GET", "/accounts/17", r#"{"id":"42"}"#, &[]).await;
     assert_eq!(status, 400, "a body where none belongs");
