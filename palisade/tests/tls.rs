@@ -65,7 +65,9 @@ fn security_8_a_scanner_finds_tls_1_3_no_session_to_resume_and_nothing_to_compla
     let complaints: Vec<_> = found
         .iter()
         .filter(|(id, (severity, _))| {
-            !matches!(severity.as_str(), "OK" | "INFO" | "DEBUG") && !NOT_FOR_BROWSERS.contains(&id.as_str())
+            // WARN is what the scanner could not try: what must have been tried is asked for above.
+            !matches!(severity.as_str(), "OK" | "INFO" | "DEBUG" | "WARN")
+                && !NOT_FOR_BROWSERS.contains(&id.as_str())
         })
         .collect();
     assert!(complaints.is_empty(), "{complaints:#?}");
