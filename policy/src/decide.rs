@@ -111,6 +111,11 @@ impl ServicePolicy {
         &self.shared.version
     }
 
+    /// The schema and the policies as Cedar has them, for those who reason about all requests there can be.
+    pub fn cedar(&self) -> (&cedar_policy::Schema, &PolicySet) {
+        (&self.shared.schema.schema, &self.shared.set)
+    }
+
     /// What its callers speak.
     pub fn mapping(&self) -> Mapping {
         self.shared.mapping

@@ -23,6 +23,7 @@ mod proto;
 mod receipt;
 mod record;
 mod render;
+mod replay;
 mod request;
 mod routes;
 mod schema;
@@ -34,7 +35,7 @@ mod version;
 pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
 pub use cases::{Case, Decision};
 pub use decide::{Reach, ServicePolicy};
-pub use load::Policies;
+pub use load::{Invariant, Policies};
 pub use map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 pub use object::{AttributeValue, Attributes, ObjectRef};
 pub use problem::{Problem, Problems, suggest};
@@ -45,6 +46,7 @@ pub use record::{
     ScopePart,
 };
 pub use render::{Style, render, render_with};
+pub use replay::Replayed;
 pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};
 pub use shadow::{ShadowCounts, shadow_counts};
 pub use verdict::{Caller, Denial, Occasion, Permit, Principal, Verdict, refuse_connection};

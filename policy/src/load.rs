@@ -27,6 +27,10 @@ pub(crate) const SERVICES: &str = "services";
 /// Where a service's tests are, which decide nothing: they are no part of a version.
 pub(crate) const TESTS: &str = "tests";
 const MAP: &str = "map.toml";
+/// Where the rules above all services' own are.
+pub(crate) const GUARD: &str = "guard";
+/// Within it: what no policies may ever allow, which decides nothing and is proved.
+pub(crate) const INVARIANTS: &str = "invariants";
 /// Largest single file: ten thousand policies take three megabytes.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Most services of one directory.
@@ -38,12 +42,14 @@ const MAX_ID_BYTES: usize = 100;
 #[derive(Debug)]
 pub struct Policies {
     services: BTreeMap<String, Arc<ServicePolicy>>,
+    invariants: Vec<Invariant>,
     version: PolicyVersion,
 }
 
 impl Policies {
     /// Reads `dir`: `mesh.cedarschema` and for every service `services/NAME/` with one `*.cedarschema`,
-    /// `map.toml` and at least one `*.cedar`.
+    /// `map.toml` and at least one `*.cedar`; `guard/*.cedar`, which forbid things at every service, and
+    /// `guard/invariants/*.cedar`.
     ///
     /// # Errors
     /// All problems that were found, not only the first. Files that are not known are problems too: a
@@ -61,7 +67,9 @@ impl Policies {
         let mut services = BTreeMap::new();
         let mut namespaces: HashMap<String, String> = HashMap::new();
         for service in &files.services {
-            let Some(policy) = load_service(service, &mesh, trust_domain, &version, &mut problems) else {
+            let Some(policy) =
+                load_service(service, &files.guard, &mesh, trust_domain, &version, &mut problems)
+            else {
                 continue;
             };
             let namespace = policy.0;
@@ -71,7 +79,16 @@ impl Policies {
             }
             services.insert(service.name.clone(), Arc::new(policy.1));
         }
-        if problems.0.is_empty() { Ok(Arc::new(Self { services, version })) } else { Err(problems) }
+        let invariants = load_invariants(&files.invariants, trust_domain, &mut problems);
+        if !problems.0.is_empty() {
+            return Err(problems);
+        }
+        Ok(Arc::new(Self { services, invariants, version }))
+    }
+
+    /// What no policies may ever allow.
+    pub fn invariants(&self) -> &[Invariant] {
+        &self.invariants
     }
 
     /// The policy of one service; without one, everything is to be denied.
@@ -88,6 +105,19 @@ impl Policies {
     pub fn version(&self) -> &PolicyVersion {
         &self.version
     }
+}
+
+/// Something that no policies may ever allow, written as the `forbid` that nobody has to rely on.
+#[derive(Debug, Clone)]
+pub struct Invariant {
+    /// Its `@id`.
+    pub id: Arc<str>,
+    /// Its file, below the policies directory.
+    pub file: Arc<str>,
+    /// Its first line.
+    pub line: usize,
+    /// As Cedar has it.
+    pub policy: cedar_policy::Policy,
 }
 
 /// A file, read once: what was checked is what decides.
@@ -109,15 +139,21 @@ struct ServiceFiles {
 
 struct Files {
     mesh: TextFile,
+    guard: Vec<TextFile>,
+    invariants: Vec<TextFile>,
     services: Vec<ServiceFiles>,
 }
 
 impl Files {
+    /// What decides.
     fn all(&self) -> impl Iterator<Item = (&str, &str)> {
         let services = self.services.iter();
         let files =
             services.flat_map(|s| [&s.schema, &s.map].into_iter().chain(&s.policies).chain(&s.protos));
-        std::iter::once(&self.mesh).chain(files).map(|file| (file.name.as_str(), file.text.as_str()))
+        std::iter::once(&self.mesh)
+            .chain(&self.guard)
+            .chain(files)
+            .map(|file| (file.name.as_str(), file.text.as_str()))
     }
 }
 
@@ -125,19 +161,26 @@ fn read_directory(dir: &Path, problems: &mut Problems) -> Files {
     for entry in entries(dir, problems) {
         let known = match entry.name.as_str() {
             MESH_SCHEMA => !entry.is_dir,
-            SERVICES => entry.is_dir,
+            SERVICES | GUARD => entry.is_dir,
             _ => false,
         };
         if !known {
             problems.push(Problem::file(&entry.path, "not a part of a policies directory that this version knows").hint(
-                format!("known are {MESH_SCHEMA} and {SERVICES}/; files that begin with a dot or end in .md are not read"),
+                format!("known are {MESH_SCHEMA}, {GUARD}/ and {SERVICES}/; files that begin with a dot or end in .md are not read"),
             ));
         }
     }
     // An unreadable directory is said once, not once a file.
     let readable = problems.0.is_empty();
     let mesh = if readable { read_file(dir, &dir.join(MESH_SCHEMA), problems) } else { empty_file(dir) };
-    let mut services = Vec::new();
+    let (mut services, mut guard, mut invariants) = (Vec::new(), Vec::new(), Vec::new());
+    if readable && dir.join(GUARD).is_dir() {
+        guard = read_policies(dir, &dir.join(GUARD), Some(INVARIANTS), problems);
+        let within = dir.join(GUARD).join(INVARIANTS);
+        if within.is_dir() {
+            invariants = read_policies(dir, &within, None, problems);
+        }
+    }
     if readable {
         let directory = dir.join(SERVICES);
         for entry in entries(&directory, problems) {
@@ -158,7 +201,62 @@ fn read_directory(dir: &Path, problems: &mut Problems) -> Files {
             problems.push(Problem::file(&directory, format!("more than {MAX_SERVICES} services")));
         }
     }
-    Files { mesh, services }
+    Files { mesh, guard, invariants, services }
+}
+
+/// The `*.cedar` files of a directory that holds nothing else, but for one directory.
+fn read_policies(root: &Path, dir: &Path, directory: Option<&str>, problems: &mut Problems) -> Vec<TextFile> {
+    let mut files = Vec::new();
+    for entry in entries(dir, problems) {
+        if entry.is_dir && Some(entry.name.as_str()) == directory {
+            continue;
+        }
+        if entry.is_dir || entry.path.extension().is_none_or(|extension| extension != "cedar") {
+            let known = directory.map_or(String::new(), |directory| format!(" and {directory}/"));
+            let problem = Problem::file(&entry.path, "not a file of policies");
+            problems.push(problem.hint(format!("known here are *.cedar{known}")));
+            continue;
+        }
+        files.push(read_file(root, &entry.path, problems));
+    }
+    files
+}
+
+fn load_invariants(
+    files: &[TextFile],
+    trust_domain: &TrustDomain,
+    problems: &mut Problems,
+) -> Vec<Invariant> {
+    let mut invariants: Vec<Invariant> = Vec::new();
+    for file in files {
+        for entry in forbidding(file, trust_domain, problems) {
+            if let Some(other) = invariants.iter().find(|other| other.id == entry.id) {
+                let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
+                problems.push(at_policy(file, &entry.policy, message));
+            }
+            let PolicyEntry { id, file, line, policy, .. } = entry;
+            invariants.push(Invariant { id, file, line, policy });
+        }
+    }
+    invariants
+}
+
+/// The policies of a file that may only forbid.
+fn forbidding(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Problems) -> Vec<PolicyEntry> {
+    let entries = parse_policies(file, trust_domain, problems);
+    for entry in &entries {
+        if entry.policy.effect() == cedar_policy::Effect::Permit {
+            problems.push(
+                at_policy(
+                    file,
+                    &entry.policy,
+                    format!("`{}` is a permit in {GUARD}/, which forbids only", entry.id),
+                )
+                .hint("what a service permits stands in its own directory"),
+            );
+        }
+    }
+    entries
 }
 
 fn is_service_name(name: &str) -> bool {
@@ -256,6 +354,7 @@ fn empty_file(path: &Path) -> TextFile {
 
 fn load_service(
     files: &ServiceFiles,
+    guard: &[TextFile],
     mesh: &SchemaFile<'_>,
     trust_domain: &TrustDomain,
     version: &PolicyVersion,
@@ -272,7 +371,7 @@ fn load_service(
     // Both are looked at even if one has problems.
     let protos = descriptors(&files.protos, problems);
     let map = map::parse(&files.map.path, &files.map.text, &schema, protos.as_ref(), problems);
-    let loaded = load_policies(files, &schema, trust_domain, problems);
+    let loaded = load_policies(files, guard, &schema, trust_domain, problems);
     let (map, (set, entries)) = (map?, loaded?);
     let methods = protos.as_ref().map(proto::methods).unwrap_or_default();
     let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
@@ -329,6 +428,7 @@ fn assemble(
 
 fn load_policies(
     files: &ServiceFiles,
+    guard: &[TextFile],
     schema: &ServiceSchema,
     trust_domain: &TrustDomain,
     problems: &mut Problems,
@@ -337,8 +437,14 @@ fn load_policies(
     let mut set = PolicySet::new();
     let mut entries: Vec<PolicyEntry> = Vec::new();
     let mut taken: HashMap<Arc<str>, usize> = HashMap::new();
-    for file in &files.policies {
-        for entry in parse_policies(file, trust_domain, problems) {
+    let own = files.policies.iter().map(|file| (file, false));
+    for (file, guards) in own.chain(guard.iter().map(|file| (file, true))) {
+        let parsed = if guards {
+            forbidding(file, trust_domain, problems)
+        } else {
+            parse_policies(file, trust_domain, problems)
+        };
+        for entry in parsed {
             let other = taken.get(&entry.id).and_then(|other| entries.get(*other));
             if let Some(other) = other {
                 let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
@@ -359,7 +465,7 @@ fn load_policies(
         problems.push(Problem::file(path, message));
         return None;
     }
-    validate(files, schema, &set, &entries, problems);
+    validate(files, guard, schema, &set, &entries, problems);
     (problems.0.len() == before).then_some((set, entries))
 }
 
@@ -470,6 +576,7 @@ fn at_policy(file: &TextFile, policy: &cedar_policy::Policy, message: impl Into<
 /// Strict validation; a warning (a policy that can never apply, look-alike letters) is a problem too.
 fn validate(
     files: &ServiceFiles,
+    guard: &[TextFile],
     schema: &ServiceSchema,
     set: &PolicySet,
     entries: &[PolicyEntry],
@@ -478,7 +585,7 @@ fn validate(
     let result = Validator::new(schema.schema.clone()).validate(set, ValidationMode::Strict);
     let file_of = |id: &PolicyId| {
         let entry = entries.iter().find(|entry| entry.policy.id() == id);
-        files.policies.iter().find(|file| entry.is_some_and(|entry| *file.name == *entry.file))
+        files.policies.iter().chain(guard).find(|file| entry.is_some_and(|entry| *file.name == *entry.file))
     };
     let mut found = Vec::new();
     for error in result.validation_errors() {

@@ -38,6 +38,12 @@ impl ObjectRef {
         Self { kind, id }
     }
 
+    /// As [`fmt::Display`] writes it, and Cedar too; `None` if it is not.
+    pub(crate) fn written(text: &str) -> Option<Self> {
+        let uid: cedar_policy::EntityUid = text.parse().ok()?;
+        Some(Self::new(&uid.type_name().to_string(), uid.id().unescaped()))
+    }
+
     /// The entity type with its namespace.
     pub fn kind(&self) -> &str {
         &self.kind

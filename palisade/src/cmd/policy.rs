@@ -1,5 +1,8 @@
 //! `palisade policy`: what is wrong with the policies directory, what its tests say, and who may do what by it.
 
+mod diff;
+mod proofs;
+
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
@@ -24,8 +27,13 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Say everything that is wrong with the policies. Exit code 4 if something is.
-    Check,
+    /// Say everything that is wrong with the policies, and prove their invariants (guard/invariants/*.cedar). Exit code
+    /// 4 if something is wrong, 1 if an invariant does not hold or cannot be proved.
+    Check {
+        /// What was found good as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Check the policies, and run the tests beside them: services/NAME/tests/*.toml. Exit code 1 if one fails.
     Test {
         /// Only the tests of this service.
@@ -41,6 +49,9 @@ enum What {
         #[arg(long)]
         check: bool,
     },
+    /// Say what changed against a commit: what was touched; which recorded decisions would have been others; and proved
+    /// for every request there can be, what is opened and closed.
+    Diff(diff::Args),
     /// Print who may do what to which kind of object, and by which policies: a table to commit, so that a review sees
     /// what a change opens.
     Matrix {
@@ -53,7 +64,8 @@ enum What {
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
     let mesh = config::load(&global.config)?;
     match &args.what {
-        What::Check => check(&mesh, printer),
+        What::Check { json } => check(&mesh, *json, printer),
+        What::Diff(args) => diff::run(args, &mesh, global, printer),
         What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
         What::Fmt { check } => fmt(&mesh, *check, printer),
         What::Matrix { json } => matrix(&mesh, *json, printer),
@@ -192,7 +204,7 @@ fn matrix(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn check(mesh: &Mesh, printer: &Printer) -> Result<Exit, Failure> {
+fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     let policies = workload::policies(mesh)?;
     let own = [("gateway", mesh.gateway.is_some()), ("vault", mesh.vault.is_some())];
     let own = own.into_iter().filter(|(_, there)| *there).map(|(name, _)| name);
@@ -208,13 +220,37 @@ fn check(mesh: &Mesh, printer: &Printer) -> Result<Exit, Failure> {
             "permit it in services/vault/vault.cedar (action ReadSecret), or take it out of the service's secrets",
         ));
     }
+    let proved = proofs::invariants(mesh, &policies)?;
     let rows: Vec<Vec<String>> = policies
         .services()
         .map(|service| vec![service.name().to_owned(), format!("{:?}", service.mode()).to_lowercase()])
         .collect();
+    if json {
+        let services: Vec<_> = policies
+            .services()
+            .map(|service| {
+                serde_json::json!({
+                    "service": service.name(),
+                    "mode": service.mode(),
+                    "policies": service.policies().count(),
+                    "unmapped_methods": service.unmapped_methods(),
+                })
+            })
+            .collect();
+        let good = serde_json::json!({
+            "version": policies.version().as_str(), "invariants_proved": proved, "services": services,
+        });
+        printer.data(&format!("{good:#}\n"))?;
+        return Ok(Exit::Ok);
+    }
     let directory = mesh.mesh.policies.display();
+    let proved = match proved {
+        0 => String::new(),
+        1 => "an invariant proved\n".to_owned(),
+        count => format!("{count} invariants proved\n"),
+    };
     let text = format!(
-        "{directory} is good, version {}\n{}",
+        "{directory} is good, version {}\n{proved}{}",
         policies.version(),
         table(&["service", "mode"], &rows)
     );
@@ -271,11 +307,11 @@ mod tests {
 
     fn checked(reader: &str) -> Result<Exit, Failure> {
         let (_folder, mesh) = bank(reader);
-        check(&mesh, &Printer::plain())
+        check(&mesh, false, &Printer::plain())
     }
 
     /// The bank's policies, and a mesh of which one service reads a secret.
-    fn bank(reader: &str) -> (tempfile::TempDir, Mesh) {
+    pub(super) fn bank(reader: &str) -> (tempfile::TempDir, Mesh) {
         let folder = tempfile::tempdir().unwrap();
         for (path, text) in bank::POLICIES {
             let path = folder.path().join("policies").join(path);

@@ -112,7 +112,12 @@ fn what_is_missing_is_named() {
 #[test]
 fn policy_36_a_part_that_is_not_known_is_not_ignored() {
     assert!(
-        problems(&[("guard/x.cedar", Some(""))]).starts_with("guard: not a part of a policies directory")
+        problems(&[("gaurd/x.cedar", Some(""))]).starts_with("gaurd: not a part of a policies directory")
+    );
+    assert!(problems(&[("guard/x.toml", Some(""))]).starts_with("guard/x.toml: not a file of policies"));
+    assert!(
+        problems(&[("guard/invariants/more/x.cedar", Some(""))])
+            .starts_with("guard/invariants/more: not a file of policies")
     );
     assert!(
         problems(&[("services/shop/map.tml", Some(""))])
@@ -120,6 +125,43 @@ fn policy_36_a_part_that_is_not_known_is_not_ignored() {
     );
     assert!(
         problems(&[("services/Shop/x.cedar", Some(""))]).contains("services/Shop: not a service's directory")
+    );
+}
+
+#[test]
+fn guards_forbid_at_every_service_and_permit_at_none() {
+    let guard = "@id(\"no-strangers\")\nforbid (principal is Mesh::Workload, action, resource) unless { context has user };";
+    let (loaded, _dir) = load(&[("guard/all.cedar", Some(guard))]);
+    let loaded = loaded.unwrap();
+    let policies: Vec<_> = loaded
+        .service("shop")
+        .unwrap()
+        .policies()
+        .map(|(id, file, line)| (id.to_owned(), file.to_owned(), line))
+        .collect();
+    assert!(policies.contains(&("no-strangers".to_owned(), "guard/all.cedar".to_owned(), 1)), "{policies:?}");
+    let (without, _dir) = load(&[]);
+    assert_ne!(loaded.version(), without.unwrap().version(), "guards decide");
+    let (proved, _dir) = load(&[("guard/invariants/all.cedar", Some(guard))]);
+    let proved = proved.unwrap();
+    assert_eq!(
+        (proved.invariants().len(), proved.service("shop").unwrap().policies().count()),
+        (1, policies.len() - 1)
+    );
+    for place in ["guard/all.cedar", "guard/invariants/all.cedar"] {
+        let permit = guard.replace("forbid", "permit");
+        assert!(problems(&[(place, Some(&permit))]).contains("is a permit in guard/"), "{place}");
+        let nameless = guard.replace("@id(\"no-strangers\")\n", "");
+        assert!(problems(&[(place, Some(&nameless))]).contains("the policy has no `@id`"), "{place}");
+    }
+    let read = "@id(\"read\")\nforbid (principal, action, resource);";
+    assert!(
+        problems(&[("guard/all.cedar", Some(read))])
+            .contains("the id `read` is taken by services/shop/shop.cedar")
+    );
+    assert!(
+        problems(&[("guard/all.cedar", Some(&guard.replace("context has user", "context.usr.id == \"x\"")))])
+            .starts_with("guard/all.cedar:")
     );
 }
 
