@@ -81,7 +81,7 @@ enum Verb {
     Config(cmd::config::Args),
     /// Check, test, format and show the policies.
     Policy(cmd::policy::Args),
-    /// Explain a decision by its receipt.
+    /// Explain a decision by its receipt, or what would be decided about a request.
     Explain(cmd::explain::Args),
     /// Make what a new host joins with.
     Token(cmd::token::Args),

@@ -66,6 +66,21 @@ fn a_good_file_is_said_to_be_good() {
 }
 
 #[test]
+fn what_nobody_has_asked_yet_is_decided_and_explained() {
+    let ask = |name: &str, rest: &[&str]| {
+        let question = ["--config", "bank.toml", "explain", "web", "accounts", "GET"];
+        expect(name, &[&question[..], rest].concat());
+    };
+    ask("explain-denied", &["/accounts/17", "--user", "alice", "--attribute", "owner=bob"]);
+    ask("explain-permitted", &["/accounts/17", "--user", "alice", "--attribute", "owner=alice"]);
+    ask("explain-unknown-attribute", &["/accounts/17", "--user", "alice"]);
+    ask("explain-refused", &["/accounts//17"]);
+    ask("explain-no-question", &[]);
+    ask("explain-no-attribute", &["/accounts/17", "--attribute", "owner"]);
+    expect("explain-nobody", &["--config", "bank.toml", "explain", "wep", "accounts", "GET", "/accounts"]);
+}
+
+#[test]
 fn problems_for_machines_are_data() {
     expect("json", &["config", "check", "alike.toml", "--json"]);
 }

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::CONTENT_TYPE;
 use identity::SpiffeId;
 use identity::hex;
 use identity::txn::User;
@@ -16,16 +15,11 @@ use serde::Deserialize;
 use serde_json::Value as Json;
 use toml::Spanned;
 
-use crate::body::BodyRule;
 use crate::decide::ServicePolicy;
 use crate::load::{Policies, SERVICES, TESTS};
-use crate::map::Source;
-use crate::object::{AttributeValue, Attributes};
 use crate::problem::{Problem, Problems};
-use crate::receipt::Receipt;
-use crate::record::{Layer, Mode};
-use crate::request::{AttributeSource, Mapped};
-use crate::verdict::{Caller, Denial, Occasion, Principal, Verdict};
+use crate::question::{AskedBody, Question};
+use crate::record::{Mode, Outcome};
 
 /// Largest file of tests.
 const MAX_FILE_BYTES: u64 = 4 << 20;
@@ -181,6 +175,18 @@ impl Case {
     }
 
     fn ask(&self, policy: &ServicePolicy) -> Result<(Decision, String, Option<String>), String> {
+        let record = self.question()?.ask(policy)?;
+        let decision = match (record.verdict, record.status) {
+            (Outcome::Permit, _) => Decision::Allow,
+            (Outcome::Deny, Some(400)) => Decision::Refuse,
+            (Outcome::Deny, _) => Decision::Deny,
+        };
+        let why = (decision != Decision::Allow).then_some(record.reason);
+        Ok((decision, record.rule.name().to_owned(), why))
+    }
+
+    /// What the test asks.
+    fn question(&self) -> Result<Question, String> {
         let section = &self.section;
         let (method, target) = section.request.get_ref().split_once(' ').unwrap_or_default();
         let user = section.user.clone().map(|user| {
@@ -192,115 +198,28 @@ impl Case {
                 }
             };
             let UserTable { id, issuer, client, scopes, groups, auth_time } = table;
-            Arc::new(User { id, issuer, client, scopes, groups, auth_time })
+            User { id, issuer, client, scopes, groups, auth_time }
         });
-        let caller = Caller {
-            principal: Principal::Workload(self.caller.clone()),
-            chain: if user.is_some() { [self.caller.clone()].into() } else { [].into() },
-            user,
-            address: None,
-        };
-        let receipt = Receipt::generate(&ring::rand::SystemRandom::new())
-            .map_err(|_| "the system's random generator failed".to_owned())?;
-        let occasion = Occasion {
-            receipt,
-            now: Duration::from_secs(section.now.unwrap_or(NOW_SECONDS)),
-            layer: Layer::Sidecar,
-            method,
-            target,
-            transaction: None,
-            trace_id: None,
-        };
-        let denied = |denial: &Denial| {
-            let decision = if denial.status() == 400 { Decision::Refuse } else { Decision::Deny };
-            Ok((decision, denial.rule().name().to_owned(), Some(denial.reason().to_owned())))
-        };
-        let refuse = |refusal| policy.refuse(Some(&caller), refusal, &occasion);
-
-        let body = self.body()?;
-        let parts = self.parts(method, target, body.as_deref())?;
-        let mapped = match policy.map(&parts) {
-            Ok(mapped) => mapped,
-            Err(refusal) => return denied(&refuse(refusal)),
-        };
-        if let Err(denial) = policy.screen(&caller, &mapped, &occasion) {
-            return denied(&denial);
-        }
-        let reads_body = !matches!(mapped.body(), BodyRule::Opaque { .. });
-        let mapped = match mapped.with_body(body.as_deref().filter(|_| reads_body).unwrap_or_default()) {
-            Ok(mapped) => mapped,
-            Err(refusal) => return denied(&refuse(refusal)),
-        };
-        let attributes = self.told(&mapped)?;
-        match policy.decide(&caller, &mapped, &attributes, &occasion) {
-            Verdict::Permit(permit) => Ok((Decision::Allow, permit.rule().name().to_owned(), None)),
-            Verdict::Deny(denial) => denied(&denial),
-        }
-    }
-
-    fn body(&self) -> Result<Option<Vec<u8>>, String> {
-        match (&self.section.body, &self.section.body_hex) {
-            (Some(_), Some(_)) => Err("`body` and `body_hex` are two bodies".to_owned()),
-            (Some(text), None) => Ok(Some(text.clone().into_bytes())),
+        let body = match (&section.body, &section.body_hex) {
+            (Some(_), Some(_)) => return Err("`body` and `body_hex` are two bodies".to_owned()),
+            (Some(text), None) => Some(AskedBody::Text(text.clone())),
             (None, Some(digits)) => match hex::decode(digits.get_ref()) {
-                Some(bytes) => Ok(Some(bytes.to_vec())),
-                None => Err("`body_hex` is not hexadecimal digits, two a byte".to_owned()),
+                Some(bytes) => Some(AskedBody::Message(bytes.to_vec())),
+                None => return Err("`body_hex` is not hexadecimal digits, two a byte".to_owned()),
             },
-            (None, None) => Ok(None),
-        }
-    }
-
-    fn parts(&self, method: &str, target: &str, body: Option<&[u8]>) -> Result<http::request::Parts, String> {
-        let mut request = http::Request::builder().method(method).uri(target);
-        for (name, value) in &self.section.headers {
-            request = request.header(name, value);
-        }
-        let typed = self.section.headers.keys().any(|name| name.eq_ignore_ascii_case(CONTENT_TYPE.as_str()));
-        if let (Some(body), false) = (body, typed) {
-            let kind = match body.first() {
-                _ if self.section.body_hex.is_some() => "application/grpc",
-                Some(b'{' | b'[') => "application/json",
-                _ => "application/x-www-form-urlencoded",
-            };
-            request = request.header(CONTENT_TYPE, kind);
-        }
-        let request = request.body(()).map_err(|error| format!("the request is none: {error}"))?;
-        Ok(request.into_parts().0)
-    }
-
-    /// What the app tells of the objects, as far as the route asks it.
-    fn told(&self, mapped: &Mapped) -> Result<Attributes, String> {
-        let mut attributes = Attributes::none();
-        let by_app = mapped.attributes_from() != AttributeSource::Known;
-        for id in self.section.objects.keys() {
-            if !mapped.objects().iter().any(|object| object.id() == id) {
-                let objects: Vec<String> = mapped.objects().iter().map(ToString::to_string).collect();
-                return Err(format!(
-                    "`objects` tells of {id:?}, and the request is about {}",
-                    objects.join(", ")
-                ));
-            }
-        }
-        for object in mapped.objects() {
-            let own = self.section.objects.get(object.id());
-            for (name, json) in self.section.attributes.iter().chain(own.into_iter().flatten()) {
-                let value = told_by_app(mapped, name, json).map_err(|why| {
-                    if by_app { why } else { format!("{why}; on this route the app is not asked") }
-                })?;
-                attributes.insert(object.clone(), name.clone(), value);
-            }
-        }
-        Ok(attributes)
-    }
-}
-
-fn told_by_app(mapped: &Mapped, name: &str, json: &Json) -> Result<AttributeValue, String> {
-    match mapped.route.attributes.get(name) {
-        Some((Source::Entities | Source::Response(_), kind)) => {
-            kind.read(json).ok_or_else(|| format!("the attribute `{name}` is a {kind}"))
-        }
-        Some(_) => Err(format!("the request or the user tells `{name}`")),
-        None => Err(format!("nothing tells the attribute `{name}`")),
+            (None, None) => None,
+        };
+        Ok(Question {
+            caller: self.caller.clone(),
+            user,
+            method: method.to_owned(),
+            target: target.to_owned(),
+            headers: section.headers.clone(),
+            body,
+            attributes: section.attributes.clone(),
+            objects: section.objects.clone(),
+            now: Duration::from_secs(section.now.unwrap_or(NOW_SECONDS)),
+        })
     }
 }
 

@@ -20,6 +20,7 @@ mod oracle;
 mod plan;
 mod problem;
 mod proto;
+mod question;
 mod receipt;
 mod record;
 mod render;
@@ -39,13 +40,14 @@ pub use load::{Invariant, Policies};
 pub use map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 pub use object::{AttributeValue, Attributes, ObjectRef};
 pub use problem::{Problem, Problems, suggest};
+pub use question::{AskedBody, Question};
 pub use receipt::{Receipt, ReceiptError, Receipts};
 pub use record::{
     Considered, DecisionRecord, Explanation, FailedClause, Layer, MemoryRecorder, Mismatch, Mode, Nearest,
     NoRecorder, Outcome, PolicyEffect, PolicyOutcome, RecordedObject, RecordedUser, Recorder, Rule,
     ScopePart,
 };
-pub use render::{Style, render, render_with};
+pub use render::{Style, render, render_answer, render_with};
 pub use replay::Replayed;
 pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};
 pub use shadow::{ShadowCounts, shadow_counts};

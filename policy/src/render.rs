@@ -25,6 +25,17 @@ pub fn render(record: &DecisionRecord) -> String {
 /// The record as text in a style.
 pub fn render_with(record: &DecisionRecord, style: Style) -> String {
     let mut page = Page { text: String::new(), style };
+    page.field("receipt", record.receipt.as_str());
+    page.field("time", &timestamp(record.time));
+    rest(page, record)
+}
+
+/// The answer to a question that nobody has asked yet, which has no receipt and no time.
+pub fn render_answer(record: &DecisionRecord, style: Style) -> String {
+    rest(Page { text: String::new(), style }, record)
+}
+
+fn rest(mut page: Page, record: &DecisionRecord) -> String {
     verdict(&mut page, record);
     request(&mut page, record);
     if let Some(explanation) = &record.explanation {
@@ -59,8 +70,6 @@ impl Page {
 }
 
 fn verdict(page: &mut Page, record: &DecisionRecord) {
-    page.field("receipt", record.receipt.as_str());
-    page.field("time", &timestamp(record.time));
     let verdict = match (record.verdict, record.status, record.mode) {
         (Outcome::Permit, ..) => "permitted".to_owned(),
         (Outcome::Deny, Some(400), _) => "refused (400), not understood".to_owned(),
@@ -73,6 +82,10 @@ fn verdict(page: &mut Page, record: &DecisionRecord) {
     if record.verdict == Outcome::Deny {
         page.field("reason", &record.reason);
     }
+}
+
+fn named(text: &str) -> &str {
+    if text.is_empty() { "none" } else { text }
 }
 
 fn request(page: &mut Page, record: &DecisionRecord) {
@@ -94,7 +107,12 @@ fn request(page: &mut Page, record: &DecisionRecord) {
             let scopes = if user.scopes.is_empty() { "none".to_owned() } else { user.scopes.join(" ") };
             page.field(
                 "  user",
-                &format!("{} of {}, client {}, scopes {scopes}", user.id, user.issuer, user.client),
+                &format!(
+                    "{} of {}, client {}, scopes {scopes}",
+                    user.id,
+                    named(&user.issuer),
+                    named(&user.client)
+                ),
             );
         }
         None => page.field("  user", "none"),
