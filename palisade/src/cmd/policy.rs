@@ -2,6 +2,7 @@
 
 mod diff;
 mod proofs;
+mod suggest;
 
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,8 @@ enum What {
     /// Say what changed against a commit: what was touched; which recorded decisions would have been others; and proved
     /// for every request there can be, what is opened and closed.
     Diff(diff::Args),
+    /// Print the least policies that would allow what audit mode let through, and tests of them; both are tried first.
+    Suggest(suggest::Args),
     /// Print who may do what to which kind of object, and by which policies: a table to commit, so that a review sees
     /// what a change opens.
     Matrix {
@@ -66,6 +69,7 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
     match &args.what {
         What::Check { json } => check(&mesh, *json, printer),
         What::Diff(args) => diff::run(args, &mesh, global, printer),
+        What::Suggest(args) => suggest::run(args, &mesh, global, printer),
         What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
         What::Fmt { check } => fmt(&mesh, *check, printer),
         What::Matrix { json } => matrix(&mesh, *json, printer),

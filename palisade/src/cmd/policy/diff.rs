@@ -240,7 +240,7 @@ fn touched(before: (&Policies, &Path), after: (&Policies, &Path)) -> Result<Vec<
 }
 
 /// The newest decisions that control has.
-fn asked(global: &Global) -> Result<Vec<DecisionRecord>, Failure> {
+pub(super) fn asked(global: &Global) -> Result<Vec<DecisionRecord>, Failure> {
     let query = DecisionQuery { limit: Some(MAX_DECISIONS), ..DecisionQuery::default() };
     let stored: Vec<StoredDecision> = admin::ask(global, async |client| client.decisions(&query).await)?;
     // What another version has recorded, and this one cannot read, is left out.
@@ -248,7 +248,7 @@ fn asked(global: &Global) -> Result<Vec<DecisionRecord>, Failure> {
 }
 
 /// What was decided: from a file, or as control has it.
-fn recorded(
+pub(super) fn recorded(
     file: Option<&Path>,
     ask: impl FnOnce() -> Result<Vec<DecisionRecord>, Failure>,
 ) -> Result<Vec<DecisionRecord>, Failure> {
@@ -395,4 +395,4 @@ fn text(report: &Report) -> String {
 
 #[cfg(test)]
 #[path = "diff_tests.rs"]
-mod tests;
+pub(super) mod tests;

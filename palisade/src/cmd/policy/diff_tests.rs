@@ -33,7 +33,7 @@ fn loaded(mesh: &Mesh) -> (TempDir, std::sync::Arc<Policies>, std::sync::Arc<Pol
 }
 
 /// web asked for an account of alice's.
-fn read_account(user: &str, verdict: Outcome) -> DecisionRecord {
+pub(in crate::cmd::policy) fn read_account(user: &str, verdict: Outcome) -> DecisionRecord {
     DecisionRecord {
         receipt: "r-7k2m0q9xw4e8t5hz".parse().unwrap(),
         time: 1_795_305_600_250,

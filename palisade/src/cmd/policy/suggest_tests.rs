@@ -1,0 +1,104 @@
+//! From records to policies that allow just them.
+
+use super::super::diff::tests::read_account;
+use super::super::tests::bank;
+use super::*;
+
+/// The bank without the policy by which web reads accounts, in audit mode.
+fn without() -> (TempDir, Mesh) {
+    let (folder, mesh) = bank("accounts");
+    let path = folder.path().join("policies/services/accounts/accounts.cedar");
+    let text = fs::read_to_string(&path).unwrap();
+    let lists = text.find("@id(\"web-lists-own-accounts\")").unwrap();
+    fs::write(&path, &text[lists..]).unwrap();
+    // Of the policy that is gone.
+    fs::remove_dir_all(folder.path().join("policies/services/accounts/tests")).unwrap();
+    (folder, mesh)
+}
+
+fn audited(user: &str, id: u32) -> DecisionRecord {
+    let mut record = read_account(user, Outcome::Deny);
+    record.mode = Mode::Audit;
+    record.target = format!("/accounts/{id}");
+    record.objects[0].object = format!("Accounts::Account::\"{id}\"");
+    record.objects[0].attributes.insert("owner".into(), AttributeValue::Text(user.into()));
+    record
+}
+
+fn suggested(records: &[DecisionRecord], mesh: &Mesh) -> (BTreeMap<String, String>, (usize, usize)) {
+    let policies = workload::policies(mesh).unwrap();
+    let records: Vec<&DecisionRecord> = records.iter().collect();
+    let suggestions = suggestions(&records, &policies);
+    let files = written(&suggestions, &policies, mesh);
+    let tried = tried(&files, mesh).unwrap_or_else(|failure| panic!("{failure:?} {files:#?}"));
+    (files, replayed(&suggestions, &tried))
+}
+
+#[test]
+fn what_people_asked_of_their_own_is_allowed_of_their_own_and_tested() {
+    let (_folder, mesh) = without();
+    let history = DecisionRecord {
+        action: Some("ReadHistory".into()),
+        target: "/accounts/17/history".into(),
+        route: Some("GET /accounts/{id:int}/history".into()),
+        ..audited("alice", 17)
+    };
+    let (files, replayed) = suggested(&[audited("alice", 17), audited("bob", 42), history], &mesh);
+    assert_eq!(replayed, (3, 3));
+    assert_eq!(
+        files["services/accounts/suggested.cedar"],
+        "// 3 recorded requests.\n\
+         @id(\"web-read-account-read-history\")\n\
+         permit (\n\
+         \u{20} principal == Mesh::Workload::\"spiffe://bank.example/service/web\",\n\
+         \u{20} action in [Accounts::Action::\"ReadAccount\", Accounts::Action::\"ReadHistory\"],\n\
+         \u{20} resource is Accounts::Account\n\
+         )\n\
+         when { context has user && resource.owner == context.user.id };\n"
+    );
+    let tests = &files["services/accounts/tests/suggested.toml"];
+    assert_eq!(tests.matches("[[test]]").count(), 4, "{tests}");
+    assert!(tests.contains("name = \"web may not ReadAccount of somebody else\""), "{tests}");
+}
+
+#[test]
+fn what_has_nothing_to_do_with_the_user_is_allowed_of_those_objects_or_said_to_be_wide() {
+    let (_folder, mesh) = without();
+    let of_others = |ids: std::ops::Range<u32>| -> Vec<DecisionRecord> {
+        let other = |id| {
+            let mut record = audited("alice", id);
+            record.objects[0].attributes.insert("owner".into(), AttributeValue::Text("bob".into()));
+            record
+        };
+        ids.map(other).collect()
+    };
+    let (files, replayed) = suggested(&of_others(1..3), &mesh);
+    assert_eq!(replayed, (2, 2));
+    let cedar = &files["services/accounts/suggested.cedar"];
+    let listed =
+        "when { context has user && resource in [Accounts::Account::\"1\", Accounts::Account::\"2\"] };";
+    assert!(cedar.contains(listed), "{cedar}");
+    let (files, replayed) = suggested(&of_others(1..9), &mesh);
+    assert_eq!(replayed, (8, 8));
+    let cedar = &files["services/accounts/suggested.cedar"];
+    assert!(cedar.contains("about 8 objects") && cedar.contains("Narrow it."), "{cedar}");
+    let (files, _) = suggested(&of_others(7..8), &mesh);
+    assert!(files["services/accounts/suggested.cedar"].contains("resource == Accounts::Account::\"7\"\n"));
+}
+
+#[test]
+fn ids_that_are_taken_are_not_taken_again_and_files_not_written_over() {
+    let (folder, mesh) = without();
+    let path = folder.path().join("policies/services/web/more.cedar");
+    fs::write(
+        &path,
+        "@id(\"web-read-account\")\nforbid (principal, action, resource) when { context.now < 0 };",
+    )
+    .unwrap();
+    let (files, _) = suggested(&[audited("alice", 17)], &mesh);
+    assert!(files["services/accounts/suggested.cedar"].contains("@id(\"web-read-account-2\")"), "{files:?}");
+    let file = folder.path().join("a/b.cedar");
+    write_new(&file, "one").unwrap();
+    assert!(write_new(&file, "two").is_err());
+    assert_eq!(fs::read_to_string(&file).unwrap(), "one");
+}
