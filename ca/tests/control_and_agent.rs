@@ -688,7 +688,7 @@ async fn control_refuses_what_it_cannot_start_with_and_says_why() {
 }
 
 #[tokio::test]
-async fn identity_2_and_16_calls_without_the_header_or_not_offered() {
+async fn identity_2_and_16_security_10_calls_without_the_header_or_not_offered() {
     let world = World::new();
     let control = world.control(vec![web()]).await;
     let agent = world.agent(&control).await;
@@ -700,6 +700,10 @@ async fn identity_2_and_16_calls_without_the_header_or_not_offered() {
     let status = within(bare.fetch_jwtsvid(request)).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
     assert!(status.message().contains("FetchX509SVID"), "{}", status.message());
+    // A JWT-SVID is never good here, one without `exp` no more than another.
+    let request = workload_api::request(proto::ValidateJwtsvidRequest::default());
+    let status = within(bare.validate_jwtsvid(request)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
 
     let mut health =
         tonic_health::pb::health_client::HealthClient::new(workload_api::channel(&world.socket()));

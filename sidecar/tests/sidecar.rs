@@ -379,7 +379,7 @@ async fn without_a_user_or_as_another_workload_the_app_sees_nothing() {
 }
 
 #[tokio::test]
-async fn policy_1_to_9_and_30_spellings_of_a_path_are_refused_unseen() {
+async fn policy_1_to_9_and_30_security_23_spellings_of_a_path_are_refused_unseen() {
     let world = World::new().await;
     for target in [
         "//accounts/42",

@@ -129,7 +129,6 @@ const INDENT_WIDTH: isize = 2;
 fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
     // What cannot be read cannot be written anew: mistakes are said first.
     let _good = workload::policies(mesh)?;
-    let form = cedar_policy_formatter::Config { line_width: LINE_WIDTH, indent_width: INDENT_WIDTH };
     let mut changed = Vec::new();
     for path in cedar_files(&mesh.mesh.policies)? {
         let failed = |what: &str, cause: String| {
@@ -137,8 +136,7 @@ fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
             Failure::new(format!("{} cannot be {what}", path.display())).because(&cause)
         };
         let before = std::fs::read_to_string(&path).map_err(|error| failed("read", error.to_string()))?;
-        let after = cedar_policy_formatter::policies_str_to_pretty(&before, &form)
-            .map_err(|error| failed("formatted", error.to_string()))?;
+        let after = pretty(&before).map_err(|error| failed("formatted", error))?;
         if before == after {
             continue;
         }
@@ -156,6 +154,12 @@ fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
         return Err(Failure::new(message).hint("palisade policy fmt writes them"));
     }
     Ok(Exit::Ok)
+}
+
+/// Policies in the one form.
+fn pretty(policies: &str) -> Result<String, String> {
+    let form = cedar_policy_formatter::Config { line_width: LINE_WIDTH, indent_width: INDENT_WIDTH };
+    cedar_policy_formatter::policies_str_to_pretty(policies, &form).map_err(|error| error.to_string())
 }
 
 /// Every *.cedar file below the directory, in order.

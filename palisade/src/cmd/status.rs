@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ca::model::{ControlStatus, IssuedSvid};
+use ca::model::{ControlStatus, EndpointStatus, IssuedSvid};
 use identity::{Clock as _, SystemClock};
 
 use crate::Global;
@@ -47,7 +47,7 @@ fn text(status: &ControlStatus, now: u64) -> String {
         .collect();
     let counts = &status.counts;
     format!(
-        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n\
+        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n{}\
          {} identities issued, {} in force; {} decisions kept, {} dropped for age, {} lost on the way\n",
         status.trust_domain,
         status.listen,
@@ -55,12 +55,26 @@ fn text(status: &ControlStatus, now: u64) -> String {
         until(status.authority.not_after, now),
         table(&["host", "agent", "identity ends in"], &hosts),
         table(&["identity", "host", "ends in"], &identities),
+        endpoints(status),
         counts.svids_issued,
         counts.svids_active,
         counts.decisions_stored,
         counts.decisions_expired,
         counts.decisions_lost,
     )
+}
+
+/// Where workloads say that they serve, if any do.
+fn endpoints(status: &ControlStatus) -> String {
+    if status.endpoints.is_empty() {
+        return String::new();
+    }
+    let row = |endpoint: &EndpointStatus| {
+        let serving = if endpoint.serving { "serving" } else { "not serving" };
+        vec![endpoint.spiffe_id.clone(), endpoint.address.clone(), serving.to_owned()]
+    };
+    let rows: Vec<Vec<String>> = status.endpoints.iter().map(row).collect();
+    format!("endpoints\n{}\n", table(&["identity", "address", "is"], &rows))
 }
 
 /// The last SVID of each identity on each host: those before it run out by themselves.

@@ -202,6 +202,10 @@ fn contents(policies: &Policies, directory: &Path) -> Result<Contents, Failure> 
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).map_err(|error| unreadable(&folder, &error))? {
             let path = entry.map_err(|error| unreadable(&folder, &error))?.path();
+            // As the loader does: the repository itself may be in there.
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
+                continue;
+            }
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_none_or(|extension| extension != "cedar") {

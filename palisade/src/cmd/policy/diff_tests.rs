@@ -16,9 +16,10 @@ fn git(directory: &Path, args: &[&str]) {
 /// Committed, and then changed.
 fn changed(from: &str, to: &str) -> (TempDir, Mesh) {
     let (folder, mesh) = bank("accounts");
-    git(folder.path(), &["init", "-q"]);
-    git(folder.path(), &["add", "."]);
-    git(folder.path(), &["commit", "-q", "-m", "as they were"]);
+    // The directory itself may be the repository.
+    git(&folder.path().join("policies"), &["init", "-q"]);
+    git(&folder.path().join("policies"), &["add", "."]);
+    git(&folder.path().join("policies"), &["commit", "-q", "-m", "as they were"]);
     let path = folder.path().join("policies/services/accounts/accounts.cedar");
     let text = fs::read_to_string(&path).unwrap();
     assert!(text.contains(from));

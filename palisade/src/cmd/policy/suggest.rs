@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use policy::{AttributeSource, AttributeValue, Case, DecisionRecord, Mode, Outcome, Policies, Rule};
+use policy::{AttributeSource, AttributeValue, Case, DecisionRecord, Layer, Mode, Outcome, Policies, Rule};
 use tempfile::TempDir;
 
 use super::diff::{asked, recorded};
@@ -205,6 +205,13 @@ fn written(suggestions: &[Suggestion<'_>], policies: &Policies, mesh: &Mesh) -> 
             file.push_str(&tests);
         }
     }
+    for (name, text) in &mut files {
+        if name.ends_with(".cedar")
+            && let Ok(pretty) = super::pretty(text)
+        {
+            *text = pretty;
+        }
+    }
     files
 }
 
@@ -271,9 +278,10 @@ fn tests_of(suggestion: &Suggestion<'_>, policies: &Policies, mesh: &Mesh) -> St
     };
     let mut text = String::new();
     for action in actions {
-        // A body is not recorded, so requests with one cannot be asked again.
+        // A body is not recorded, so requests with one cannot be asked again; nor what other layers decide.
         let record = records.iter().find(|record| {
             record.action.as_ref() == Some(action)
+                && record.layer == Layer::Sidecar
                 && matches!(record.method.as_str(), "GET" | "HEAD" | "DELETE")
         });
         let Some(record) = record else { continue };
