@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use cedar_policy::{Effect, EntityUid, Policy, PolicyId, PolicySet};
 use identity::{SpiffeId, TrustDomain};
@@ -80,11 +81,13 @@ pub(crate) struct Shared {
 pub struct ServicePolicy {
     shared: Arc<Shared>,
     mode: Mode,
+    /// When audit mode ends by itself, since the Unix epoch.
+    audit_until: Option<Duration>,
 }
 
 impl ServicePolicy {
-    pub(crate) fn new(shared: Shared, mode: Mode) -> Self {
-        Self { shared: Arc::new(shared), mode }
+    pub(crate) fn new(shared: Shared, mode: Mode, audit_until: Option<Duration>) -> Self {
+        Self { shared: Arc::new(shared), mode, audit_until }
     }
 
     pub(crate) fn shared(&self) -> &Shared {
@@ -96,14 +99,22 @@ impl ServicePolicy {
         &self.shared.name
     }
 
-    /// Whether denials are enforced.
-    pub fn mode(&self) -> Mode {
-        self.mode
+    /// Whether denials are enforced at this time since the Unix epoch.
+    pub fn mode(&self, now: Duration) -> Mode {
+        match self.audit_until {
+            Some(end) if now >= end => Mode::Enforce,
+            _ => self.mode,
+        }
     }
 
-    /// The same policy in another mode.
+    /// When its audit mode ends by itself, since the Unix epoch; `None` if it is in none, or in one without an end.
+    pub fn audit_until(&self) -> Option<Duration> {
+        self.audit_until
+    }
+
+    /// The same policy in another mode, for good.
     pub fn with_mode(&self, mode: Mode) -> Self {
-        Self { shared: Arc::clone(&self.shared), mode }
+        Self { shared: Arc::clone(&self.shared), mode, audit_until: None }
     }
 
     /// The version of the directory it was loaded from.
@@ -380,7 +391,7 @@ impl ServicePolicy {
 
     fn record(&self, caller: Option<&Caller>, occasion: &Occasion<'_>) -> DecisionRecord {
         let mut record = blank(&self.shared.name, occasion);
-        record.mode = self.mode;
+        record.mode = self.mode(occasion.now);
         record.policy_version = Some(self.shared.version.to_string());
         if let Some(caller) = caller {
             record.principal = Some(cut(&caller.principal.to_string()));

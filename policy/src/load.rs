@@ -377,10 +377,10 @@ fn load_service(
     let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
     let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
-    let mode = map.mode;
+    let (mode, audit_until) = (map.mode, map.audit_until);
     let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
     let shared = Shared { unmapped, ..shared };
-    Some((namespace, ServicePolicy::new(shared, mode)))
+    Some((namespace, ServicePolicy::new(shared, mode, audit_until)))
 }
 
 /// What the service's `.proto` files say, if it has some.

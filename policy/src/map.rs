@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prost_reflect::DescriptorPool;
 use toml::Spanned;
@@ -115,6 +116,8 @@ pub const PORT_TYPE: &str = "Port";
 #[derive(Debug, Default)]
 pub(crate) struct Map {
     pub(crate) mode: Mode,
+    /// When audit mode ends, since the Unix epoch.
+    pub(crate) audit_until: Option<Duration>,
     pub(crate) mapping: Mapping,
     pub(crate) routes: Vec<Route>,
 }
@@ -173,15 +176,22 @@ impl Reader<'_> {
                 return map;
             }
         };
-        let mut mapping = None;
+        let (mut mapping, mut until) = (None, None);
         let mut drafts = Vec::new();
         for (key, value) in document.get_ref() {
             match key.get_ref().as_ref() {
                 "mode" => map.mode = self.mode(value),
+                "audit_until" => {
+                    map.audit_until = self.date(value);
+                    until = Some(value.span());
+                }
                 "mapping" => mapping = Some((self.mapping(value), value.span())),
                 "route" => drafts = self.drafts(value),
-                other => self.unknown_key(other, key.span(), &["mode", "mapping", "route"]),
+                other => self.unknown_key(other, key.span(), &["mode", "audit_until", "mapping", "route"]),
             }
+        }
+        if let (Some(span), Mode::Enforce) = (until, map.mode) {
+            self.say(span, "`audit_until` without `mode = \"audit\"`").hint("add it, or leave both out");
         }
         match mapping {
             Some((Mapping::Tcp, span)) if !drafts.is_empty() => {
@@ -238,6 +248,21 @@ impl Reader<'_> {
                 Mode::Enforce
             }
         }
+    }
+
+    /// Midnight UTC at the beginning of a day.
+    fn date(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Duration> {
+        let written = value.get_ref().as_datetime().filter(|at| at.time.is_none() && at.offset.is_none());
+        let date = written.and_then(|at| at.date).and_then(|date| {
+            let month = time::Month::try_from(date.month).ok()?;
+            time::Date::from_calendar_date(i32::from(date.year), month, date.day).ok()
+        });
+        let seconds = date.and_then(|date| u64::try_from(date.midnight().assume_utc().unix_timestamp()).ok());
+        if seconds.is_none() {
+            self.say(value.span(), "`audit_until` is a date")
+                .hint("audit_until = 2027-01-31, without quotes");
+        }
+        seconds.map(Duration::from_secs)
     }
 
     fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Mapping {

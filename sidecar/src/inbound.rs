@@ -323,7 +323,7 @@ impl Inbound {
 
         // What do they want?
         let mapped = policy.map(&parts).map_err(refuse)?;
-        if policy.mode() == Mode::Enforce {
+        if policy.mode(occasion.now) == Mode::Enforce {
             policy.screen(caller, &mapped, occasion)?;
         }
         if let Some(limit) = &self.limit {

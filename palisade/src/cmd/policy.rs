@@ -5,12 +5,13 @@ mod proofs;
 mod suggest;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Subcommand;
 use identity::{Clock as _, SpiffeId, SystemClock};
 use policy::{
-    Attributes, Caller, Case, Layer, ObjectRef, Occasion, Policies, Principal, Problem, Reach, Receipt,
-    Verdict,
+    Attributes, Caller, Case, Layer, Mode, ObjectRef, Occasion, Policies, Principal, Problem, Reach, Receipt,
+    ServicePolicy, Verdict,
 };
 
 use crate::Global;
@@ -231,7 +232,7 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     let proved = proofs::invariants(mesh, &policies)?;
     let rows: Vec<Vec<String>> = policies
         .services()
-        .map(|service| vec![service.name().to_owned(), format!("{:?}", service.mode()).to_lowercase()])
+        .map(|service| vec![service.name().to_owned(), mode(service, SystemClock.now())])
         .collect();
     if json {
         let services: Vec<_> = policies
@@ -239,7 +240,8 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
             .map(|service| {
                 serde_json::json!({
                     "service": service.name(),
-                    "mode": service.mode(),
+                    "mode": service.mode(SystemClock.now()),
+                    "audit_until": service.audit_until().map(|end| end.as_secs()),
                     "policies": service.policies().count(),
                     "unmapped_methods": service.unmapped_methods(),
                 })
@@ -272,6 +274,20 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
         }
     }
     Ok(Exit::Ok)
+}
+
+/// A service's mode, and until when.
+pub(crate) fn mode(service: &ServicePolicy, now: Duration) -> String {
+    match (service.mode(now), service.audit_until()) {
+        (Mode::Enforce, _) => "enforce".to_owned(),
+        (Mode::Audit, None) => "audit".to_owned(),
+        (Mode::Audit, Some(end)) => {
+            let left = end.saturating_sub(now);
+            let date = humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + end).to_string();
+            let day = date.split('T').next().unwrap_or_default();
+            format!("audit until {day}, {} days left", left.as_secs() / (24 * 60 * 60))
+        }
+    }
 }
 
 /// The secrets that mesh.toml says a service reads, and that the vault's policy would not give it: found
@@ -374,6 +390,26 @@ mod tests {
         assert_eq!(fmt(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
         assert!(std::fs::read_to_string(&path).unwrap().contains("// payments looks up whose account"));
         assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
+    }
+
+    #[test]
+    fn a_mode_says_until_when() {
+        let (folder, mesh) = bank("accounts");
+        let map = folder.path().join("policies/services/accounts/map.toml");
+        let text = std::fs::read_to_string(&map).unwrap();
+        let shown = |top: &str| {
+            std::fs::write(&map, format!("{top}\n{text}")).unwrap();
+            let policies = workload::policies(&mesh).unwrap();
+            // 2027-01-28T12:00:00Z
+            mode(&policies.service("accounts").unwrap(), Duration::from_secs(1_801_137_600))
+        };
+        assert_eq!(shown(""), "enforce");
+        assert_eq!(shown("mode = \"audit\""), "audit");
+        assert_eq!(
+            shown("mode = \"audit\"\naudit_until = 2027-01-31"),
+            "audit until 2027-01-31, 2 days left"
+        );
+        assert_eq!(shown("mode = \"audit\"\naudit_until = 2027-01-28"), "enforce");
     }
 
     #[test]

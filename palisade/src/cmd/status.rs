@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use ca::model::{ControlStatus, EndpointStatus, IssuedSvid};
 use identity::{Clock as _, SystemClock};
+use policy::Mode;
 
 use crate::Global;
-use crate::cmd::admin;
+use crate::cmd::{admin, config, policy as policy_verb};
 use crate::failure::{Exit, Failure};
 use crate::printer::{Printer, table};
+use crate::workload;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -24,6 +26,7 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
         printer.data(&format!("{:#}\n", serde_json::json!({"version": 1, "status": status})))?;
     } else {
         printer.data(&text(&status, SystemClock.now_seconds()))?;
+        printer.data(&audited(global)?)?;
     }
     Ok(Exit::Ok)
 }
@@ -62,6 +65,25 @@ fn text(status: &ControlStatus, now: u64) -> String {
         counts.decisions_expired,
         counts.decisions_lost,
     )
+}
+
+/// The services that the policies on disk have in audit mode, and until when. Policies that are wrong are `policy
+/// check`'s to say.
+fn audited(global: &Global) -> Result<String, Failure> {
+    let mesh = config::load(&global.config)?;
+    let Ok(policies) = workload::policies(&mesh) else { return Ok(String::new()) };
+    let now = SystemClock.now();
+    let mesh_audits = mesh.mesh.mode == crate::mesh::Mode::Audit;
+    let rows: Vec<Vec<String>> = policies
+        .services()
+        .filter(|service| service.mode(now) == Mode::Audit)
+        .map(|service| vec![service.name().to_owned(), policy_verb::mode(service, now)])
+        .collect();
+    let whole = if mesh_audits { "\naudit mode: every service, by [mesh] mode\n" } else { "" };
+    if rows.is_empty() {
+        return Ok(whole.to_owned());
+    }
+    Ok(format!("{whole}\nnot enforced\n{}", table(&["service", "mode"], &rows)))
 }
 
 /// Where workloads say that they serve, if any do.

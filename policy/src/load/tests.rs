@@ -416,9 +416,34 @@ fn a_connection_is_an_action_on_a_port_and_only_where_the_map_says_so() {
     assert_eq!(decide(&tcp("mapping = \"none\""), "web", "main"), "not by tcp.not_allowed_by_map");
     let audit = tcp("mapping = \"none\"\nmode = \"audit\"");
     assert_eq!(decide(&audit, "web", "main"), "not by tcp.not_allowed_by_map");
-    assert_eq!(audit.mode(), crate::Mode::Audit);
+    assert_eq!(audit.mode(std::time::Duration::MAX), crate::Mode::Audit);
     let routes = load(&[]).0.unwrap().service("shop").unwrap();
     assert_eq!(decide(&routes, "web", "main"), "not by tcp.not_allowed_by_map");
+}
+
+#[test]
+fn audit_mode_ends_by_itself_on_its_day() {
+    let audit = |until: &str| {
+        load(&[("services/shop/map.toml", Some(&format!("mode = \"audit\"\n{until}\n{MAP}")))]).0
+    };
+    let policy = audit("audit_until = 2027-01-31").unwrap().service("shop").unwrap();
+    // 2027-01-31T00:00:00Z
+    let end = std::time::Duration::from_secs(1_801_353_600);
+    assert_eq!(policy.audit_until(), Some(end));
+    let just_before = end - std::time::Duration::from_nanos(1);
+    assert_eq!((policy.mode(just_before), policy.mode(end)), (crate::Mode::Audit, crate::Mode::Enforce));
+    assert_eq!(
+        policy.with_mode(crate::Mode::Audit).mode(end),
+        crate::Mode::Audit,
+        "what the mesh says stays"
+    );
+    let wrong = |map: &str| map_problem(&format!("{map}\n{MAP}"));
+    for not_a_date in ["\"2027-01-31\"", "2027-01-31T00:00:00Z", "2027-02-30", "1801353600"] {
+        let problem = wrong(&format!("mode = \"audit\"\naudit_until = {not_a_date}"));
+        assert!(problem.starts_with("services/shop/map.toml:2:"), "{problem}");
+    }
+    assert!(wrong("audit_until = 2027-01-31").contains("`audit_until` without `mode = \"audit\"`"));
+    assert!(wrong("mode = \"enforce\"\naudit_until = 2027-01-31").contains("without `mode"));
 }
 
 #[test]

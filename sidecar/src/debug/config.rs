@@ -1,6 +1,7 @@
 //! `/debug/config`: what this sidecar was told, and the policy that is in force now.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use policy::{AttributeSource, ServicePolicy};
 use serde_json::{Value, json};
@@ -30,11 +31,11 @@ pub(crate) fn of(config: &SidecarConfig) -> Value {
 }
 
 /// The page.
-pub(super) fn page(config: &Value, policy: Option<Arc<ServicePolicy>>) -> Value {
-    json!({ "sidecar": config, "policy": policy.as_deref().map(in_force) })
+pub(super) fn page(config: &Value, policy: Option<Arc<ServicePolicy>>, now: Duration) -> Value {
+    json!({ "sidecar": config, "policy": policy.as_deref().map(|policy| in_force(policy, now)) })
 }
 
-fn in_force(policy: &ServicePolicy) -> Value {
+fn in_force(policy: &ServicePolicy, now: Duration) -> Value {
     let routes = policy.routes();
     let routes = routes.iter().map(|(template, attributes)| {
         let attributes = match attributes {
@@ -48,7 +49,8 @@ fn in_force(policy: &ServicePolicy) -> Value {
     json!({
         "service": policy.name(),
         "version": policy.version().as_str(),
-        "mode": policy.mode(),
+        "mode": policy.mode(now),
+        "audit_until": policy.audit_until().map(|end| end.as_secs()),
         "routes": listed(routes),
         "policies": listed(policies),
     })

@@ -69,9 +69,11 @@ impl Debug {
                 json!({ "pages": ["/debug/certificates", "/debug/config", "/debug/connections", "/debug/endpoints", "/debug/tap"] })
             }
             "/debug/certificates" => certificates::page(self.source.current().as_deref()),
-            "/debug/config" => {
-                config::page(&self.config, self.policy.as_ref().map(|policy| policy.load_full()))
-            }
+            "/debug/config" => config::page(
+                &self.config,
+                self.policy.as_ref().map(|policy| policy.load_full()),
+                self.clock.now(),
+            ),
             "/debug/connections" => self.connections(),
             "/debug/endpoints" => self.endpoints(),
             "/debug/tap" => return self.tap(request.uri().query().unwrap_or_default()),

@@ -264,7 +264,7 @@ impl ExtAuthz {
 
         // What do they want?
         let mapped = policy.map(&parts).map_err(refuse)?;
-        if policy.mode() == Mode::Enforce {
+        if policy.mode(occasion.now) == Mode::Enforce {
             policy.screen(caller, &mapped, occasion)?;
         }
         let mapped = described.body(mapped, &parts.headers).map_err(refuse)?;
