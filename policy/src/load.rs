@@ -393,10 +393,8 @@ fn descriptors(files: &[TextFile], problems: &mut Problems) -> Option<Descriptor
     match proto::compile(&sources) {
         Ok(pool) => Some(pool),
         Err(error) => {
-            let (name, message) = error.split_once(": ").unwrap_or(("", &error));
-            let file =
-                files.iter().zip(&names).find(|(_, known)| *known == name).map_or(first, |(file, _)| file);
-            problems.push(Problem::file(&file.path, message.to_owned()));
+            let file = proto::at_fault(&error, &sources).and_then(|at| files.get(at)).unwrap_or(first);
+            problems.push(Problem::cedar(&file.path, &file.text, &error));
             None
         }
     }

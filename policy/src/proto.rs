@@ -22,14 +22,15 @@ const MAX_DEPTH: usize = 8;
 const MAX_VARINT_BYTES: usize = 10;
 
 /// A `.proto` file: its name and its text.
+#[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
     pub(crate) name: &'a str,
     pub(crate) text: &'a str,
 }
 
 /// Compiles the files of one service; they import one another by their names, and Google's well-known types. The
-/// error is for the operator, and says the file first.
-pub(crate) fn compile(sources: &[Source<'_>]) -> Result<DescriptorPool, String> {
+/// error is of the file that [`at_fault`] says.
+pub(crate) fn compile(sources: &[Source<'_>]) -> Result<DescriptorPool, protox::Error> {
     let mut resolver = ChainFileResolver::new();
     let named = sources.iter().map(|source| (imported_as(source.name, sources), source.text.to_owned()));
     resolver.add(Given(named.collect()));
@@ -37,11 +38,15 @@ pub(crate) fn compile(sources: &[Source<'_>]) -> Result<DescriptorPool, String> 
     let mut compiler = protox::Compiler::with_file_resolver(resolver);
     compiler.include_imports(true);
     for source in sources {
-        compiler
-            .open_file(imported_as(source.name, sources))
-            .map_err(|error| format!("{}: {error}", source.name))?;
+        compiler.open_file(imported_as(source.name, sources))?;
     }
     Ok(compiler.descriptor_pool())
+}
+
+/// Which of the files an error is of.
+pub(crate) fn at_fault(error: &protox::Error, sources: &[Source<'_>]) -> Option<usize> {
+    let named = error.file()?;
+    sources.iter().position(|source| imported_as(source.name, sources) == named)
 }
 
 /// What a file is called: as others import it, who may name the directory that it has elsewhere.
@@ -671,9 +676,12 @@ service Accounts {
         let pool = compile(&[common, Source { name: "main.proto", text: main }]).unwrap();
         let call = Call::new(&pool, "/S/Get", &members(&[("id.v", "id")])).unwrap();
         assert!(call.message.read(&text(1, &text(1, b"x"))).is_ok());
-        let error =
-            compile(&[Source { name: "bad.proto", text: "syntax = \"proto3\"; message {" }]).unwrap_err();
-        assert!(error.starts_with("bad.proto: "), "{error}");
+        let bad = Source { name: "bad.proto", text: "syntax = \"proto3\"; message {" };
+        let importing = Source { name: "main.proto", text: "syntax = \"proto3\"; import \"v1/bad.proto\";" };
+        for sources in [vec![bad], vec![importing, bad]] {
+            let error = compile(&sources).unwrap_err();
+            assert_eq!(at_fault(&error, &sources), Some(sources.len() - 1), "{error}");
+        }
     }
 
     proptest! {

@@ -509,6 +509,6 @@ fn what_is_wrong_with_messages_is_said_where_it_stands() {
     assert!(told.contains("messages are those of one method"), "{told}");
     let told = with(&grpc_map("/bank.Shop/Look", "uid"), Some(PROTO));
     assert!(told.contains("map.toml:6:10: the message bank.Ask has no field `uid`"), "{told}");
-    let told = with(&good, Some("syntax = \"proto3\"; mesage X {}"));
-    assert!(told.starts_with("services/shop/shop.proto: "), "{told}");
+    let told = with(&good, Some("syntax = \"proto3\";\nmesage X {}"));
+    assert!(told.starts_with("services/shop/shop.proto:2:1: "), "{told}");
 }
