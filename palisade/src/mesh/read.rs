@@ -310,7 +310,11 @@ impl Check<'_> {
         let (mut egress, mut egress_names) = (Vec::new(), Vec::new());
         for text in &section.egress {
             let written = text.get_ref();
-            let read = if written.contains("://") {
+            let read = if written.starts_with("https://") {
+                // It would allow nothing: what apps dial is TLS of their own, or clear text that stays so.
+                Err("the sidecar makes no TLS of what the app says in clear text; let the app speak TLS"
+                    .to_owned())
+            } else if written.contains("://") {
                 written.parse::<Rule>().map(|rule| egress_names.push(rule)).map_err(|error| error.to_string())
             } else {
                 let read = written.parse::<Destination>();

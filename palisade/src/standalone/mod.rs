@@ -291,6 +291,10 @@ mod tests {
             ("[traffic.web]\nprefer = \"zone\"\n", "there are no zones to prefer"),
             ("[zones]\nnorth = [\"10.1.0.1/16\"]\n", "`10.1.0.1/16` is not a network"),
             ("[zones]\nnorth = []\n", "the zone north is nowhere"),
+            (
+                "[capture]\noutbound_port = 15001\negress = [\"https://api.example.org\"]\n",
+                "makes no TLS of what the app says",
+            ),
             ("[traffic.web]\nbalanse = \"random\"\n", "unknown key `balanse`"),
             ("[traffic.web]\nretries = { maximum = 3 }\n", "unknown key `maximum` in [traffic.web.retries]"),
             ("[traffic.web]\nretries = { budget = \"101%\" }\n", "`101%` is not a share"),
