@@ -28,7 +28,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 pub(super) struct Endpoints {
     /// What workloads of this host say, by the number of their stream.
     here: Arc<watch::Sender<Places>>,
-    /// What control said last; `None` if it has not yet.
+    /// What control said last; `None` until it has said something, which is no reason to forget anybody.
     everywhere: Arc<watch::Sender<Option<Arc<[Endpoint]>>>>,
 }
 

@@ -394,7 +394,14 @@ fn text(report: &Report) -> String {
             ));
         }
     }
-    lines.join("\n") + "\n"
+    printable(&lines.join("\n")) + "\n"
+}
+
+/// What callers had a say in, such as a user's id, must not speak to the terminal.
+fn printable(text: &str) -> String {
+    let shown =
+        |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
 }
 
 #[cfg(test)]

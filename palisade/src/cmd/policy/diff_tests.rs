@@ -164,6 +164,7 @@ fn a_report_says_all_three_and_what_could_not_be_done() {
         .collect();
     assert_eq!(widened, ["ReadAccount", "ReadHistory"]);
     let said = text(&report(Part::Done(done), proved));
+    assert_eq!(printable("al\u{1b}[2Jice\nbob"), "al\\u{1b}[2Jice\nbob");
     for words in [
         "1 replayed: 1 newly allowed, 0 newly denied",
         "now allowed     1 ×  spiffe://bank.example/service/web for bob → accounts: ReadAccount Accounts::Account::\"17\"",

@@ -117,7 +117,11 @@ fn suggestions<'a>(records: &[&'a DecisionRecord], policies: &Policies) -> Vec<S
         let kinds: BTreeSet<&str> =
             record.objects.iter().filter_map(|object| kind_of(&object.object)).collect();
         let [object] = kinds.into_iter().collect::<Vec<_>>()[..] else { continue };
-        if principal.starts_with("spiffe://") && policies.service(&record.service).is_some() {
+        // What it is made of becomes text of a policy, and a workload has reported it: only what can be read back as a
+        // principal, an action and objects of this very service, and decided, is taken.
+        let service = policies.service(&record.service);
+        let is_read_back = service.is_some_and(|service| service.replay(record).is_some());
+        if principal.starts_with("spiffe://") && is_name(action) && is_read_back {
             let key = (record.service.clone(), principal.clone(), object.to_owned(), action.clone());
             asked.entry(key).or_default().push(record);
         }
@@ -154,6 +158,17 @@ fn kind_of(object: &str) -> Option<&str> {
     object.split_once("::\"").map(|(kind, _)| kind)
 }
 
+/// Whether it is one word of Cedar's.
+fn is_name(text: &str) -> bool {
+    let starts = text.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_');
+    starts && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+/// Text as JSON and TOML both have it.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
 /// `ReadAccount` is `read-account`.
 fn kebab(name: &str) -> String {
     let mut kebab = String::new();
@@ -172,7 +187,11 @@ fn condition(records: &[&DecisionRecord]) -> Condition {
         let of = |attributes: &BTreeMap<String, AttributeValue>| -> BTreeSet<String> {
             let is_user =
                 |value: &AttributeValue| matches!(value, AttributeValue::Text(text) if *text == user.id);
-            attributes.iter().filter(|(_, value)| is_user(value)).map(|(name, _)| name.clone()).collect()
+            attributes
+                .iter()
+                .filter(|(name, value)| is_name(name) && is_user(value))
+                .map(|(name, _)| name.clone())
+                .collect()
         };
         let sets = record.objects.iter().map(|object| of(&object.attributes));
         sets.reduce(|one, other| one.intersection(&other).cloned().collect())
@@ -290,6 +309,7 @@ fn tests_of(suggestion: &Suggestion<'_>, policies: &Policies, mesh: &Mesh) -> St
         let told = |attributes: &BTreeMap<String, AttributeValue>| {
             let pairs: Vec<String> = attributes
                 .iter()
+                .filter(|(name, _)| is_name(name))
                 .map(|(name, value)| format!("{name} = {}", serde_json::to_string(value).unwrap_or_default()))
                 .collect();
             if pairs.is_empty() || !by_app(record) {
@@ -302,12 +322,14 @@ fn tests_of(suggestion: &Suggestion<'_>, policies: &Policies, mesh: &Mesh) -> St
                         attributes: &BTreeMap<String, AttributeValue>,
                         decision: &str,
                         by: &str| {
-            let user = user.as_ref().map_or(String::new(), |user| format!("user = {user:?}\n"));
+            let user = user.as_ref().map_or(String::new(), |user| format!("user = {}\n", quoted(user)));
             let gap = if text.is_empty() { "" } else { "\n" };
             let _infallible = write!(
                 text,
-                "{gap}[[test]]\nname = {name:?}\nas = {caller:?}\n{user}request = {:?}\n{}decision = \"{decision}\"\npolicy = \"{by}\"\n",
-                format!("{} {}", record.method, record.target),
+                "{gap}[[test]]\nname = {}\nas = {}\n{user}request = {}\n{}decision = \"{decision}\"\npolicy = \"{by}\"\n",
+                quoted(&name),
+                quoted(&caller),
+                quoted(&format!("{} {}", record.method, record.target)),
                 told(attributes)
             );
         };

@@ -87,6 +87,29 @@ fn what_has_nothing_to_do_with_the_user_is_allowed_of_those_objects_or_said_to_b
 }
 
 #[test]
+fn what_a_workload_reports_is_never_taken_for_policy() {
+    let (_folder, mesh) = without();
+    let policies = workload::policies(&mesh).unwrap();
+    let open = "\"1\" }; @id(\"x\") permit (principal is Mesh::Workload, action, resource); //";
+    let mut object = audited("alice", 17);
+    object.objects[0].object = format!("Accounts::Account::{open}");
+    let mut principal = audited("alice", 17);
+    principal.principal = Some(format!("spiffe://bank.example/service/web{open}"));
+    let action = DecisionRecord { action: Some(format!("ReadAccount{open}")), ..audited("alice", 17) };
+    let unknown = DecisionRecord { action: Some("BurnDown".into()), ..audited("alice", 17) };
+    for record in [object, principal, action, unknown] {
+        assert!(suggestions(&[&record], &policies).is_empty(), "{record:?}");
+    }
+    let mut attribute = audited("alice", 17);
+    attribute.objects[0].attributes.insert(format!("owner{open}"), AttributeValue::Text("alice".into()));
+    let strange = audited("al\u{1b}[2J\u{7f}ice\"\n", 42);
+    let (files, replayed) = suggested(&[attribute, strange], &mesh);
+    assert_eq!(replayed, (2, 2));
+    let all = files.values().cloned().collect::<String>();
+    assert!(!all.contains("permit (principal is") && !all.contains('\u{1b}'), "{all}");
+}
+
+#[test]
 fn ids_that_are_taken_are_not_taken_again_and_files_not_written_over() {
     let (folder, mesh) = without();
     let path = folder.path().join("policies/services/web/more.cedar");
