@@ -15,12 +15,12 @@ use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use identity::clock::{SharedClock, TlsTime};
+use identity::pem::PemError;
 use identity::{IdentitySource, SpiffeId};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -48,30 +48,10 @@ pub enum Trust {
     Roots(Arc<[CertificateDer<'static>]>),
 }
 
-/// A file of authorities could not be used.
-#[derive(Debug, Error)]
-pub enum TrustError {
-    /// Not readable, or not PEM.
-    #[error("cannot read certificates from {path}: {cause}")]
-    File {
-        /// Which file.
-        path: String,
-        /// What went wrong.
-        cause: rustls_pki_types::pem::Error,
-    },
-    /// Readable, but without a certificate.
-    #[error("{0} holds no certificate")]
-    Empty(String),
-}
-
 impl Trust {
     /// Authorities from a PEM file, such as the system's `/etc/ssl/certs/ca-certificates.crt`.
-    pub fn pem_file(path: &Path) -> Result<Self, TrustError> {
-        let name = path.display().to_string();
-        let roots: Vec<_> = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect)
-            .map_err(|cause| TrustError::File { path: name.clone(), cause })?;
-        if roots.is_empty() { Err(TrustError::Empty(name)) } else { Ok(Self::Roots(roots.into())) }
+    pub fn pem_file(path: &Path) -> Result<Self, PemError> {
+        identity::pem::certificates(path).map(|roots| Self::Roots(roots.into()))
     }
 
     fn roots(&self, now: UnixTime) -> Result<RootCertStore, rustls::Error> {

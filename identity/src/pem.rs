@@ -249,7 +249,9 @@ impl Follower {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
+/// All certificates of a PEM file, at least one: such as the authorities of the system in
+/// `/etc/ssl/certs/ca-certificates.crt`.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let read = |source| PemError::Read { path: path.to_owned(), source };
     let mut text = Vec::new();
     let file = File::open(path).map_err(read)?;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use rustls::client::{ResolvesClientCert, Resumption, WantsClientCert};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, ConfigBuilder, ServerConfig, SignatureScheme};
-use rustls_pki_types::ServerName;
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig, SignatureScheme};
+use rustls_pki_types::{CertificateDer, ServerName};
 
 use crate::bundle::BundleSet;
 use crate::clock::{SharedClock, TlsTime};
@@ -77,6 +77,28 @@ pub fn joining_client_config(
 ) -> Result<Arc<ClientConfig>, rustls::Error> {
     let config = verified_by(ExpectServer::pinned(bundles, expected), clock)?.with_no_client_auth();
     Ok(finished(config, alpn))
+}
+
+/// The configuration of a client for servers outside the mesh: it presents nothing, and accepts whoever has a
+/// certificate of one of `authorities` for the name that is asked for. A certificate that cannot serve as an
+/// authority is passed over: a system's file may hold the odd one.
+pub fn public_client_config(
+    authorities: impl IntoIterator<Item = CertificateDer<'static>>,
+    alpn: &[&[u8]],
+    clock: &SharedClock,
+) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let mut roots = RootCertStore::empty();
+    let (_added, ignored) = roots.add_parsable_certificates(authorities);
+    if ignored > 0 {
+        tracing::debug!(ignored, "certificates that cannot serve as authorities");
+    }
+    let mut config = ClientConfig::builder_with_details(provider(), time(clock))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    config.resumption = Resumption::disabled();
+    Ok(Arc::new(config))
 }
 
 fn verified_by(

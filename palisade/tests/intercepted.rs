@@ -10,10 +10,12 @@
 mod namespaces;
 mod pair;
 
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 
 use identity::testing::skip;
 use namespaces::{Host, unavailable};
@@ -141,6 +143,126 @@ fn an_apps_calls_go_through_the_mesh_and_what_it_may_not_call_is_refused_by_a_na
     assert_eq!(hello("api.example.org"), None, "what answers there speaks no TLS");
     assert_eq!(tls.count(), 1, "the listed name was not reached");
     drop(server);
+}
+
+/// An HTTPS server of Python's outside the mesh.
+struct Echo {
+    child: Child,
+    connections: Arc<AtomicU32>,
+}
+
+impl Echo {
+    /// Serves at all addresses of `host` when this returns.
+    fn start(host: &Host, certificate: &Path, ports: &[&str]) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/https_echo.py");
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", host.name())).arg("python3").arg(script);
+        command.arg(certificate).args(ports).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let connections = Arc::new(AtomicU32::new(0));
+        let counted = Arc::clone(&connections);
+        std::thread::spawn(move || {
+            while let Some(Ok(_connection)) = lines.next() {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        Self { child, connections }
+    }
+
+    /// How many handshakes it has finished with clients whose answers have been read.
+    fn connections(&self) -> u32 {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _gone = self.child.kill().is_err();
+        let _reaped = self.child.wait().is_err();
+    }
+}
+
+/// An authority that no system knows, and its certificate for one name.
+const AUTHORITY: &str = "
+    openssl ecparam -name prime256v1 -genkey -noout -out outside.key
+    openssl req -x509 -new -key outside.key -days 2 -subj '/CN=outside' -out outside.crt
+    name=api.example.org
+    openssl req -new -newkey rsa:2048 -nodes -keyout $name.key -subj /CN=$name -out $name.csr
+    echo subjectAltName=DNS:$name > $name.ext
+    openssl x509 -req -in $name.csr -CA outside.crt -CAkey outside.key -CAcreateserial -days 2 \
+      -extfile $name.ext -out $name.pem
+    cat $name.key >> $name.pem";
+
+#[test]
+fn what_an_app_says_in_clear_text_leaves_in_tls_made_by_its_sidecar() {
+    if let Some(why) = unable() {
+        return skip(why);
+    }
+    let pair = Pair::new();
+    let (left, right) = (&pair.left, &pair.right);
+    let made = Command::new("sh").args(["-ec", AUTHORITY]).current_dir(pair.path("")).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let _names = Names::new(
+        left,
+        &format!(
+            "127.0.0.1 localhost rebound.example.org\n{} api.example.org wrong.example.org plain.example.org\n",
+            right.v4
+        ),
+    );
+    let egress = "egress = [\"https://api.example.org\", \"https://api.example.org:8443\", \
+                  \"https://wrong.example.org\", \"https://rebound.example.org\", \
+                  \"https://plain.example.org:9000\"]\n";
+    let capture = format!("[capture]\noutbound_port = 15001\n{egress}egress_ca = \"outside.crt\"\n");
+    let client = pair.client(&pair.mesh_addresses(), &right.at(8080), &capture);
+    let server = Echo::start(right, &pair.path("api.example.org.pem"), &["443", "8443"]);
+    let _clear_text = right.serve("[::]:9000");
+    left.captured(&CAPTURED);
+    let named = |url: &str, more: &[&str]| {
+        let (name, port) =
+            url.split_once("://").unwrap().1.split_once('/').unwrap().0.split_once(':').unwrap();
+        let resolve = format!("{name}:{port}:10.99.0.77");
+        curl(left, &[&["--resolve", &resolve, url], more].concat())
+    };
+
+    // By the default port of either scheme, and by another; Host says where it goes.
+    let (status, said) =
+        named("http://api.example.org:80/one?x=1", &["-H", "x-palisade-user: root"]).unwrap();
+    assert_eq!((status, said.as_str()), (200, "GET /one?x=1 host=api.example.org user=None"));
+    let (_, said) = named("http://api.example.org:443/", &["-X", "POST", "-d", "money"]).unwrap();
+    assert_eq!(said, "POST / host=api.example.org user=None money");
+    let (_, said) = named("http://api.example.org:8443/", &[]).unwrap();
+    assert_eq!(said, "GET / host=api.example.org:8443 user=None");
+    // Three requests to one origin went over one connection to it.
+    assert_eq!(server.connections(), 2);
+
+    // Nobody is taken for another, and names lead neither home nor to clear text.
+    let before = server.connections();
+    assert_eq!(named("http://wrong.example.org:80/", &[]).unwrap().0, 503);
+    client.until_logged(&["TLS with wrong.example.org", "not valid for name"]);
+    assert_eq!(server.connections(), before, "nothing was said to it");
+    assert_eq!(named("http://rebound.example.org:80/", &[]).unwrap().0, 403);
+    client.until_logged(&["egress.name_leads_home", "rebound.example.org"]);
+    assert_eq!(named("http://plain.example.org:9000/", &[]).unwrap().0, 503);
+    client.until_logged(&["TLS with plain.example.org"]);
+    // The app's own TLS is another rule.
+    assert_eq!(
+        curl(
+            left,
+            &["--insecure", "--resolve", "api.example.org:443:10.99.0.77", "https://api.example.org/"]
+        ),
+        None
+    );
+    client.until_logged(&["egress.denied", "api.example.org"]);
+    client.end("TERM");
+
+    // An authority that vouches for nobody here.
+    let capture = format!("[capture]\noutbound_port = 15001\n{egress}egress_ca = \"ca.crt\"\n");
+    let client = pair.client(&pair.mesh_addresses(), &right.at(8080), &capture);
+    assert_eq!(named("http://api.example.org:80/", &[]).unwrap().0, 503);
+    client.until_logged(&["TLS with api.example.org", "UnknownIssuer"]);
+    client.end("TERM");
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl OfMesh {
         let target = workload.mesh.telemetry.access_log.then_some(AccessTarget::Stderr);
         let access_log = access_log(target.as_ref(), &clock, &scope)?;
         let own = self::service(&workload.mesh, &service)?;
-        let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh))?;
+        let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh), &clock)?;
         let traces = workload.mesh.traces.clone();
         let config = SidecarConfig { access_log, traces, capture, ..config };
         let ready = workload.identified(source.clone(), Some(config.id.clone()));

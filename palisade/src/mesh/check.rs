@@ -13,7 +13,7 @@ use url::Url;
 
 use super::file::{MeshFile, Text};
 use super::load::Sections;
-use super::read::{Check, Reach};
+use super::read::{Check, Reach, SYSTEM_AUTHORITIES};
 use super::{
     Agent, AppProtocol, Attest, BY_CONTROL, Callee, Control, Found, Gateway, Idp, Limits, Mesh, Mode, Own,
     Service, ServiceName, Telemetry, Vault, Whole, Workload,
@@ -254,7 +254,7 @@ impl Check<'_> {
         Some(Gateway {
             listen: listen?,
             issuer: issuer?,
-            issuer_ca: self.path_or(section.issuer_ca.as_ref(), "/etc/ssl/certs/ca-certificates.crt"),
+            issuer_ca: self.path_or(section.issuer_ca.as_ref(), SYSTEM_AUTHORITIES),
             scopes: section.scopes.iter().map(|scope| scope.get_ref().clone()).collect(),
             client_id: text(&section.client_id).unwrap_or_else(|| "palisade-gateway".to_owned()),
             audience: text(&section.audience).unwrap_or_else(|| origin(&public_url)),

@@ -342,10 +342,15 @@ pub(crate) struct CaptureSection {
     pub(crate) inbound_port: Option<Spanned<u16>>,
     /// What the app may dial outside the mesh. By address: 10.0.0.0/8:5432, [2001:db8::/32]:*,
     /// tcp://10.0.0.7:5432. By the name that it says in its ClientHello or its requests, which is looked up
-    /// anew: tls://*.example.org:443, http://api.example.org. Default: nothing.
+    /// anew: tls://*.example.org:443, http://api.example.org. Requests to https://api.example.org come in clear
+    /// text, at that port or at 80 for 443, and their TLS is made by the sidecar. Default: nothing.
     #[serde(default)]
-    #[schemars(with = "Vec<String>", example = ["tls://*.example.org"])]
+    #[schemars(with = "Vec<String>", example = ["tls://*.example.org", "https://api.example.org"])]
     pub(crate) egress: Vec<Text>,
+    /// A PEM file of the authorities that hosts of https:// are known by, read at start. Default:
+    /// /etc/ssl/certs/ca-certificates.crt.
+    #[schemars(with = "Option<String>", example = "/etc/ssl/certs/ca-certificates.crt")]
+    pub(crate) egress_ca: Option<Text>,
 }
 
 /// What the protocols of app and sidecar are.

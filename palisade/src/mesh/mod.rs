@@ -236,6 +236,8 @@ pub(crate) struct Capture {
     /// The same, by name.
     #[serde(serialize_with = "all_shown")]
     pub(crate) egress_names: Vec<Rule>,
+    /// The authorities of hosts that TLS is made for.
+    pub(crate) egress_ca: PathBuf,
 }
 
 /// `[service.NAME] hbone`, and its destinations.

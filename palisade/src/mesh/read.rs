@@ -27,6 +27,8 @@ use super::{Attest, Capture, Hbone, HostPort, Memory, ServiceName, Zone};
 
 /// Smallest memory budget: a sidecar without traffic takes about as much.
 const MIN_MEMORY_BYTES: u64 = 16 << 20;
+/// The public authorities, as Debian and most others have them.
+pub(crate) const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// Which share of new traces is recorded where nothing is said: of a busy service, some every second.
 const TRACED_SHARE: f64 = 0.01;
 
@@ -310,22 +312,19 @@ impl Check<'_> {
         let (mut egress, mut egress_names) = (Vec::new(), Vec::new());
         for text in &section.egress {
             let written = text.get_ref();
-            let read = if written.starts_with("https://") {
-                // It would allow nothing: what apps dial is TLS of their own, or clear text that stays so.
-                Err("the sidecar makes no TLS of what the app says in clear text; let the app speak TLS"
-                    .to_owned())
-            } else if written.contains("://") {
+            let read = if written.contains("://") {
                 written.parse::<Rule>().map(|rule| egress_names.push(rule)).map_err(|error| error.to_string())
             } else {
                 let read = written.parse::<Destination>();
                 read.map(|destination| egress.push(destination)).map_err(|error| error.to_string())
             };
             if let Err(problem) = read {
-                let hint = "write 10.0.0.0/8:5432, tls://*.example.org or http://api.example.org";
+                let hint = "write 10.0.0.0/8:5432, tls://*.example.org or https://api.example.org";
                 self.report(text, format!("`{written}`: {problem}"), Some(hint.into()));
             }
         }
-        Some(Capture { outbound_port, inbound_port, egress, egress_names })
+        let egress_ca = self.path_or(section.egress_ca.as_ref(), SYSTEM_AUTHORITIES);
+        Some(Capture { outbound_port, inbound_port, egress, egress_names, egress_ca })
     }
 
     /// The zones and their networks.

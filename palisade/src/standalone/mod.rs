@@ -292,8 +292,8 @@ mod tests {
             ("[zones]\nnorth = [\"10.1.0.1/16\"]\n", "`10.1.0.1/16` is not a network"),
             ("[zones]\nnorth = []\n", "the zone north is nowhere"),
             (
-                "[capture]\noutbound_port = 15001\negress = [\"https://api.example.org\"]\n",
-                "makes no TLS of what the app says",
+                "[capture]\noutbound_port = 15001\negress = [\"https://api.example.org/v1\"]\n",
+                "is not SCHEME://HOST[:PORT]",
             ),
             ("[traffic.web]\nbalanse = \"random\"\n", "unknown key `balanse`"),
             ("[traffic.web]\nretries = { maximum = 3 }\n", "unknown key `maximum` in [traffic.web.retries]"),

@@ -8,7 +8,8 @@
 //! | [`inbound`] | what strangers dial, by TPROXY: the stranger's address and the app's stay as they were |
 //! | [`destinations`] | whom a destination belongs to: a service of the mesh, the world outside, nobody |
 //! | [`egress`] | which destinations outside the mesh may be dialled, and the dialling |
-//! | `outside` | those that are listed by name: which one the client says, and where that leads |
+//! | `outside` | those that are listed by name: which one the client says, and how what it says goes on |
+//! | `origin` | where a name leads, and connections to it, in clear text or in TLS made here |
 //! | `serve` | the running listeners: each connection to where it belongs |
 //!
 //! Every refusal has a rule ([`Refused::rule`]); none is a reset without a reason.
@@ -16,12 +17,14 @@
 pub mod destinations;
 pub mod egress;
 pub mod inbound;
+mod origin;
 pub mod outbound;
 mod outside;
 pub(crate) mod serve;
 mod socket;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -52,7 +55,17 @@ pub struct CapturedCalls {
     /// Which destinations outside the mesh may be dialled, by address.
     pub egress: Egress,
     /// Which may be dialled by the names that the app says.
-    pub names: AllowList,
+    pub names: OutsideNames,
+}
+
+/// The hosts outside the mesh that an app may name.
+#[derive(Debug, Default)]
+pub struct OutsideNames {
+    /// The list.
+    pub allowed: AllowList,
+    /// How TLS is made where the list has the sidecar make it ([`AllowList::makes_tls`]):
+    /// [`identity::tls::public_client_config`]. Without, such requests find no host.
+    pub tls: Option<Arc<rustls::ClientConfig>>,
 }
 
 /// A connection, and both ends as its client sees them.
@@ -99,14 +112,12 @@ pub enum Refused {
     #[error("{0} is no service of the mesh that the app calls, and no egress rule allows it")]
     EgressDenied(SocketAddr),
     /// The egress rules do not allow the name that the client says, or not where it leads.
-    #[error(
-        "{destination} is no service of the mesh that the app calls, and {host:?} may not be reached: {refusal}"
-    )]
+    #[error("{host:?} may not be reached at port {port}: {refusal}")]
     EgressName {
-        /// Whom the client dialled.
-        destination: SocketAddr,
         /// The name that it says.
         host: String,
+        /// Where it would be reached.
+        port: u16,
         /// Why it may not be reached.
         refusal: Refusal,
     },

@@ -5,7 +5,6 @@
 //! find under that name: what it dialled is its word alone.
 
 use std::future::pending;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,29 +15,28 @@ use http::{Request, Response, StatusCode};
 use identity::Scope;
 use identity::clock::SharedClock;
 use thiserror::Error;
-use tokio::net::{TcpStream, lookup_host};
 
-use super::egress::{EgressError, is_own_address};
-use super::{Captured, Egress, Refused};
+use super::egress::EgressError;
+use super::origin::{Origin, Origins, WayOut};
+use super::{Captured, OutsideNames, Refused};
 use crate::detect::{Protocol, detect_on};
+use crate::http1::ClientError;
 use crate::live::Traffic;
 use crate::server::Limits;
 use crate::tcp::{Side as _, Stream, both_ways};
-use crate::traffic::egress::{AllowList, Allowed, HelloReader, MAX_HELLO_BYTES, Speech};
+use crate::traffic::egress::{HelloReader, MAX_HELLO_BYTES, Speech};
 use crate::{Body, answer, headers, http1};
 
 /// Who speaks first says its name with its first packets; who waits for the server is listed by address.
 const NAME_TIMEOUT: Duration = Duration::from_secs(5);
-/// As for endpoints of the mesh: a SYN and its first two repetitions.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// From the request to the head of its answer.
+/// From the request to the head of its answer, a connection to its host included.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The way out of the mesh.
 #[derive(Debug)]
 pub(super) struct Outside {
-    names: AllowList,
-    clock: SharedClock,
+    way: Arc<WayOut>,
+    origins: Origins,
     scope: Scope,
 }
 
@@ -72,8 +70,10 @@ impl From<EgressError> for NotCarried {
 }
 
 impl Outside {
-    pub(super) fn new(names: AllowList, clock: SharedClock, scope: Scope) -> Arc<Self> {
-        Arc::new(Self { names, clock, scope })
+    pub(super) fn new(names: OutsideNames, clock: SharedClock, scope: Scope) -> Arc<Self> {
+        let OutsideNames { allowed, tls } = names;
+        let way = Arc::new(WayOut { names: allowed, tls, clock });
+        Arc::new(Self { origins: Origins::new(Arc::clone(&way), scope.clone()), way, scope })
     }
 
     /// Carries a connection whose destination is listed by address.
@@ -84,20 +84,23 @@ impl Outside {
     /// Carries a connection whose destination is not, by the name that its client says.
     pub(super) async fn by_name(self: &Arc<Self>, captured: Captured) -> Result<(), NotCarried> {
         let Captured { stream, destination, .. } = captured;
-        if self.names.decide(Speech::Tcp, &as_host(destination.ip()), destination.port()).is_ok() {
+        if self.way.names.decide(Speech::Tcp, &as_host(destination.ip()), destination.port()).is_ok() {
             return self.carry(Stream::new(stream), [destination]).await;
         }
-        if !self.names.may_be_named(destination.port()) {
+        if !self.way.names.may_be_named(destination.port()) {
             return Err(Refused::EgressDenied(destination).into());
         }
         let mut stream = Stream::new(stream);
-        let protocol = detect_on(&mut stream, &self.clock, NAME_TIMEOUT)
+        let protocol = detect_on(&mut stream, &self.way.clock, NAME_TIMEOUT)
             .await
             .map_err(|error| NotCarried::Failed(error.to_string()))?;
         match protocol {
             Protocol::Tls => {
                 let name = self.server_name(&mut stream, destination).await?;
-                let addresses = self.find(Speech::Tls, &name, destination).await?;
+                let port = destination.port();
+                let allowed = self.way.names.decide(Speech::Tls, &name, port);
+                let named = |refusal| Refused::EgressName { host: name.clone(), port, refusal };
+                let addresses = self.way.find(&allowed.map_err(named)?, &name, port).await?;
                 self.carry(stream, addresses).await
             }
             Protocol::Http1 => {
@@ -112,7 +115,7 @@ impl Outside {
     async fn server_name(&self, stream: &mut Stream, destination: SocketAddr) -> Result<String, NotCarried> {
         let mut reader = HelloReader::default();
         let mut seen = 0;
-        let mut late = self.clock.sleep(NAME_TIMEOUT);
+        let mut late = self.way.clock.sleep(NAME_TIMEOUT);
         let nameless = || Refused::EgressDenied(destination);
         loop {
             let news = stream.unread().get(seen..).unwrap_or_default();
@@ -132,75 +135,26 @@ impl Outside {
         }
     }
 
-    /// Where `host` is, if it may be spoken to so.
-    async fn find(
-        &self,
-        speech: Speech,
-        host: &str,
-        destination: SocketAddr,
-    ) -> Result<Vec<SocketAddr>, NotCarried> {
-        let named = |refusal| Refused::EgressName { destination, host: host.to_owned(), refusal };
-        let port = destination.port();
-        let allowed = self.names.decide(speech, host, port).map_err(named)?;
-        let found =
-            self.resolve(host, port).await.map_err(|error| NotCarried::Failed(format!("{host}: {error}")))?;
-        let (mut addresses, mut refusal) = (Vec::new(), None);
-        for address in found {
-            match leads(&allowed, address) {
-                Ok(()) => addresses.push(address),
-                Err(error) => refusal = Some(error),
-            }
-        }
-        match refusal {
-            Some(refusal) if addresses.is_empty() => Err(named(refusal).into()),
-            _ => Ok(addresses),
-        }
-    }
-
-    async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-        let bare = host.trim_start_matches('[').trim_end_matches(']');
-        if let Ok(address) = bare.parse::<IpAddr>() {
-            return Ok(vec![SocketAddr::new(address, port)]);
-        }
-        tokio::select! {
-            found = lookup_host((host, port)) => Ok(found?.collect()),
-            () = self.clock.sleep(NAME_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
-        }
-    }
-
     /// Copies both ways between `near` and the first of `addresses` that answers.
     async fn carry(
         &self,
         mut near: Stream,
         addresses: impl IntoIterator<Item = SocketAddr>,
     ) -> Result<(), NotCarried> {
-        let mut failure = NotCarried::Failed("the name leads nowhere".to_owned());
-        for address in addresses {
-            match self.connect(address).await {
-                Ok(stream) => {
-                    let mut far = Stream::new(stream);
-                    let outcome = both_ways(&mut near, &mut far, &self.clock, &Traffic::default()).await;
-                    return outcome.map_err(|error| {
-                        // Resets, not orderly ends: neither side has got the whole.
-                        near.abort();
-                        far.abort();
-                        NotCarried::Failed(error.to_string())
-                    });
-                }
-                Err(error) => failure = error,
+        let stream = match self.way.connect(addresses).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                near.abort();
+                return Err(error);
             }
-        }
-        near.abort();
-        Err(failure)
-    }
-
-    async fn connect(&self, address: SocketAddr) -> Result<TcpStream, NotCarried> {
-        tokio::select! {
-            connected = Egress::connect(address) => Ok(connected?),
-            () = self.clock.sleep(CONNECT_TIMEOUT) => {
-                Err(NotCarried::Failed(format!("{address} does not answer within {CONNECT_TIMEOUT:?}")))
-            }
-        }
+        };
+        let mut far = Stream::new(stream);
+        both_ways(&mut near, &mut far, &self.way.clock, &Traffic::default()).await.map_err(|error| {
+            // Resets, not orderly ends: neither side has got the whole.
+            near.abort();
+            far.abort();
+            NotCarried::Failed(error.to_string())
+        })
     }
 
     /// Serves requests in clear text, each of which names its host.
@@ -235,48 +189,41 @@ impl Outside {
         if parts.uri.authority().is_some() {
             return Err(bad("request.target"));
         }
-        let host = named_host(&parts.headers, destination.port()).ok_or_else(|| bad("request.host"))?;
-        let addresses = self.find(Speech::Http, &host, destination).await.map_err(|error| match error {
-            NotCarried::Refused(_) => (StatusCode::FORBIDDEN, error),
-            NotCarried::Failed(_) => (StatusCode::SERVICE_UNAVAILABLE, error),
+        let port = destination.port();
+        let host = named_host(&parts.headers, port).ok_or_else(|| bad("request.host"))?;
+        let (speech, to) = self.way.names.decide_request(&host, port).map_err(|refusal| {
+            (StatusCode::FORBIDDEN, Refused::EgressName { host: host.clone(), port, refusal }.into())
         })?;
-        let address =
-            self.first_elsewhere(&addresses).await.map_err(|error| (StatusCode::FORBIDDEN, error))?;
+        let origin = Origin::new(&host, to, speech);
         headers::strip_hop_by_hop(&mut parts.headers);
         headers::strip_identity(&mut parts.headers);
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
-        let client = http1::Client::new(address, &self.scope);
+        if let Some(host) = origin.host_over_tls() {
+            parts.headers.insert(HOST, host);
+        }
+        let client = self.origins.client(origin);
         let sent = tokio::select! {
             sent = client.send(Request::from_parts(parts, body)) => sent,
-            () = self.clock.sleep(RESPONSE_TIMEOUT) => {
+            () = self.way.clock.sleep(RESPONSE_TIMEOUT) => {
                 return Err((StatusCode::GATEWAY_TIMEOUT, NotCarried::Failed("no answer in time".to_owned())));
             }
         };
-        let mut response = sent.map_err(|error| {
-            let status =
-                if error.is_connect() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::BAD_GATEWAY };
-            (status, NotCarried::Failed(error.to_string()))
-        })?;
+        let mut response = sent.map_err(unanswered)?;
         headers::strip_answer(&mut response, upgrade.as_ref());
         Ok(response)
     }
-
-    /// The first of `addresses` that is not this host's own.
-    async fn first_elsewhere(&self, addresses: &[SocketAddr]) -> Result<SocketAddr, NotCarried> {
-        let mut failure = NotCarried::Failed("the name leads nowhere".to_owned());
-        for address in addresses {
-            match is_own_address(*address).await {
-                Ok(false) => return Ok(*address),
-                Ok(true) => failure = Refused::OwnHost(*address).into(),
-                Err(error) => failure = NotCarried::Failed(format!("{address}: {error}")),
-            }
-        }
-        Err(failure)
-    }
 }
 
-fn leads(allowed: &Allowed, address: SocketAddr) -> Result<(), crate::traffic::egress::Refusal> {
-    allowed.leads_to(address.ip())
+/// What the app is told of a request that has no answer.
+fn unanswered(error: ClientError) -> (StatusCode, NotCarried) {
+    let ClientError::Connect(error) = error else {
+        return (StatusCode::BAD_GATEWAY, NotCarried::Failed(error.to_string()));
+    };
+    match error.downcast::<NotCarried>() {
+        Ok(refused @ NotCarried::Refused(_)) => (StatusCode::FORBIDDEN, refused),
+        Ok(failed) => (StatusCode::SERVICE_UNAVAILABLE, failed),
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, NotCarried::Failed(error.to_string())),
+    }
 }
 
 /// The one `Host`, without its port, which must be the one that was dialled.

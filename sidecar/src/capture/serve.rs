@@ -5,19 +5,20 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use super::outside::{NotCarried, Outside};
-use super::{AcceptError, Captured, Destinations, InboundListener, OutboundListener, Refused, Route};
+use super::{
+    AcceptError, Captured, Destinations, InboundListener, OutboundListener, OutsideNames, Refused, Route,
+};
 use crate::accept::{Accept, Accepting, Slot, keep_alive};
 use crate::metrics::Metrics;
 use crate::server::{Door, Handler};
 use crate::tcp::{Side as _, Stream, TcpOutbound};
-use crate::traffic::egress::AllowList;
 
 /// Serves what the app dials: its calls by `destinations`, everything else by the egress rules there and by
 /// `names`. Runs as a critical task of the scope, until that drains.
 pub(crate) fn serve_outbound<H: Handler>(
     listener: OutboundListener,
     destinations: Destinations<Way<H>>,
-    names: AllowList,
+    names: OutsideNames,
     metrics: Arc<Metrics>,
     accepting: Accepting,
 ) {

@@ -13,7 +13,7 @@ use http::{Method, Request, Response, StatusCode, Version};
 use http_body::{Frame, SizeHint};
 use identity::Scope;
 use thiserror::Error;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
@@ -44,12 +44,9 @@ pub enum ClientError {
     /// The request has no target in origin form, or no host.
     #[error("the request's target is not in origin form")]
     Target,
-    /// Nobody listens there.
+    /// Nobody listens there, or accepts in time.
     #[error("no connection: {0}")]
     Connect(#[source] io::Error),
-    /// Nobody accepts there.
-    #[error("no connection within {CONNECT_TIMEOUT:?}")]
-    ConnectTimeout,
     /// The connection ended before the first byte of an answer.
     #[error("the connection was closed before an answer; {0}")]
     Closed(Repeat),
@@ -96,7 +93,7 @@ pub enum Repeat {
 impl ClientError {
     /// Whether nobody accepted the connection.
     pub fn is_connect(&self) -> bool {
-        matches!(self, Self::Connect(_) | Self::ConnectTimeout)
+        matches!(self, Self::Connect(_))
     }
 }
 
@@ -106,17 +103,43 @@ impl From<NoTarget> for ClientError {
     }
 }
 
-/// A client to one address.
-#[derive(Debug)]
-pub struct Client {
-    address: SocketAddr,
-    pool: Arc<Pool>,
+/// Where a client's connections come from.
+pub trait Connect: std::fmt::Debug + Send + Sync + 'static {
+    /// What arrives.
+    type Reader: AsyncRead + std::fmt::Debug + Unpin + Send + 'static;
+    /// What leaves.
+    type Writer: AsyncWrite + std::fmt::Debug + Unpin + Send + 'static;
+
+    /// A new connection, or why there is none, within a bound of its own.
+    fn connect(&self) -> impl Future<Output = io::Result<(Self::Reader, Self::Writer)>> + Send;
 }
 
-impl Client {
-    /// A client to `address`; what it leaves to other tasks belongs to `scope`.
-    pub fn new(address: SocketAddr, scope: &Scope) -> Self {
-        Self { address, pool: Arc::new(Pool { idle: Mutex::default(), scope: scope.clone() }) }
+/// The app, in clear text.
+impl Connect for SocketAddr {
+    type Reader = OwnedReadHalf;
+    type Writer = OwnedWriteHalf;
+
+    async fn connect(&self) -> io::Result<(OwnedReadHalf, OwnedWriteHalf)> {
+        let stream = timeout(CONNECT_TIMEOUT, dial::connect(*self)).await.map_err(|_| {
+            let why = format!("nobody accepts within {CONNECT_TIMEOUT:?}");
+            io::Error::new(io::ErrorKind::TimedOut, why)
+        })??;
+        stream.set_nodelay(true)?;
+        Ok(stream.into_split())
+    }
+}
+
+/// A client of one server.
+#[derive(Debug)]
+pub struct Client<C: Connect = SocketAddr> {
+    server: C,
+    pool: Arc<Pool<C>>,
+}
+
+impl<C: Connect> Client<C> {
+    /// A client of `server`; what it leaves to other tasks belongs to `scope`.
+    pub fn new(server: C, scope: &Scope) -> Self {
+        Self { server, pool: Arc::new(Pool { idle: Mutex::default(), scope: scope.clone() }) }
     }
 
     /// Sends one request and waits for the head of its answer, without a bound of its own on the time.
@@ -174,14 +197,8 @@ impl Client {
         Ok(response)
     }
 
-    async fn connect(&self) -> Result<Box<Connection>, ClientError> {
-        let stream = match timeout(CONNECT_TIMEOUT, dial::connect(self.address)).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return Err(ClientError::Connect(error)),
-            Err(_) => return Err(ClientError::ConnectTimeout),
-        };
-        stream.set_nodelay(true).map_err(ClientError::Connect)?;
-        let (reader, writer) = stream.into_split();
+    async fn connect(&self) -> Result<Box<Connection<C>>, ClientError> {
+        let (reader, writer) = self.server.connect().await.map_err(ClientError::Connect)?;
         let reader = Reader::new(reader, FIRST_READ_BYTES);
         Ok(Box::new(Connection { reader, writer, out: Outgoing::default(), broken: false }))
     }
@@ -189,11 +206,11 @@ impl Client {
 
 /// One connection, wholly its holder's. Boxed, since it passes from hand to hand with each request.
 #[derive(Debug)]
-struct Connection {
-    reader: Reader<OwnedReadHalf>,
-    writer: OwnedWriteHalf,
+struct Connection<C: Connect> {
+    reader: Reader<C::Reader>,
+    writer: C::Writer,
     out: Outgoing,
-    /// The app takes no more of the request.
+    /// The server takes no more of the request.
     broken: bool,
 }
 
@@ -211,7 +228,7 @@ impl From<ClientError> for Failure {
     }
 }
 
-impl Connection {
+impl<C: Connect> Connection<C> {
     /// Sends what has been begun and reads the head of the answer, each as far as the other lets it.
     async fn exchange(&mut self, method: &Method, upgrade: bool) -> Result<ResponseHead, Failure> {
         self.reader.rewind();
@@ -262,7 +279,11 @@ impl Connection {
     }
 
     /// The body of the answer: whole, with the connection back in the pool, or one that owns the connection.
-    async fn body(mut self: Box<Self>, head: &ResponseHead, pool: &Arc<Pool>) -> Result<Body, ClientError> {
+    async fn body(
+        mut self: Box<Self>,
+        head: &ResponseHead,
+        pool: &Arc<Pool<C>>,
+    ) -> Result<Body, ClientError> {
         if let Length::Exactly(small @ 1..=MAX_WHOLE_BYTES) = head.length {
             let small = usize::try_from(small).unwrap_or(usize::MAX);
             self.reader.fill(small, Pacing::Never).await.map_err(ClientError::Body)?;
@@ -281,13 +302,13 @@ impl Connection {
     }
 
     /// Both directions of another protocol.
-    fn tunnel(mut self: Box<Self>, body: Body, pool: &Arc<Pool>) -> Body {
+    fn tunnel(mut self, body: Body, pool: &Arc<Pool<C>>) -> Body {
         self.out.raw(body);
         Body::new(self.answer(Incoming::raw(), false, pool))
     }
 
-    fn answer(self: Box<Self>, incoming: Incoming, keep: bool, pool: &Arc<Pool>) -> Answer {
-        let Self { reader, writer, out, broken } = *self;
+    fn answer(self, incoming: Incoming, keep: bool, pool: &Arc<Pool<C>>) -> Answer<C> {
+        let Self { reader, writer, out, broken } = self;
         let writing = match out.is_done() || broken {
             true => Writing::Done(writer, out),
             // The answer came first. Sending must not depend on somebody reading it, nor outlive it.
@@ -315,15 +336,15 @@ impl From<SendError> for ClientError {
     }
 }
 
-type Sent = (OwnedWriteHalf, Outgoing);
+type Sent<W> = (W, Outgoing);
 
 /// Sends the rest of a request in a task of its own, until it is sent or nobody waits for it any more.
-fn send_on(
+fn send_on<W: AsyncWrite + Unpin + Send + 'static>(
     mut out: Outgoing,
-    mut writer: OwnedWriteHalf,
+    mut writer: W,
     last: bool,
     scope: &Scope,
-) -> oneshot::Receiver<Sent> {
+) -> oneshot::Receiver<Sent<W>> {
     let (mut back, receiver) = oneshot::channel();
     scope.spawn("request body", async move {
         let sent = tokio::select! {
@@ -343,23 +364,23 @@ fn send_on(
 }
 
 #[derive(Debug)]
-enum Writing {
-    Done(OwnedWriteHalf, Outgoing),
-    Elsewhere(oneshot::Receiver<Sent>),
+enum Writing<W> {
+    Done(W, Outgoing),
+    Elsewhere(oneshot::Receiver<Sent<W>>),
 }
 
 /// An answer's body that reads from its connection, and gives that back to the pool after it.
 #[derive(Debug)]
-struct Answer {
+struct Answer<C: Connect> {
     incoming: Incoming,
-    reader: Option<Reader<OwnedReadHalf>>,
-    writing: Option<Writing>,
+    reader: Option<Reader<C::Reader>>,
+    writing: Option<Writing<C::Writer>>,
     keep: bool,
     ended: bool,
-    pool: Arc<Pool>,
+    pool: Arc<Pool<C>>,
 }
 
-impl Answer {
+impl<C: Connect> Answer<C> {
     fn end(&mut self) {
         self.ended = true;
         let (Some(reader), Some(writing)) = (self.reader.take(), self.writing.take()) else { return };
@@ -375,7 +396,7 @@ impl Answer {
     }
 }
 
-impl http_body::Body for Answer {
+impl<C: Connect> http_body::Body for Answer<C> {
     type Data = Bytes;
     type Error = BodyError;
 
@@ -411,21 +432,27 @@ impl http_body::Body for Answer {
 
 /// Connections that wait for a request, the longest idle in front.
 #[derive(Debug)]
-struct Pool {
-    idle: Mutex<Idle>,
+struct Pool<C: Connect> {
+    idle: Mutex<Idle<C>>,
     scope: Scope,
 }
 
-#[derive(Debug, Default)]
-struct Idle {
-    connections: VecDeque<(Instant, Box<Connection>)>,
+#[derive(Debug)]
+struct Idle<C: Connect> {
+    connections: VecDeque<(Instant, Box<Connection<C>>)>,
     /// Whether a task looks after connections that nobody asks for.
     tended: bool,
 }
 
-impl Pool {
-    /// The connection that was used last, if the app has not closed it.
-    async fn take(&self) -> Option<Box<Connection>> {
+impl<C: Connect> Default for Idle<C> {
+    fn default() -> Self {
+        Self { connections: VecDeque::new(), tended: false }
+    }
+}
+
+impl<C: Connect> Pool<C> {
+    /// The connection that was used last, if the server has not closed it.
+    async fn take(&self) -> Option<Box<Connection<C>>> {
         loop {
             let (since, mut connection) = self.idle().connections.pop_back()?;
             if since.elapsed() >= IDLE_TIMEOUT {
@@ -443,7 +470,7 @@ impl Pool {
     }
 
     /// Keeps a connection whose last answer has been read to its end.
-    fn put(self: &Arc<Self>, mut connection: Box<Connection>) {
+    fn put(self: &Arc<Self>, mut connection: Box<Connection<C>>) {
         if !connection.reader.bytes.is_empty() {
             // More than was asked for: an answer too long, or one to a question that nobody put.
             tracing::debug!("bytes after the end of an answer; the connection is closed");
@@ -461,14 +488,14 @@ impl Pool {
         }
     }
 
-    fn idle(&self) -> MutexGuard<'_, Idle> {
+    fn idle(&self) -> MutexGuard<'_, Idle<C>> {
         // Nothing that runs under the lock can panic; if it did, the state would still be whole.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Closes what has been idle too long, until there is nothing left.
-async fn tend(pool: Weak<Pool>, scope: Scope) {
+async fn tend<C: Connect>(pool: Weak<Pool<C>>, scope: Scope) {
     loop {
         tokio::select! {
             () = sleep(IDLE_TIMEOUT) => {}

@@ -19,7 +19,7 @@ mod server;
 
 use std::future::poll_fn;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, Connect};
 pub use decode::BodyError;
 pub use head::HeadError;
 pub use server::{Ended, Unread, serve};

@@ -17,6 +17,10 @@ pub const MAX_HELLO_BYTES: usize = 16 * 1024;
 /// RFC 1035 §2.3.4.
 const MAX_NAME_BYTES: usize = 253;
 const MAX_LABEL_BYTES: usize = 63;
+/// Where HTTP is when its URL names no port.
+const HTTP_PORT: u16 = 80;
+/// The same of HTTPS.
+pub const HTTPS_PORT: u16 = 443;
 
 /// What passes between the app and the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,9 +38,9 @@ pub enum Speech {
 impl Speech {
     fn parse(scheme: &str) -> Option<(Self, Option<u16>)> {
         Some(match scheme {
-            "https" => (Self::Https, Some(443)),
-            "tls" => (Self::Tls, Some(443)),
-            "http" => (Self::Http, Some(80)),
+            "https" => (Self::Https, Some(HTTPS_PORT)),
+            "tls" => (Self::Tls, Some(HTTPS_PORT)),
+            "http" => (Self::Http, Some(HTTP_PORT)),
             "tcp" => (Self::Tcp, None),
             _ => return None,
         })
@@ -157,6 +161,7 @@ pub enum Refusal {
 pub struct AllowList {
     rules: HashMap<(Host, u16, Speech), Arc<str>>,
     named_ports: HashSet<u16>,
+    makes_tls: bool,
 }
 
 /// A call that a rule allows.
@@ -173,9 +178,13 @@ impl AllowList {
     pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
         let mut list = Self::default();
         for Rule { text, speech, host, port } in rules {
-            if matches!(speech, Speech::Tls | Speech::Http) {
+            if speech != Speech::Tcp {
                 list.named_ports.insert(port);
             }
+            if (speech, port) == (Speech::Https, HTTPS_PORT) {
+                list.named_ports.insert(HTTP_PORT);
+            }
+            list.makes_tls |= speech == Speech::Https;
             list.rules.insert((host, port, speech), text);
         }
         list
@@ -184,6 +193,26 @@ impl AllowList {
     /// Whether a client could say a name at this port, in a ClientHello or in a request, that is allowed.
     pub fn may_be_named(&self, port: u16) -> bool {
         self.named_ports.contains(&port)
+    }
+
+    /// Whether a rule has the sidecar make TLS of what the app says.
+    pub fn makes_tls(&self) -> bool {
+        self.makes_tls
+    }
+
+    /// How a request in clear text that was dialled at `port` goes on, and to which port: over TLS where a rule says
+    /// so, from the port of HTTP to that of HTTPS.
+    pub fn decide_request(&self, host: &str, port: u16) -> Result<(Speech, u16), Refusal> {
+        let secured = if port == HTTP_PORT { HTTPS_PORT } else { port };
+        let ways = [(Speech::Https, port), (Speech::Https, secured), (Speech::Http, port)];
+        let mut refusal = Refusal::NotListed;
+        for (speech, port) in ways {
+            match self.decide(speech, host, port) {
+                Ok(_) => return Ok((speech, port)),
+                Err(error) => refusal = error,
+            }
+        }
+        Err(refusal)
     }
 
     /// Whether the app may speak so to this host, which is as its request or ClientHello says it, without
@@ -311,6 +340,27 @@ mod tests {
         assert!(!allows(Speech::Tls, "example.org.evil.net", 8443));
         assert!(allows(Speech::Tcp, "10.0.0.7", 5432) && allows(Speech::Tcp, "[2001:db8:0::1]", 22));
         assert!(allows(Speech::Tcp, "[::ffff:10.0.0.7]", 5432), "the same address");
+    }
+
+    #[test]
+    fn requests_go_over_tls_where_a_rule_says_so() {
+        let rules = list(&[
+            "https://api.example.org",
+            "http://api.example.org",
+            "https://*.example.org:8443",
+            "http://plain.example.org",
+        ]);
+        assert!(rules.makes_tls() && [80, 443, 8443].map(|port| rules.may_be_named(port)) == [true; 3]);
+        let way = |host, port| rules.decide_request(host, port);
+        assert_eq!(way("api.example.org", 80), Ok((Speech::Https, 443)), "TLS before clear text");
+        assert_eq!(way("api.example.org", 443), Ok((Speech::Https, 443)));
+        assert_eq!(way("a.example.org", 8443), Ok((Speech::Https, 8443)));
+        assert_eq!(way("plain.example.org", 80), Ok((Speech::Http, 80)));
+        assert_eq!(way("plain.example.org", 443), Err(Refusal::NotListed));
+        assert_eq!(way("a.example.org", 80), Err(Refusal::NotListed));
+        assert_eq!(way("api.example.org.", 80), Err(Refusal::Form));
+        assert!(list(&["https://api.example.org"]).may_be_named(80));
+        assert!(!list(&["tls://api.example.org"]).makes_tls());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use identity::clock::SharedClock;
 use identity::pem::Followed;
 use identity::{Scope, SpiffeId, SystemClock, TrustDomain};
 use policy::{NoRecorder, Policies, ServicePolicy};
@@ -69,7 +70,7 @@ impl Alone {
         let id = identity.svid.id().clone();
         let trust_domain = id.trust_domain().clone();
         let access = access_log(standalone.access_log.as_ref(), &clock, &scope)?;
-        let config = configure(&standalone, id, &mut succession.listeners)?;
+        let config = configure(&standalone, id, &clock, &mut succession.listeners)?;
         let config = SidecarConfig { access_log: access.clone(), ..config };
         succession.listeners.all_wanted()?;
         let ready = Readiness::Identity(Awaited {
@@ -102,6 +103,7 @@ impl Alone {
 fn configure(
     standalone: &Standalone,
     id: SpiffeId,
+    clock: &SharedClock,
     listeners: &mut Listeners,
 ) -> Result<SidecarConfig, Failure> {
     let mut calls = Vec::new();
@@ -166,7 +168,8 @@ fn configure(
         }
     };
     let named = |(name, call): (&ServiceName, &Outbound)| (name.to_string(), call.addresses.clone());
-    let capture = captured::listen(standalone.capture.as_ref(), standalone.outbound.iter().map(named))?;
+    let capture =
+        captured::listen(standalone.capture.as_ref(), standalone.outbound.iter().map(named), clock)?;
     Ok(SidecarConfig {
         id,
         inbound,

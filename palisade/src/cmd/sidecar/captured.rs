@@ -4,7 +4,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
-use sidecar::capture::{CaptureConfig, CapturedCalls, Egress, InboundListener, OutboundListener};
+use identity::clock::SharedClock;
+use identity::tls::ALPN_HTTP11;
+use sidecar::capture::{
+    CaptureConfig, CapturedCalls, Egress, InboundListener, OutboundListener, OutsideNames,
+};
 use sidecar::traffic::egress::AllowList;
 
 use crate::failure::Failure;
@@ -16,6 +20,7 @@ use crate::mesh::Capture;
 pub(super) fn listen(
     wanted: Option<&Capture>,
     services: impl Iterator<Item = (String, Vec<SocketAddr>)>,
+    clock: &SharedClock,
 ) -> Result<CaptureConfig, Failure> {
     let Some(wanted) = wanted else { return Ok(CaptureConfig::default()) };
     let outbound = wanted.outbound_port.map(|port| -> Result<CapturedCalls, Failure> {
@@ -26,7 +31,7 @@ pub(super) fn listen(
             listener,
             services: services.collect(),
             egress: Egress::List(wanted.egress.clone()),
-            names: AllowList::new(wanted.egress_names.iter().cloned()),
+            names: outside_names(wanted, clock)?,
         })
     });
     let inbound = wanted.inbound_port.map(|port| {
@@ -34,6 +39,21 @@ pub(super) fn listen(
             .map_err(|error| refused("what others dial", "inbound_port", port, &error))
     });
     Ok(CaptureConfig { outbound: outbound.transpose()?, inbound: inbound.transpose()? })
+}
+
+fn outside_names(wanted: &Capture, clock: &SharedClock) -> Result<OutsideNames, Failure> {
+    let allowed = AllowList::new(wanted.egress_names.iter().cloned());
+    if !allowed.makes_tls() {
+        return Ok(OutsideNames { allowed, tls: None });
+    }
+    let authorities = identity::pem::certificates(&wanted.egress_ca).map_err(|error| {
+        Failure::invalid("the authorities of hosts outside the mesh cannot be used")
+            .because(&error)
+            .hint("install ca-certificates, or name a PEM file with egress_ca beside egress")
+    })?;
+    let tls = identity::tls::public_client_config(authorities, &[ALPN_HTTP11], clock)
+        .map_err(|error| Failure::new("TLS for hosts outside the mesh cannot be set up").because(&error))?;
+    Ok(OutsideNames { allowed, tls: Some(tls) })
 }
 
 fn refused(what: &str, key: &str, port: NonZeroU16, error: &io::Error) -> Failure {
