@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 use identity::clock::SharedClock;
 
 use crate::control::Entry;
-use crate::control::{ErrorBody, JoinTokenRequest};
+use crate::control::{ErrorBody, JoinTokenRequest, RollBackRequest, RolledBack};
 use crate::model::{ControlStatus, DecisionQuery, JoinToken, StoredDecision};
 
 /// Longest wait for an answer.
@@ -117,6 +117,14 @@ impl AdminClient {
     /// Replaces all registrations.
     pub async fn replace_entries(&self, entries: &[Entry]) -> Result<(), AdminError> {
         self.call(Method::POST, "/v1/entries", &json(&entries)?).await.map(|_| ())
+    }
+
+    /// Puts the policies of an earlier commit out again, those before the ones of now without a commit; returns their
+    /// epoch.
+    pub async fn roll_back_policies(&self, commit: Option<&str>) -> Result<u64, AdminError> {
+        let request = RollBackRequest { commit: commit.map(str::to_owned) };
+        let answer = self.call(Method::POST, "/v1/policies/roll-back", &json(&request)?).await?;
+        parse::<RolledBack>(&answer).map(|rolled_back| rolled_back.epoch)
     }
 
     async fn get(&self, target: &str) -> Result<Bytes, AdminError> {

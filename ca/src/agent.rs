@@ -29,6 +29,7 @@ mod authority_header;
 mod decisions;
 mod endpoints;
 mod node;
+mod policies;
 mod refusal;
 mod rotation;
 mod upstream;
@@ -38,6 +39,7 @@ use attest::{Attestor, LinuxProcesses};
 use decisions::Queue;
 use endpoints::Endpoints;
 use node::Node;
+use policies::Policies;
 use refusal::Refusals;
 use upstream::Upstream;
 
@@ -182,6 +184,7 @@ impl Agent {
         let (view_sender, view) = watch::channel(None);
         let (svid_sender, svids) = watch::channel(Arc::default());
         let (queue, endpoints) = (Arc::new(Queue::default()), Endpoints::default());
+        let policies = Policies::default();
         let attestor = Attestor::new(Arc::new(LinuxProcesses));
         let local = workload::Local {
             trust_domain: config.trust_domain.clone(),
@@ -189,6 +192,7 @@ impl Agent {
             svids,
             queue: Arc::clone(&queue),
             endpoints: endpoints.clone(),
+            policies: policies.clone(),
             refusals: Arc::new(Refusals::new(
                 config.refusals.clone(),
                 id.clone(),
@@ -235,6 +239,18 @@ impl Agent {
         scope.spawn_critical(
             "endpoints",
             endpoints::exchange(endpoints, Arc::clone(&upstream), Arc::clone(&random), scope.clone()),
+        );
+        scope.spawn_critical(
+            "policies",
+            policies::exchange(policies::Exchange {
+                policies,
+                upstream: Arc::clone(&upstream),
+                source: node.source(),
+                trust_domain: config.trust_domain.clone(),
+                state: config.state.clone(),
+                random: Arc::clone(&random),
+                scope: scope.clone(),
+            }),
         );
         scope.spawn_critical("decisions", decisions::forward(queue, upstream, clock, random, scope.clone()));
         tracing::info!(%id, socket = %config.socket.display(), "agent serves");

@@ -22,7 +22,7 @@ use identity::socket::SocketError;
 use identity::source::IdentityPublisher;
 use identity::svid::SvidError;
 use identity::tls::{self, ClientAuth};
-use identity::{BundleSet, IdentitySource, Scope, SpiffeId, TrustBundle, TrustDomain};
+use identity::{BundleSet, IdentitySource, Scope, SpiffeId, TrustBundle, TrustDomain, X509Svid};
 
 use crate::authority::{Authority, AuthorityError, IssueError, LeafRequest};
 use crate::backoff::Backoff;
@@ -41,12 +41,16 @@ use crate::transport;
 mod admin_api;
 mod endpoints;
 mod limit;
+mod policies;
+mod rollout;
 mod service;
 mod store;
 
 pub use crate::entry::{Entry, Selectors};
-pub(crate) use admin_api::{ErrorBody, JoinTokenRequest};
+pub(crate) use admin_api::{ErrorBody, JoinTokenRequest, RollBackRequest, RolledBack};
 pub(crate) use limit::Limiter;
+pub use policies::{OfferError, PoliciesConfig, PolicyOffer, Replayed, Replayer};
+pub use rollout::{Ring, Rings};
 pub(crate) use service::{
     MAX_DECISION_FIELD_BYTES, MAX_DECISION_JSON_BYTES, MAX_REPORT_BATCH, MAX_SIGN_BATCH,
 };
@@ -102,6 +106,8 @@ pub struct ControlConfig {
     pub passphrase: SecretString,
     /// Decisions stored; above, the oldest are dropped.
     pub decisions_kept: usize,
+    /// Whom it hands policies out to, if it does.
+    pub policies: Option<PoliciesConfig>,
 }
 
 /// Why control did not start.
@@ -238,6 +244,7 @@ struct Inner {
     decisions_kept: u64,
     entries: watch::Sender<Arc<EntrySet>>,
     endpoints: Registry,
+    policies: Option<policies::Policies>,
     nodes: Mutex<HashMap<String, Node>>,
     active: Mutex<HashMap<String, IssuedSvid>>,
     sequence: AtomicU64,
@@ -261,7 +268,7 @@ impl Control {
     /// # Errors
     /// [`ControlError`]; nothing is left running then but tasks of `scope`, which the caller drains.
     pub async fn start(
-        config: ControlConfig,
+        mut config: ControlConfig,
         clock: SharedClock,
         random: SharedRandom,
         scope: &Scope,
@@ -282,12 +289,15 @@ impl Control {
         let (svid_ttl, rotate_after) = (config.svid_ttl, config.rotate_after);
         let (decisions_kept, trust_domain) = (config.decisions_kept as u64, config.trust_domain.clone());
         let generator = Arc::clone(&random);
+        let policies = config.policies.take();
         // argon2id takes its time and memory; so does a database that was not closed in order.
         let (authority, store) =
             tokio::task::spawn_blocking(move || open_state(&config, &generator, started))
                 .await
                 .unwrap_or(Err(ControlError::Stopping))?;
         let nodes = store.nodes()?;
+        let epochs = store.epochs()?;
+        let policies = policies.map(|config| policies::Policies::new(config, epochs, started));
         let active = store.active_issuances(started.as_secs())?;
         let (publisher, own) = IdentitySource::channel();
         let inner = Arc::new(Inner {
@@ -303,6 +313,7 @@ impl Control {
             decisions_kept,
             entries: watch::Sender::new(Arc::new(entries)),
             endpoints: Registry::new(started),
+            policies,
             nodes: Mutex::new(
                 nodes
                     .into_iter()
@@ -321,6 +332,9 @@ impl Control {
         let tls_config = tls::server_config(&inner.own, ClientAuth::Optional, &[tls::ALPN_H2], &clock)
             .map_err(ControlError::Tls)?;
         scope.spawn_critical("endpoints", endpoints::publish(Arc::clone(&inner)));
+        if inner.policies.is_some() {
+            scope.spawn_critical("policies", policies::keep(Arc::clone(&inner)));
+        }
         scope.spawn_critical("control identity", keep_own_identity(Arc::clone(&inner), publisher));
         let connections = transport::accept_tls(listener, tls_config, clock, scope);
         scope.spawn_critical("control service", service::serve(Arc::clone(&inner), connections));
@@ -366,6 +380,7 @@ impl ControlHandle {
                 .collect(),
             nodes: self.0.node_statuses(),
             endpoints: self.0.endpoints.statuses(),
+            policies: self.0.policies.as_ref().map(policies::Policies::status),
             svids,
             counts: Counts {
                 svids_issued: counts.issued,
@@ -496,10 +511,16 @@ impl Inner {
     /// Issues and publishes control's own identity.
     async fn renew_own(&self, publisher: &IdentityPublisher) -> Result<(), OwnIdentityError> {
         let id = entry::control_id(&self.trust_domain).ok_or(IdError::TooLong)?;
+        let svid = self.issue_own(&id, self.svid_ttl, "control").await?;
+        publisher.publish(svid, Arc::new(BundleSet::new([self.authority.bundle().clone()])));
+        Ok(())
+    }
+
+    /// Issues an identity that control itself uses.
+    async fn issue_own(&self, id: &SpiffeId, ttl: Duration, why: &str) -> Result<X509Svid, OwnIdentityError> {
         let key = PendingKey::generate().map_err(OwnIdentityError::Key)?;
         let public_key = key.public()?;
-        let request =
-            LeafRequest { public_key: &public_key, id: &id, dns: &[], ips: &[], ttl: self.svid_ttl };
+        let request = LeafRequest { public_key: &public_key, id, dns: &[], ips: &[], ttl };
         let now = self.clock.now();
         let issued = self.authority.issue(&request, &*self.random, now)?;
         let svid = key.with_certificates(vec![issued.certificate])?;
@@ -507,16 +528,15 @@ impl Inner {
             serial: issued.serial,
             spiffe_id: id.to_string(),
             host: String::new(),
-            why: "control".into(),
+            why: why.into(),
             entry_id: String::new(),
             issued: now.as_secs(),
             not_after: issued.not_after.as_secs(),
         };
         let logged = line.clone();
         self.store.run(move |store| store.log_issuances(&[logged])).await?;
-        publisher.publish(svid, Arc::new(BundleSet::new([self.authority.bundle().clone()])));
         self.remember([line]);
-        Ok(())
+        Ok(svid)
     }
 }
 

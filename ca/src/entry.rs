@@ -24,6 +24,8 @@ pub const MIN_SVID_TTL: Duration = Duration::from_secs(5);
 /// Path under which the mesh's own processes live whose IDs control gives by other means than entries.
 const AGENT_PREFIX: &str = "/palisade/agent/";
 const CONTROL_PATH: &str = "/palisade/control";
+/// Who signs policies: control, by an identity that nobody else is issued.
+pub(crate) const POLICY_PATH: &str = "/palisade/policy";
 
 /// One registration. All its selectors must match (AND); several entries may name one ID.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,7 +107,7 @@ impl Entry {
         if self.id.trust_domain() != trust_domain {
             return Err(EntryError::TrustDomain(id()));
         }
-        if self.id.path() == CONTROL_PATH || self.id.path().starts_with(AGENT_PREFIX) {
+        if [CONTROL_PATH, POLICY_PATH].contains(&self.id.path()) || self.id.path().starts_with(AGENT_PREFIX) {
             return Err(EntryError::Reserved(id()));
         }
         if self.selectors == Selectors::default() {

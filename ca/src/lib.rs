@@ -13,6 +13,7 @@
 //! | [`agent`] | node identity, workload attestation, rotation, the Workload API |
 //! | [`mesh`] | the client with which a workload hands in its decisions |
 //! | [`discovery`] | the client with which a workload says where it serves, and hears where others do |
+//! | [`policies`], [`release`] | the client with which a workload gets its policies, and how they are signed |
 //! | [`model`] | what control tells people and the console |
 //! | [`random`] | randomness as a parameter |
 
@@ -29,7 +30,9 @@ mod keyfile;
 pub mod mesh;
 pub mod model;
 mod pb;
+pub mod policies;
 pub mod random;
+pub mod release;
 mod transport;
 
 use identity::{files as state, hex};

@@ -20,6 +20,9 @@ pub struct ControlStatus {
     pub nodes: Vec<NodeStatus>,
     /// Where workloads serve, as their hosts' agents say.
     pub endpoints: Vec<EndpointStatus>,
+    /// Which policies are in force, where control hands them out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policies: Option<PoliciesStatus>,
     /// SVIDs that have not expired, newest first, at most [`MAX_SVIDS_LISTED`].
     pub svids: Vec<IssuedSvid>,
     /// Totals.
@@ -79,6 +82,75 @@ pub struct EndpointStatus {
     pub address: String,
     /// Whether it takes requests and its host is heard of.
     pub serving: bool,
+}
+
+/// Which policies are in force, and which are on their way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoliciesStatus {
+    /// What everybody has, or is to have.
+    pub in_force: Option<EpochStatus>,
+    /// What is on its way to everybody.
+    pub rolling: Option<RollingStatus>,
+    /// What was taken back last, until something else is offered.
+    pub stopped: Option<StoppedStatus>,
+    /// What is wrong with the repository, or with its newest commit.
+    pub source_problem: Option<String>,
+    /// Who decides by them.
+    pub holders: Vec<HolderStatus>,
+}
+
+/// One version of everybody's policies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochStatus {
+    /// Its number, which only rises.
+    pub epoch: u64,
+    /// The commit that it is from.
+    pub commit: String,
+    /// When it was put out.
+    pub offered: u64,
+}
+
+/// One that is on its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollingStatus {
+    /// Which.
+    pub epoch: EpochStatus,
+    /// The ring that it has come to: `shadow`, or a share in percent.
+    pub ring: String,
+    /// All of its rings.
+    pub rings: Vec<String>,
+    /// Since when it is in that one.
+    pub since: u64,
+}
+
+/// One that was taken back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoppedStatus {
+    /// Which.
+    pub epoch: EpochStatus,
+    /// Why.
+    pub reason: String,
+}
+
+/// A workload that decides by policies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderStatus {
+    /// Its host.
+    pub host: String,
+    /// Its name there.
+    pub name: String,
+    /// Its identity.
+    pub spiffe_id: String,
+    /// Whose policies it has.
+    pub service: String,
+    /// Which are in force there; 0 for none.
+    pub epoch: u64,
+    /// The commit that those are from, if it is known here.
+    pub commit: Option<String>,
+    /// Which are to be.
+    pub wanted: u64,
+    /// Which it did not take, and why.
+    pub refused: Option<String>,
 }
 
 /// One line of the issuance log.

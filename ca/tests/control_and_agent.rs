@@ -38,6 +38,9 @@ use tokio::sync::watch;
 use tonic::Code;
 use tonic::transport::Channel;
 
+#[path = "control_and_agent/policies.rs"]
+mod policies;
+
 /// Far longer than anything here takes: a test that waits this long has failed, and says so.
 const PATIENCE: Duration = Duration::from_secs(60);
 const WEB: &str = "spiffe://bank.example/service/web";
@@ -86,6 +89,7 @@ impl World {
 
     fn control_config(&self, address: SocketAddr, entries: Vec<Entry>) -> ControlConfig {
         ControlConfig {
+            policies: None,
             trust_domain: TrustDomain::new("bank.example").unwrap(),
             listener: listen(address).unwrap(),
             admin_socket: self.path("admin/control.sock"),

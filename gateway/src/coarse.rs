@@ -9,8 +9,7 @@ use http::request::Parts;
 use identity::clock::SharedClock;
 use identity::txn::User;
 use policy::{
-    Attributes, Caller, Layer, ObjectRef, Occasion, Permit, Principal, Receipt, Recorder, ServicePolicy,
-    Verdict,
+    Attributes, Caller, InForce, Layer, ObjectRef, Occasion, Permit, Principal, Receipt, Recorder, Verdict,
 };
 use sidecar::headers::TraceParent;
 
@@ -22,7 +21,7 @@ const OBJECT: &str = "Gateway::Route";
 
 /// The gateway's policy, and what a decision needs besides it.
 pub(crate) struct Coarse {
-    pub policy: Arc<ServicePolicy>,
+    pub policy: InForce,
     pub recorder: Arc<dyn Recorder>,
     pub random: SharedRandom,
     pub clock: SharedClock,
@@ -57,7 +56,7 @@ impl Coarse {
         };
         let object = ObjectRef::new(OBJECT, service);
         let attributes = Attributes::none();
-        let verdict = self.policy.decide_object(&caller, ACTION, &object, &attributes, &occasion);
+        let verdict = self.policy.current().decide_object(&caller, ACTION, &object, &attributes, &occasion);
         match verdict {
             Verdict::Permit(permit) => {
                 let record = permit.record_object(&caller, ACTION, &object, &attributes, &occasion);

@@ -10,7 +10,7 @@ use http::{Request, Response};
 use identity::clock::SharedClock;
 use identity::tls::{ALPN_H2, ALPN_HTTP11, ClientAuth};
 use identity::{IdentitySource, Scope};
-use policy::{Policies, Recorder};
+use policy::{InForce, Recorder};
 use prometheus_client::registry::Registry;
 use sidecar::Body;
 use sidecar::callee::Callee;
@@ -77,9 +77,6 @@ pub enum GatewayError {
     /// The collector of traces cannot be reached by such an address.
     #[error("spans cannot be sent: {0}")]
     Traces(#[from] http::uri::InvalidUri),
-    /// The policies say nothing about the gateway.
-    #[error("the policies have no service named {SERVICE:?}: add services/{SERVICE}/ to them")]
-    NoPolicy,
     /// The session store cannot be used.
     #[error("{0}")]
     Store(#[from] StoreError),
@@ -103,7 +100,7 @@ impl Gateway {
     pub async fn start(
         config: GatewayConfig,
         source: IdentitySource,
-        policies: Arc<Policies>,
+        policy: InForce,
         recorder: Arc<dyn Recorder>,
         clock: SharedClock,
         random: SharedRandom,
@@ -132,8 +129,8 @@ impl Gateway {
             Arc::clone(&random),
             scope.clone(),
         );
-        let policy = Coarse {
-            policy: policies.service(SERVICE).ok_or(GatewayError::NoPolicy)?,
+        let coarse = Coarse {
+            policy,
             recorder: Arc::clone(&recorder),
             random: Arc::clone(&random),
             clock: Arc::clone(&clock),
@@ -162,7 +159,7 @@ impl Gateway {
             issuers: Arc::clone(&issuers),
             sessions: Arc::clone(&sessions),
             routes,
-            policy,
+            policy: coarse,
             requests: Limiter::new(config.requests, Arc::clone(&clock)),
             failures: Limiter::new(config.failed_authentications, Arc::clone(&clock)),
             recorder,

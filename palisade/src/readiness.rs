@@ -2,6 +2,9 @@
 
 use identity::clock::SharedClock;
 use identity::{IdentitySource, SpiffeId};
+use policy::Withheld;
+
+use crate::policies::Current;
 
 /// What is still to come once a verb has been started.
 #[derive(Debug)]
@@ -21,6 +24,8 @@ pub(crate) struct Awaited {
     /// Who gives it, for people: an agent's socket, files.
     pub(crate) giver: String,
     pub(crate) clock: SharedClock,
+    /// The policies that are to come, where control hands them out.
+    pub(crate) policies: Option<Current>,
 }
 
 impl Readiness {
@@ -28,8 +33,19 @@ impl Readiness {
     pub(crate) async fn reached(&self) {
         let Self::Identity(awaited) = self else { return };
         let mut source = awaited.source.clone();
+        let mut policies = awaited.policies.clone();
         while self.missing().is_some() {
-            if !source.changed().await {
+            let policy = async {
+                match &mut policies {
+                    Some(policies) => policies.changed().await.is_ok(),
+                    None => std::future::pending().await,
+                }
+            };
+            let goes_on = tokio::select! {
+                goes_on = source.changed() => goes_on,
+                goes_on = policy => goes_on,
+            };
+            if !goes_on {
                 // The watch is a critical task: its end ends the process, which is not ours to do.
                 std::future::pending::<()>().await;
             }
@@ -38,12 +54,15 @@ impl Readiness {
 
     /// What is missing, in words.
     pub(crate) fn missing(&self) -> Option<String> {
-        let Self::Identity(Awaited { source, id, giver, clock }) = self else { return None };
+        let Self::Identity(Awaited { source, id, giver, clock, policies }) = self else { return None };
         let Some(identity) = source.valid_at(clock.now()) else {
             return Some(format!("no valid identity has come from {giver}"));
         };
         let got = identity.svid.id();
-        let other = id.as_ref().filter(|wanted| *wanted != got)?;
-        Some(format!("{giver} gave {got}, expected {other}"))
+        if let Some(other) = id.as_ref().filter(|wanted| *wanted != got) {
+            return Some(format!("{giver} gave {got}, expected {other}"));
+        }
+        let withheld = policies.as_ref().and_then(|policies| policies.borrow().withheld());
+        (withheld == Some(Withheld::NotReceived)).then(|| format!("no policies have come from {giver}"))
     }
 }

@@ -16,6 +16,7 @@ use crate::credentials::Credentials;
 use crate::failure::Failure;
 use crate::logging;
 use crate::mesh::{self, Mesh, Zone};
+use crate::policies::Current;
 use crate::readiness::{Awaited, Readiness};
 
 /// What a verb works with.
@@ -43,11 +44,6 @@ impl Workload {
         })
     }
 
-    /// The policies that mesh.toml names, all of them right.
-    pub(crate) fn policies(&self) -> Result<Arc<Policies>, Failure> {
-        policies(&self.mesh)
-    }
-
     /// The policy of `service`, in the mode that holds for the mesh.
     pub(crate) fn policy(&self, service: &str) -> Result<Arc<ServicePolicy>, Failure> {
         policy(&self.mesh, service)
@@ -58,10 +54,17 @@ impl Workload {
         identity::workload_api::watch(self.mesh.agent.socket.clone(), Arc::clone(&self.clock), scope)
     }
 
-    /// Ready once the agent has given us `id`, or any identity where the configuration names none.
-    pub(crate) fn identified(&self, source: IdentitySource, id: Option<SpiffeId>) -> Readiness {
+    /// Ready once the agent has given us `id`, or any identity where the configuration names none, and policies where
+    /// they come from it.
+    pub(crate) fn identified(
+        &self,
+        source: IdentitySource,
+        id: Option<SpiffeId>,
+        policies: Option<Current>,
+    ) -> Readiness {
         let giver = format!("the agent at {}", self.mesh.agent.socket.display());
-        Readiness::Identity(Awaited { source, id, giver, clock: Arc::clone(&self.clock) })
+        let clock = Arc::clone(&self.clock);
+        Readiness::Identity(Awaited { source, id, giver, clock, policies })
     }
 
     /// The failure of a verb whose section mesh.toml does not have.

@@ -9,6 +9,7 @@ use identity::{SpiffeId, TrustDomain};
 
 use crate::engine::Engine;
 use crate::explain::{self, Conjunct, Scope};
+use crate::in_force::Withheld;
 use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
@@ -83,11 +84,35 @@ pub struct ServicePolicy {
     mode: Mode,
     /// When audit mode ends by itself, since the Unix epoch.
     audit_until: Option<Duration>,
+    /// For how long it may be in force without being signed anew.
+    max_age: Duration,
+    /// Why it allows nothing, if it does not.
+    withheld: Option<Withheld>,
 }
 
 impl ServicePolicy {
-    pub(crate) fn new(shared: Shared, mode: Mode, audit_until: Option<Duration>) -> Self {
-        Self { shared: Arc::new(shared), mode, audit_until }
+    pub(crate) fn new(shared: Shared, mode: Mode, audit_until: Option<Duration>, max_age: Duration) -> Self {
+        Self { shared: Arc::new(shared), mode, audit_until, max_age, withheld: None }
+    }
+
+    /// For how long it may be in force, from when it was signed, where control hands it out.
+    pub fn max_age(&self) -> Duration {
+        self.max_age
+    }
+
+    /// The same, allowing nothing, in no mode.
+    pub fn withhold(&self, why: Withheld) -> Self {
+        Self { withheld: Some(why), ..self.clone() }
+    }
+
+    /// Why it allows nothing, if it does not.
+    pub fn withheld(&self) -> Option<Withheld> {
+        self.withheld
+    }
+
+    /// What is said instead of a decision, while it is withheld.
+    fn check_withheld(&self) -> Result<(), Refusal> {
+        self.withheld.map_or(Ok(()), |why| Err(Refusal::denied(why.rule(), why.reason())))
     }
 
     pub(crate) fn shared(&self) -> &Shared {
@@ -114,7 +139,7 @@ impl ServicePolicy {
 
     /// The same policy in another mode, for good.
     pub fn with_mode(&self, mode: Mode) -> Self {
-        Self { shared: Arc::clone(&self.shared), mode, audit_until: None }
+        Self { mode, audit_until: None, ..self.clone() }
     }
 
     /// The version of the directory it was loaded from.
@@ -137,6 +162,7 @@ impl ServicePolicy {
     /// # Errors
     /// Anything but the one canonical spelling of a mapped request: malformed (400) or unmapped (403).
     pub fn map(&self, parts: &http::request::Parts) -> Result<Mapped, Refusal> {
+        self.check_withheld()?;
         self.shared.routes.map(parts)
     }
 
@@ -261,6 +287,9 @@ impl ServicePolicy {
             attributes,
             mapped: Some(mapped),
         };
+        if let Err(refusal) = self.check_withheld() {
+            return Verdict::Deny(self.refuse(Some(caller), refusal, occasion));
+        }
         if !self.shared.routes.mapped(mapped) {
             let understood = asked.understood(Vec::new());
             let rule = Rule::Builtin(POLICY_CHANGED.into());
@@ -279,6 +308,9 @@ impl ServicePolicy {
         attributes: &Attributes,
         occasion: &Occasion<'_>,
     ) -> Verdict {
+        if let Err(refusal) = self.check_withheld() {
+            return Verdict::Deny(self.refuse(Some(caller), refusal, occasion));
+        }
         let objects = std::slice::from_ref(object);
         self.judge(&Asked { caller, action, objects, attributes, mapped: None }, occasion)
     }
@@ -288,7 +320,7 @@ impl ServicePolicy {
     /// Only a service whose map says `mapping = "tcp"` takes one at all, in every mode: where policies are
     /// about requests, a connection whose requests nobody reads would go round them.
     pub fn decide_connect(&self, caller: &Caller, port: &str, occasion: &Occasion<'_>) -> Verdict {
-        if self.shared.mapping != Mapping::Tcp {
+        if self.withheld.is_none() && self.shared.mapping != Mapping::Tcp {
             let reason = "the service's map does not say mapping = \"tcp\"";
             let refusal = Refusal::denied("tcp.not_allowed_by_map", reason);
             return Verdict::Deny(self.refuse(Some(caller), refusal, occasion));

@@ -8,6 +8,7 @@ use crate::decide::{ServicePolicy, TRUST_DOMAIN};
 use crate::engine::expr::{Scalar, Value};
 use crate::engine::{Ruling, Values};
 use crate::explain;
+use crate::in_force;
 use crate::map::{Claim, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
 use crate::oracle::Panel;
@@ -118,13 +119,13 @@ fn read(spec: AttributeSpec, value: &AttributeValue) -> Option<Value<'_>> {
 
 impl ServicePolicy {
     pub(crate) fn judge(&self, asked: &Asked<'_>, occasion: &Occasion<'_>) -> Verdict {
-        let Some(entry) = self.permits(asked, occasion.now) else {
-            return self.weigh(asked, occasion, false);
+        let verdict = match self.permits(asked, occasion.now) {
+            Some(_) if self.shared().shadow.is_due(occasion.now) => self.weigh(asked, occasion, true),
+            Some(entry) => Verdict::Permit(Permit::granted(self, entry, occasion.receipt)),
+            None => self.weigh(asked, occasion, false),
         };
-        if self.shared().shadow.is_due(occasion.now) {
-            return self.weigh(asked, occasion, true);
-        }
-        Verdict::Permit(Permit::granted(self, entry, occasion.receipt))
+        in_force::decided(matches!(verdict, Verdict::Deny(_)));
+        verdict
     }
 
     /// The policy that permits the first object, if the engine can say that every object is permitted. Allocates

@@ -2,8 +2,7 @@
 //! any of it decides a request.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
@@ -17,9 +16,11 @@ use crate::map::{self, Map};
 use crate::problem::{Problem, Problems};
 use crate::proto;
 use crate::record::Rule;
+use crate::rings::Rings;
 use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
 use crate::shadow::Shadow;
+use crate::tree::{Found, TextFile, Tree};
 use crate::version::PolicyVersion;
 
 const MESH_SCHEMA: &str = "mesh.cedarschema";
@@ -27,12 +28,12 @@ pub(crate) const SERVICES: &str = "services";
 /// Where a service's tests are, which decide nothing: they are no part of a version.
 pub(crate) const TESTS: &str = "tests";
 const MAP: &str = "map.toml";
+/// How a change reaches everybody, which decides nothing either.
+const RINGS: &str = "rings.toml";
 /// Where the rules above all services' own are.
 pub(crate) const GUARD: &str = "guard";
 /// Within it: what no policies may ever allow, which decides nothing and is proved.
 pub(crate) const INVARIANTS: &str = "invariants";
-/// Largest single file: ten thousand policies take three megabytes.
-const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Most services of one directory.
 const MAX_SERVICES: usize = 1000;
 /// Longest policy id.
@@ -43,6 +44,7 @@ const MAX_ID_BYTES: usize = 100;
 pub struct Policies {
     services: BTreeMap<String, Arc<ServicePolicy>>,
     invariants: Vec<Invariant>,
+    rings: Rings,
     version: PolicyVersion,
 }
 
@@ -55,12 +57,34 @@ impl Policies {
     /// All problems that were found, not only the first. Files that are not known are problems too: a
     /// part that is not understood must not be ignored.
     pub fn load(dir: &Path, trust_domain: &TrustDomain) -> Result<Arc<Self>, Problems> {
+        Self::read(&Tree::on_disk(dir), None, trust_domain)
+    }
+
+    /// The same of files in memory, by their names below the directory. `name` stands before these in problems;
+    /// `commit`, if they are known to be from one, is their version.
+    ///
+    /// # Errors
+    /// As [`Policies::load`].
+    pub fn from_files(
+        files: &BTreeMap<String, Vec<u8>>,
+        name: &Path,
+        commit: Option<&str>,
+        trust_domain: &TrustDomain,
+    ) -> Result<Arc<Self>, Problems> {
+        Self::read(&Tree::in_memory(name, files), commit, trust_domain)
+    }
+
+    fn read(
+        tree: &Tree<'_>,
+        commit: Option<&str>,
+        trust_domain: &TrustDomain,
+    ) -> Result<Arc<Self>, Problems> {
         let mut problems = Problems::default();
-        let files = read_directory(dir, &mut problems);
+        let files = read_directory(tree, &mut problems);
         if !problems.0.is_empty() {
             return Err(problems);
         }
-        let version = PolicyVersion::of(files.all());
+        let version = commit.map_or_else(|| PolicyVersion::of(files.all()), PolicyVersion::of_commit);
         let Some(mesh) = SchemaFile::parse(&files.mesh.path, &files.mesh.text, &mut problems) else {
             return Err(problems);
         };
@@ -80,10 +104,17 @@ impl Policies {
             services.insert(service.name.clone(), Arc::new(policy.1));
         }
         let invariants = load_invariants(&files.invariants, trust_domain, &mut problems);
+        let rings = files.rings.as_ref().map(|file| Rings::parse(&file.path, &file.text, &mut problems));
         if !problems.0.is_empty() {
             return Err(problems);
         }
-        Ok(Arc::new(Self { services, invariants, version }))
+        let rings = rings.flatten().unwrap_or_default();
+        Ok(Arc::new(Self { services, invariants, rings, version }))
+    }
+
+    /// How a change reaches everybody.
+    pub fn rings(&self) -> &Rings {
+        &self.rings
     }
 
     /// What no policies may ever allow.
@@ -107,6 +138,26 @@ impl Policies {
     }
 }
 
+/// Of the files of a policies directory, those that each service's decisions take: the schemas, its map, its policies
+/// and the ones that guard every service. By their names only: what is in them is for [`Policies::from_files`] to say.
+pub fn slices(files: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
+    let mut slices: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
+    for (name, content) in files {
+        if let [SERVICES, service, _] = name.split('/').collect::<Vec<_>>()[..] {
+            slices.entry(service.to_owned()).or_default().insert(name.clone(), content.clone());
+        }
+    }
+    let of_all = files
+        .iter()
+        .filter(|(name, _)| matches!(name.split('/').collect::<Vec<_>>()[..], [MESH_SCHEMA] | [GUARD, _]));
+    for (name, content) in of_all {
+        for slice in slices.values_mut() {
+            slice.insert(name.clone(), content.clone());
+        }
+    }
+    slices
+}
+
 /// Something that no policies may ever allow, written as the `forbid` that nobody has to rely on.
 #[derive(Debug, Clone)]
 pub struct Invariant {
@@ -120,14 +171,6 @@ pub struct Invariant {
     pub policy: cedar_policy::Policy,
 }
 
-/// A file, read once: what was checked is what decides.
-struct TextFile {
-    path: PathBuf,
-    /// Below the policies directory, with `/`.
-    name: String,
-    text: String,
-}
-
 struct ServiceFiles {
     name: String,
     schema: TextFile,
@@ -139,6 +182,7 @@ struct ServiceFiles {
 
 struct Files {
     mesh: TextFile,
+    rings: Option<TextFile>,
     guard: Vec<TextFile>,
     invariants: Vec<TextFile>,
     services: Vec<ServiceFiles>,
@@ -157,35 +201,41 @@ impl Files {
     }
 }
 
-fn read_directory(dir: &Path, problems: &mut Problems) -> Files {
-    for entry in entries(dir, problems) {
+fn read_directory(tree: &Tree<'_>, problems: &mut Problems) -> Files {
+    let dir = tree.root();
+    let mut rings = None;
+    for entry in tree.entries(dir, problems) {
         let known = match entry.name.as_str() {
             MESH_SCHEMA => !entry.is_dir,
+            RINGS if !entry.is_dir => {
+                rings = Some(tree.read(&entry.path, problems));
+                true
+            }
             SERVICES | GUARD => entry.is_dir,
             _ => false,
         };
         if !known {
             problems.push(Problem::file(&entry.path, "not a part of a policies directory that this version knows").hint(
-                format!("known are {MESH_SCHEMA}, {GUARD}/ and {SERVICES}/; files that begin with a dot or end in .md are not read"),
+                format!("known are {MESH_SCHEMA}, {RINGS}, {GUARD}/ and {SERVICES}/; files that begin with a dot or end in .md are not read"),
             ));
         }
     }
     // An unreadable directory is said once, not once a file.
     let readable = problems.0.is_empty();
-    let mesh = if readable { read_file(dir, &dir.join(MESH_SCHEMA), problems) } else { empty_file(dir) };
+    let mesh = if readable { tree.read(&dir.join(MESH_SCHEMA), problems) } else { empty_file(dir) };
     let (mut services, mut guard, mut invariants) = (Vec::new(), Vec::new(), Vec::new());
-    if readable && dir.join(GUARD).is_dir() {
-        guard = read_policies(dir, &dir.join(GUARD), Some(INVARIANTS), problems);
+    if readable && tree.is_dir(&dir.join(GUARD)) {
+        guard = read_policies(tree, &dir.join(GUARD), Some(INVARIANTS), problems);
         let within = dir.join(GUARD).join(INVARIANTS);
-        if within.is_dir() {
-            invariants = read_policies(dir, &within, None, problems);
+        if tree.is_dir(&within) {
+            invariants = read_policies(tree, &within, None, problems);
         }
     }
     if readable {
         let directory = dir.join(SERVICES);
-        for entry in entries(&directory, problems) {
+        for entry in tree.entries(&directory, problems) {
             if entry.is_dir && is_service_name(&entry.name) {
-                services.extend(read_service(dir, &entry, problems));
+                services.extend(read_service(tree, &entry, problems));
             } else {
                 problems.push(
                     Problem::file(&entry.path, "not a service's directory")
@@ -201,13 +251,18 @@ fn read_directory(dir: &Path, problems: &mut Problems) -> Files {
             problems.push(Problem::file(&directory, format!("more than {MAX_SERVICES} services")));
         }
     }
-    Files { mesh, guard, invariants, services }
+    Files { mesh, rings, guard, invariants, services }
 }
 
 /// The `*.cedar` files of a directory that holds nothing else, but for one directory.
-fn read_policies(root: &Path, dir: &Path, directory: Option<&str>, problems: &mut Problems) -> Vec<TextFile> {
+fn read_policies(
+    tree: &Tree<'_>,
+    dir: &Path,
+    directory: Option<&str>,
+    problems: &mut Problems,
+) -> Vec<TextFile> {
     let mut files = Vec::new();
-    for entry in entries(dir, problems) {
+    for entry in tree.entries(dir, problems) {
         if entry.is_dir && Some(entry.name.as_str()) == directory {
             continue;
         }
@@ -217,7 +272,7 @@ fn read_policies(root: &Path, dir: &Path, directory: Option<&str>, problems: &mu
             problems.push(problem.hint(format!("known here are *.cedar{known}")));
             continue;
         }
-        files.push(read_file(root, &entry.path, problems));
+        files.push(tree.read(&entry.path, problems));
     }
     files
 }
@@ -263,16 +318,16 @@ fn is_service_name(name: &str) -> bool {
     name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') && !name.starts_with('-')
 }
 
-fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
+fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
     let (mut schemas, mut maps, mut policies, mut protos) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for entry in entries(&service.path, problems) {
+    for entry in tree.entries(&service.path, problems) {
         let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match (entry.is_dir, extension) {
-            (false, "cedarschema") => schemas.push(read_file(root, &entry.path, problems)),
-            (false, "cedar") => policies.push(read_file(root, &entry.path, problems)),
-            (false, "proto") => protos.push(read_file(root, &entry.path, problems)),
+            (false, "cedarschema") => schemas.push(tree.read(&entry.path, problems)),
+            (false, "cedar") => policies.push(tree.read(&entry.path, problems)),
+            (false, "proto") => protos.push(tree.read(&entry.path, problems)),
             (true, _) if entry.name == TESTS => {}
-            (false, _) if entry.name == MAP => maps.push(read_file(root, &entry.path, problems)),
+            (false, _) if entry.name == MAP => maps.push(tree.read(&entry.path, problems)),
             _ => problems.push(
                 Problem::file(&entry.path, "not a file of a service that this version knows")
                     .hint(format!("known are *.cedarschema, *.cedar, *.proto, {MAP} and {TESTS}/")),
@@ -304,50 +359,6 @@ fn read_service(root: &Path, service: &Found, problems: &mut Problems) -> Option
     })
 }
 
-struct Found {
-    path: PathBuf,
-    name: String,
-    is_dir: bool,
-}
-
-/// What a directory holds, by name, without hidden files and Markdown.
-fn entries(dir: &Path, problems: &mut Problems) -> Vec<Found> {
-    let mut found = Vec::new();
-    let listing = fs::read_dir(dir).and_then(|listing| listing.collect::<Result<Vec<_>, _>>());
-    match listing {
-        Ok(listing) => {
-            for entry in listing {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                if name.starts_with('.') || name.to_ascii_lowercase().ends_with(".md") {
-                    continue;
-                }
-                let path = entry.path();
-                found.push(Found { is_dir: path.is_dir(), path, name });
-            }
-        }
-        Err(error) => problems.push(Problem::file(dir, format!("cannot be read: {error}"))),
-    }
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    found
-}
-
-fn read_file(root: &Path, path: &Path, problems: &mut Problems) -> TextFile {
-    let relative = path.strip_prefix(root).unwrap_or(path);
-    let name = relative.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
-    let size = fs::metadata(path).map(|data| data.len());
-    let text = match size {
-        Ok(size) if size > MAX_FILE_BYTES => Err(format!("larger than {MAX_FILE_BYTES} bytes")),
-        _ => fs::read(path).map_err(|error| format!("cannot be read: {error}")),
-    };
-    let text =
-        text.and_then(|bytes| String::from_utf8(bytes).map_err(|error| format!("is not UTF-8: {error}")));
-    let text = text.unwrap_or_else(|message| {
-        problems.push(Problem::file(path, message));
-        String::new()
-    });
-    TextFile { path: path.to_owned(), name, text }
-}
-
 fn empty_file(path: &Path) -> TextFile {
     TextFile { path: path.to_owned(), name: String::new(), text: String::new() }
 }
@@ -377,10 +388,10 @@ fn load_service(
     let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
     let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
-    let (mode, audit_until) = (map.mode, map.audit_until);
+    let (mode, audit_until, max_age) = (map.mode, map.audit_until, map.max_age);
     let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
     let shared = Shared { unmapped, ..shared };
-    Some((namespace, ServicePolicy::new(shared, mode, audit_until)))
+    Some((namespace, ServicePolicy::new(shared, mode, audit_until, max_age)))
 }
 
 /// What the service's `.proto` files say, if it has some.

@@ -1,7 +1,7 @@
 //! `map.toml`: which requests mean which action on which object. What is not in it is denied.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use crate::problem::{Problem, Problems, suggest};
 use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
+use crate::rings::duration;
 use crate::schema::{ObjectType, ServiceSchema};
 use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_field_path, is_name};
 
@@ -112,14 +113,33 @@ pub const CONNECT_ACTION: &str = "Connect";
 /// The type of the object that a connection is opened to; its id is the port's name.
 pub const PORT_TYPE: &str = "Port";
 
+/// Control signs anew every hour; after a day without it no identity is valid any more either.
+const DEFAULT_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+const MAX_AGES: RangeInclusive<Duration> =
+    Duration::from_secs(2 * 3600)..=Duration::from_secs(30 * 24 * 3600);
+
 /// A parsed map.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Map {
     pub(crate) mode: Mode,
     /// When audit mode ends, since the Unix epoch.
     pub(crate) audit_until: Option<Duration>,
+    /// For how long it may be in force without being signed anew.
+    pub(crate) max_age: Duration,
     pub(crate) mapping: Mapping,
     pub(crate) routes: Vec<Route>,
+}
+
+impl Default for Map {
+    fn default() -> Self {
+        Self {
+            mode: Mode::default(),
+            audit_until: None,
+            max_age: DEFAULT_MAX_AGE,
+            mapping: Mapping::default(),
+            routes: Vec::new(),
+        }
+    }
 }
 
 /// A value of the file and where it stands.
@@ -185,9 +205,14 @@ impl Reader<'_> {
                     map.audit_until = self.date(value);
                     until = Some(value.span());
                 }
+                "max_age" => map.max_age = self.max_age(value),
                 "mapping" => mapping = Some((self.mapping(value), value.span())),
                 "route" => drafts = self.drafts(value),
-                other => self.unknown_key(other, key.span(), &["mode", "audit_until", "mapping", "route"]),
+                other => self.unknown_key(
+                    other,
+                    key.span(),
+                    &["mode", "audit_until", "max_age", "mapping", "route"],
+                ),
             }
         }
         if let (Some(span), Mode::Enforce) = (until, map.mode) {
@@ -248,6 +273,15 @@ impl Reader<'_> {
                 Mode::Enforce
             }
         }
+    }
+
+    /// A time that control is sure to sign within, and not so long that nobody would notice.
+    fn max_age(&mut self, value: &Spanned<DeValue<'_>>) -> Duration {
+        let read = value.get_ref().as_str().and_then(duration).filter(|age| MAX_AGES.contains(age));
+        read.unwrap_or_else(|| {
+            self.say(value.span(), "`max_age` is a time from 2h to 30d").hint("max_age = \"24h\"");
+            DEFAULT_MAX_AGE
+        })
     }
 
     /// Midnight UTC at the beginning of a day.

@@ -23,6 +23,11 @@ impl PolicyVersion {
         Self(hex::encode(hash.finish().as_ref().get(..VERSION_BYTES).unwrap_or_default()))
     }
 
+    /// That of a commit, by its hash.
+    pub(crate) fn of_commit(hash: &str) -> Self {
+        Self(hash.chars().take(2 * VERSION_BYTES).collect())
+    }
+
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0

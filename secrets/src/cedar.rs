@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use policy::{
-    Attributes, Caller, Layer, ObjectRef, Occasion, Principal, Receipt, Recorder, ServicePolicy, Verdict,
+    Attributes, Caller, InForce, Layer, ObjectRef, Occasion, Principal, Receipt, Recorder, Verdict,
 };
 
 use crate::authorize::{AccessRequest, Authorizer, Denial, Grant};
@@ -14,13 +14,13 @@ const OBJECT_TYPE: &str = "Vault::Secret";
 
 /// Asks the vault's [`ServicePolicy`] and hands every decision to a [`Recorder`].
 pub(crate) struct CedarAuthorizer {
-    policy: Arc<ServicePolicy>,
+    policy: InForce,
     recorder: Arc<dyn Recorder>,
     random: SharedRandom,
 }
 
 impl CedarAuthorizer {
-    pub(crate) fn new(policy: Arc<ServicePolicy>, recorder: Arc<dyn Recorder>, random: SharedRandom) -> Self {
+    pub(crate) fn new(policy: InForce, recorder: Arc<dyn Recorder>, random: SharedRandom) -> Self {
         Self { policy, recorder, random }
     }
 }
@@ -51,7 +51,7 @@ impl Authorizer for CedarAuthorizer {
         let object = ObjectRef::new(OBJECT_TYPE, &request.target.object_id());
         let action = request.action.name();
         let attributes = Attributes::none();
-        match self.policy.decide_object(&caller, action, &object, &attributes, &occasion) {
+        match self.policy.current().decide_object(&caller, action, &object, &attributes, &occasion) {
             Verdict::Permit(permit) => {
                 let record = permit.record_object(&caller, action, &object, &attributes, &occasion);
                 self.recorder.record(record);

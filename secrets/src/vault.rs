@@ -62,11 +62,6 @@ pub enum VaultError {
     /// The TLS configuration cannot be made.
     #[error("the vault's TLS configuration cannot be made")]
     Tls(#[source] rustls::Error),
-    /// There is no policy for the vault: nobody could be permitted anything.
-    #[error(
-        "there is no policy for the service \"{POLICY_SERVICE}\"; add services/{POLICY_SERVICE} to the policies"
-    )]
-    NoPolicy,
     /// State, audit file or seal.
     #[error(transparent)]
     Core(#[from] CoreError),
@@ -102,17 +97,16 @@ impl Vault {
     /// decision goes to `recorder`.
     ///
     /// # Errors
-    /// No policy for the vault, and what [`Vault::start_with`] says.
+    /// What [`Vault::start_with`] says.
     pub async fn start(
         config: VaultConfig,
         source: IdentitySource,
-        policies: Arc<policy::Policies>,
+        policy: policy::InForce,
         recorder: Arc<dyn policy::Recorder>,
         clock: SharedClock,
         random: SharedRandom,
         scope: &Scope,
     ) -> Result<Self, VaultError> {
-        let policy = policies.service(POLICY_SERVICE).ok_or(VaultError::NoPolicy)?;
         let authorizer = Arc::new(CedarAuthorizer::new(policy, recorder, random.clone()));
         Self::start_with(config, source, authorizer, clock, random, scope).await
     }

@@ -74,7 +74,7 @@ impl World {
         let vault = Vault::start(
             config,
             self.authority.source("/palisade/vault"),
-            Arc::clone(&self.policies),
+            self.policies.service("vault").unwrap().into(),
             recorder.clone(),
             Arc::clone(&self.clock),
             Arc::new(ring::rand::SystemRandom::new()),

@@ -24,6 +24,7 @@ use super::attest::{AttestError, Attestor, Process, Unattested};
 use super::authority_header::AnyAuthority;
 use super::decisions::Queue;
 use super::endpoints::Endpoints;
+use super::policies::Policies;
 use super::refusal::{RefusalReason, Refusals};
 use super::rotation::Svids;
 use super::upstream::HostView;
@@ -58,6 +59,7 @@ pub(super) struct Local {
     pub(super) svids: watch::Receiver<Arc<Svids>>,
     pub(super) queue: Arc<Queue>,
     pub(super) endpoints: Endpoints,
+    pub(super) policies: Policies,
     pub(super) refusals: Arc<Refusals>,
     pub(super) clock: SharedClock,
     pub(super) scope: Scope,
@@ -455,6 +457,7 @@ impl<M: Make> Feed<M> {
 const REPORT: &str = "Mesh.Report";
 const ANNOUNCE: &str = "Mesh.Announce";
 const ENDPOINTS: &str = "Mesh.Endpoints";
+const POLICIES: &str = "Mesh.Policies";
 
 /// The mesh service.
 #[derive(Debug)]
@@ -526,6 +529,17 @@ impl Mesh for MeshService {
         let wanted: Result<BTreeSet<SpiffeId>, _> = wanted.iter().map(|id| SpiffeId::new(id)).collect();
         let wanted = wanted.map_err(|error| Status::invalid_argument(error.to_string()))?;
         Ok(Response::new(Box::pin(self.0.endpoints.of(wanted, self.0.scope.clone()))))
+    }
+
+    type PoliciesStream = ResponseStream<pb::PoliciesResponse>;
+
+    async fn policies(
+        &self,
+        request: Request<Streaming<pb::PoliciesRequest>>,
+    ) -> Result<Response<Self::PoliciesStream>, Status> {
+        let id = self.caller(POLICIES, &request)?;
+        let held = self.0.policies.hold(id, request.into_inner(), self.0.scope.clone());
+        Ok(Response::new(Box::pin(held)))
     }
 }
 

@@ -47,6 +47,7 @@ fn local() -> Local {
     let queue: Arc<Queue> = Arc::default();
     let recorder = Some(Arc::new(Numbering::default()) as _);
     Local {
+        policies: Policies::default(),
         trust_domain: domain,
         view: watch::channel(Some(Arc::new(view))).1,
         svids: watch::channel(Arc::default()).1,

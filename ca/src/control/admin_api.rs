@@ -12,7 +12,7 @@ use identity::socket;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
-use super::{ControlError, ControlHandle, Entry, JoinTokenError, StoreError};
+use super::{ControlError, ControlHandle, Entry, JoinTokenError, OfferError, StoreError};
 use crate::model::DecisionQuery;
 use crate::state;
 
@@ -27,6 +27,19 @@ const MAX_BODY_BYTES: usize = 64 * 1024 * 1024;
 pub(crate) struct JoinTokenRequest {
     pub(crate) host: String,
     pub(crate) ttl_seconds: u64,
+}
+
+/// What is asked for with [`crate::admin::AdminClient::roll_back_policies`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RollBackRequest {
+    pub(crate) commit: Option<String>,
+}
+
+/// Its answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct RolledBack {
+    pub(crate) epoch: u64,
 }
 
 /// Every error's body.
@@ -55,6 +68,7 @@ pub(super) async fn serve(control: ControlHandle, listener: UnixListener, path: 
         .route("/v1/decisions/{receipt}", get(decision))
         .route("/v1/bundle", get(bundle))
         .route("/v1/entries", post(replace_entries))
+        .route("/v1/policies/roll-back", post(roll_back))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(control);
     let outcome =
@@ -110,6 +124,18 @@ async fn replace_entries(State(control): State<ControlHandle>, body: axum::body:
     match control.replace_entries(entries) {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+    }
+}
+
+async fn roll_back(State(control): State<ControlHandle>, body: axum::body::Bytes) -> Response {
+    let request: RollBackRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error),
+    };
+    match control.roll_back_policies(request.commit.as_deref()).await {
+        Ok(epoch) => axum::Json(RolledBack { epoch }).into_response(),
+        Err(error @ OfferError::Store(_)) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &error),
+        Err(error) => refuse(StatusCode::CONFLICT, &error),
     }
 }
 

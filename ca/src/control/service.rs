@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use identity::{Peer, SpiffeId};
 
 use super::endpoints::Announcing;
+use super::policies::{self, Holding};
 use super::store::{NodeRecord, Redeemed, StoreError};
 use super::{Inner, NODE_SVID_TTL, Node};
 use crate::authority::{IssueError, Issued, LeafRequest};
@@ -325,6 +326,28 @@ impl Service for ControlService {
         });
         Ok(Response::new(Box::pin(stream)))
     }
+
+    type PoliciesStream = Pin<Box<dyn Stream<Item = Result<pb::PoliciesResponse, Status>> + Send>>;
+
+    async fn policies(
+        &self,
+        request: Request<Streaming<pb::PoliciesRequest>>,
+    ) -> Result<Response<Self::PoliciesStream>, Status> {
+        let agent = self.agent(&request)?;
+        let stream = Holding::open(Arc::clone(&self.0), agent.host, request.into_inner())?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    type ContentsStream = Pin<Box<dyn Stream<Item = Result<pb::ContentsResponse, Status>> + Send>>;
+
+    async fn contents(
+        &self,
+        request: Request<pb::ContentsRequest>,
+    ) -> Result<Response<Self::ContentsStream>, Status> {
+        self.agent(&request)?;
+        let digests = request.into_inner().digests;
+        Ok(Response::new(Box::pin(policies::contents(&self.0, digests).await?)))
+    }
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
@@ -439,7 +462,7 @@ fn not_issued(error: IssueError) -> Status {
     }
 }
 
-fn not_stored(error: StoreError) -> Status {
+pub(super) fn not_stored(error: StoreError) -> Status {
     tracing::error!(error = &error as &dyn std::error::Error, "the database failed");
     Status::unavailable("control's database failed")
 }

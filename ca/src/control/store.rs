@@ -3,6 +3,7 @@
 //! One redb file. Every change is one transaction; a crash leaves the last committed one. The methods
 //! block on the disk: [`Store::run`] takes them off the async threads.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +14,9 @@ use redb::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::rollout::Epoch;
 use crate::model::{DecisionQuery, IssuedSvid, StoredDecision};
+use crate::release::Manifest;
 
 /// Name of the file in the state directory.
 pub(crate) const FILE_NAME: &str = "control.redb";
@@ -38,6 +41,15 @@ const DECISIONS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("decisio
 /// (receipt, reporter) → running number.
 const RECEIPTS: TableDefinition<'_, (&str, &str), u64> = TableDefinition::new("receipts");
 
+/// Number → JSON of [`Epoch`].
+const EPOCHS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("policy_epochs");
+/// SHA-256 → the files of policies, and their manifests.
+const CONTENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("policy_contents");
+
+/// Epochs of policies kept, to be gone back to.
+const MAX_EPOCHS: u64 = 100;
+
+const POLICY_HEAD: &str = "policy_head";
 const ROOT_FINGERPRINT: &str = "root_sha256";
 const NEXT_ISSUANCE: &str = "next_issuance";
 const NEXT_DECISION: &str = "next_decision";
@@ -56,6 +68,9 @@ pub enum StoreError {
     /// A record is not what was written.
     #[error("a record in the database is damaged")]
     Record(#[source] serde_json::Error),
+    /// Contents are not what their digest says.
+    #[error("a file of policies in the database is damaged")]
+    Damaged,
     /// [`MAX_JOIN_TOKENS`] are open.
     #[error("{MAX_JOIN_TOKENS} join tokens are open already")]
     TooManyTokens,
@@ -136,6 +151,8 @@ impl Store {
         write.open_table(ISSUANCES)?;
         write.open_table(DECISIONS)?;
         write.open_table(RECEIPTS)?;
+        write.open_table(EPOCHS)?;
+        write.open_table(CONTENTS)?;
         write.commit()?;
         Ok(store)
     }
@@ -339,6 +356,72 @@ impl Store {
         let Some(number) = first else { return Ok(None) };
         let found = read.open_table(DECISIONS)?.get(number)?;
         found.map(|bytes| decode(bytes.value())).transpose()
+    }
+
+    /// All epochs of policies that are kept, in ascending order.
+    pub(crate) fn epochs(&self) -> Result<Vec<Epoch>, StoreError> {
+        let read = self.0.begin_read()?;
+        read.open_table(EPOCHS)?.iter()?.map(|row| decode(row?.1.value())).collect()
+    }
+
+    /// Writes epochs, new and changed ones, with contents that they name. What no epoch names any more is forgotten.
+    pub(crate) fn put_epochs(
+        &self,
+        epochs: &[Epoch],
+        contents: &[(String, Vec<u8>)],
+        head: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let write = self.0.begin_write()?;
+        {
+            let mut rows = write.open_table(EPOCHS)?;
+            let mut stored = write.open_table(CONTENTS)?;
+            for epoch in epochs {
+                rows.insert(epoch.epoch, encode(epoch)?.as_slice())?;
+            }
+            for (digest, bytes) in contents {
+                stored.insert(digest.as_str(), bytes.as_slice())?;
+            }
+            let full = rows.len()? > MAX_EPOCHS;
+            while rows.len()? > MAX_EPOCHS {
+                rows.pop_first()?;
+            }
+            if full {
+                let mut named = HashSet::new();
+                for row in rows.iter()? {
+                    for manifest in decode::<Epoch>(row?.1.value())?.services.into_values() {
+                        if let Some(text) = stored.get(manifest.as_str())? {
+                            let manifest = Manifest::parse(text.value()).map_err(|_| StoreError::Damaged)?;
+                            named.extend(manifest.files().map(|(_, digest)| digest.to_owned()));
+                        }
+                        named.insert(manifest);
+                    }
+                }
+                stored.retain(|digest, _| named.contains(digest))?;
+            }
+            if let Some(head) = head {
+                write.open_table(META)?.insert(POLICY_HEAD, head)?;
+            }
+        }
+        Ok(write.commit()?)
+    }
+
+    /// The commit that was offered last.
+    pub(crate) fn policy_head(&self) -> Result<Option<String>, StoreError> {
+        let read = self.0.begin_read()?;
+        Ok(read.open_table(META)?.get(POLICY_HEAD)?.map(|text| text.value().to_owned()))
+    }
+
+    /// The contents with these digests; those that are not there are left out.
+    pub(crate) fn contents(&self, digests: &[String]) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let read = self.0.begin_read()?;
+        let table = read.open_table(CONTENTS)?;
+        let mut found = Vec::with_capacity(digests.len());
+        for digest in digests {
+            if let Some(bytes) = table.get(digest.as_str())? {
+                found.push((digest.clone(), bytes.value().to_vec()));
+            }
+        }
+        Ok(found)
     }
 
     /// Totals.

@@ -341,18 +341,10 @@ impl Site {
             cookie: SESSION_COOKIE.into(),
             traces: self.traces.clone(),
         };
-        let policies = policies(&state.join("policies"));
-        Gateway::start(
-            config,
-            gateway_source,
-            policies,
-            recorder.clone(),
-            Arc::clone(&clock),
-            random,
-            &scope,
-        )
-        .await
-        .unwrap();
+        let policy = policies(&state.join("policies")).service("gateway").unwrap().into();
+        Gateway::start(config, gateway_source, policy, recorder.clone(), Arc::clone(&clock), random, &scope)
+            .await
+            .unwrap();
         let http = HttpsClient::new(trust.clone(), &clock).unwrap();
         let copies = tokio::sync::Mutex::new(copies);
         Bench { site: self, gateway, issuer, recorder, http, trust, copies, scope }

@@ -1,5 +1,7 @@
 //! `palisade control`: the certificate authority, registrations, decisions, and the console.
 
+mod following;
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
@@ -49,6 +51,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         entries: entries(mesh),
         passphrase,
         decisions_kept: DECISIONS_KEPT,
+        policies: following::config(mesh),
     };
     serve::run("control", DRAIN, async |scope| {
         let control = Control::start(config, Arc::clone(&workload.clock), SystemRandom::shared(), &scope)
@@ -58,6 +61,11 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
             Some(token) => token,
             None => console_token(&mesh.control.state, &workload.random)?,
         };
+        if let Some(source) = &mesh.policy {
+            let (handle, clock) = (control.handle(), Arc::clone(&workload.clock));
+            let trust_domain = mesh.mesh.trust_domain.clone();
+            following::follow(source.clone(), &mesh.control.state, trust_domain, handle, clock, &scope);
+        }
         let model = Arc::new(Model::new(control.handle()));
         let router = console::router_with_clock(model, token, Arc::clone(&workload.clock));
         serve_console(console_listener, router, &scope)?;

@@ -10,6 +10,7 @@ use gateway::config::{
 use gateway::gateway::SERVICE;
 use gateway::{Gateway, GatewayConfig, Trust};
 use identity::IdentitySource;
+use policy::InForce;
 use sidecar::traffic::config::Traffic;
 
 use crate::Global;
@@ -19,8 +20,9 @@ use crate::discovery::Discovery;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::{self, Mesh, Own};
+use crate::policies;
 use crate::serve::{self, Started};
-use crate::workload::{Workload, no_policy, not_started};
+use crate::workload::{Workload, not_started};
 
 /// How long requests under way may go on once the gateway is asked to end: as long as a service's own.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -46,10 +48,7 @@ const ALGORITHMS: [Algorithm; 6] = [
 pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let gateway = workload.mesh.gateway.as_ref().ok_or_else(|| workload.no_section("gateway"))?;
-    let policies = workload.policies()?;
-    if policies.service(SERVICE).is_none() {
-        return Err(no_policy(&workload.mesh.mesh.policies, SERVICE));
-    }
+    let at_start = policies::at_start(&workload, SERVICE)?;
     let listen = listen::tcp("the gateway", "[gateway] listen", gateway.listen)?;
     let client_secret = workload.credentials.text(Credential::OidcClientSecret)?;
     let seal_key =
@@ -94,11 +93,17 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         discovery.follow(&workload, &scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Gateway));
-        let gateway = Gateway::start(config, source, policies, recorder, clock, random, &scope)
+        let in_force = InForce::from(Arc::clone(&at_start));
+        let current = policies::follow(&workload, SERVICE, &source, at_start, policies::any, &scope);
+        let id = workload.mesh.own_id(Own::Gateway);
+        let ready = workload.identified(source.clone(), id, current.clone());
+        let gateway = Gateway::start(config, source, in_force.clone(), recorder, clock, random, &scope)
             .await
             .map_err(|error| not_started("the gateway", &error))?;
-        Ok(Started::new(gateway).ready_when(ready))
+        let (replaced, mesh) = (in_force.clone(), workload.mesh.clone());
+        policies::apply(current, move |policy| replaced.replace(policy), &scope);
+        let reload = move || policies::reload(&mesh, SERVICE, |policy| in_force.replace(policy));
+        Ok(Started::new(gateway).ready_when(ready).reloaded_by(reload))
     })
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     serve::run("idp", DRAIN, async |scope| {
         let source = workload.identity(&scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Idp));
+        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Idp), None);
         let idp = Idp::start(config, source, clock, random, &scope).await.map_err(|error| {
             let failure = not_started("the provider", &error);
             match error {

@@ -2,6 +2,7 @@
 
 mod diff;
 mod proofs;
+mod rollout;
 mod suggest;
 
 use std::path::{Path, PathBuf};
@@ -56,6 +57,11 @@ enum What {
     Diff(diff::Args),
     /// Print the least policies that would allow what audit mode let through, and tests of them; both are tried first.
     Suggest(suggest::Args),
+    /// Wait until a commit is in force everywhere, where control hands policies out. Exit code 1 if it is refused, taken
+    /// back, or too slow.
+    Wait(rollout::WaitArgs),
+    /// Put the policies of an earlier commit in force again, everywhere and at once, where control hands policies out.
+    RollBack(rollout::RollBackArgs),
     /// Print who may do what to which kind of object, and by which policies: a table to commit, so that a review sees
     /// what a change opens.
     Matrix {
@@ -71,6 +77,8 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
         What::Check { json } => check(&mesh, *json, printer),
         What::Diff(args) => diff::run(args, &mesh, global, printer),
         What::Suggest(args) => suggest::run(args, &mesh, global, printer),
+        What::Wait(args) => rollout::wait(args, global, printer),
+        What::RollBack(args) => rollout::roll_back(args, global, printer),
         What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
         What::Fmt { check } => fmt(&mesh, *check, printer),
         What::Matrix { json } => matrix(&mesh, *json, printer),

@@ -28,10 +28,11 @@ use crate::discovery::{self, Discovery};
 use crate::failure::{Exit, Failure};
 use crate::listen::Listeners;
 use crate::mesh::{self, AppProtocol, Callee, Hbone, Mesh, Own, Service, ServiceName};
+use crate::policies;
 use crate::printer::Printer;
 use crate::rlimits;
 use crate::serve::{self, Started};
-use crate::workload::{self, Workload, not_started};
+use crate::workload::{Workload, not_started};
 use alone::Alone;
 use succession::Succession;
 
@@ -139,7 +140,7 @@ impl OfMesh {
     fn read(name: &str, global: &Global) -> Result<(Workload, Arc<ServicePolicy>), Failure> {
         let workload = Workload::begin(global)?;
         service(&workload.mesh, name)?;
-        let policy = workload.policy(name)?;
+        let policy = policies::at_start(&workload, name)?;
         Ok((workload, policy))
     }
 
@@ -167,7 +168,14 @@ impl OfMesh {
         let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh), &clock)?;
         let traces = workload.mesh.traces.clone();
         let config = SidecarConfig { access_log, traces, capture, ..config };
-        let ready = workload.identified(source.clone(), Some(config.id.clone()));
+        let fits = match own.app_protocol.carries() {
+            Carries::Requests => policies::requests,
+            Carries::Connections => policies::connections,
+        };
+        let at_start = config.inbound.as_ref().map(|inbound| Arc::clone(&inbound.policy));
+        let current =
+            at_start.and_then(|policy| policies::follow(&workload, &service, &source, policy, fits, &scope));
+        let ready = workload.identified(source.clone(), Some(config.id.clone()), current.clone());
         discovery.follow(&workload, &scope);
         succession.wait(&ready, &clock).await?;
         let sidecar = Sidecar::start(config, source, recorder, clock.clone(), random, &scope)
@@ -175,8 +183,10 @@ impl OfMesh {
         succession.take_over(clock, &scope).await?;
         let sidecar = Arc::new(sidecar);
         discovery::announce(own, &workload, sidecar.app_is_well(), &scope)?;
+        let in_force = Arc::clone(&sidecar);
+        policies::apply(current, move |policy| in_force.replace_policy(policy), &scope);
         let (reloaded, mesh) = (Arc::clone(&sidecar), workload.mesh);
-        let reload = move || replace_policy(&reloaded, workload::policy(&mesh, &service));
+        let reload = move || policies::reload(&mesh, &service, |policy| reloaded.replace_policy(policy));
         Ok(Started::new(sidecar).ready_when(ready).reloaded_by(reload))
     }
 }
@@ -203,26 +213,6 @@ fn access_log(
             .because(&error)
             .hint("set another file, stdout or off with [telemetry] access_log")
     })
-}
-
-/// Puts the policies in force that are on disk now, and says how that went. Ones that are wrong change
-/// nothing: what was in force stays so, and the log says what is wrong.
-fn replace_policy(sidecar: &Sidecar, read: Result<Arc<ServicePolicy>, Failure>) -> String {
-    match read {
-        Ok(policy) => {
-            tracing::info!(version = %policy.version(), "policies reloaded");
-            sidecar.replace_policy(policy);
-            "serves; policies reloaded".to_owned()
-        }
-        Err(failure) => {
-            tracing::error!(
-                reason = failure.message,
-                problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                "policies not reloaded; the ones before stay in force"
-            );
-            format!("serves; policies not reloaded: {}", failure.message)
-        }
-    }
 }
 
 /// An app of its own protocol and a map that says so belong together.
@@ -297,7 +287,9 @@ fn configure(
     listeners: &mut Listeners,
 ) -> Result<(SidecarConfig, Discovery), Failure> {
     let key = |part: &str| format!("[service.{name}] {part}");
-    fits(service.app_protocol, &policy, &format!("mesh.toml: [service.{name}]"))?;
+    if policy.withheld().is_none() {
+        fits(service.app_protocol, &policy, &format!("mesh.toml: [service.{name}]"))?;
+    }
     let inbound = listeners.tcp("inbound", "the sidecar", &key("inbound"), service.inbound)?;
     let admin = listeners.tcp("admin", "the sidecar's admin port", &key("admin"), service.admin)?;
     let hbone = second_way(service.hbone.as_ref(), &key("hbone"), listeners)?;

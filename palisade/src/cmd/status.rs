@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ca::model::{ControlStatus, EndpointStatus, IssuedSvid};
+use ca::model::{
+    ControlStatus, EndpointStatus, HolderStatus, IssuedSvid, PoliciesStatus, RollingStatus, StoppedStatus,
+};
 use identity::{Clock as _, SystemClock};
 use policy::Mode;
 
@@ -50,7 +52,7 @@ fn text(status: &ControlStatus, now: u64) -> String {
         .collect();
     let counts = &status.counts;
     format!(
-        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n{}\
+        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n{}{}\
          {} identities issued, {} in force; {} decisions kept, {} dropped for age, {} lost on the way\n",
         status.trust_domain,
         status.listen,
@@ -59,6 +61,7 @@ fn text(status: &ControlStatus, now: u64) -> String {
         table(&["host", "agent", "identity ends in"], &hosts),
         table(&["identity", "host", "ends in"], &identities),
         endpoints(status),
+        policies(status.policies.as_ref(), now),
         counts.svids_issued,
         counts.svids_active,
         counts.decisions_stored,
@@ -97,6 +100,50 @@ fn endpoints(status: &ControlStatus) -> String {
     };
     let rows: Vec<Vec<String>> = status.endpoints.iter().map(row).collect();
     format!("endpoints\n{}\n", table(&["identity", "address", "is"], &rows))
+}
+
+/// Which policies are in force where, if control hands them out.
+fn policies(policies: Option<&PoliciesStatus>, now: u64) -> String {
+    let Some(policies) = policies else { return String::new() };
+    let short = |commit: &str| commit.chars().take(12).collect::<String>();
+    let mut text = String::from("policies\n");
+    match &policies.in_force {
+        Some(epoch) => {
+            let age = span(now.saturating_sub(epoch.offered));
+            text.push_str(&format!("in force: {}, put out {age} ago\n", short(&epoch.commit)));
+        }
+        None => text.push_str("in force: none yet\n"),
+    }
+    if let Some(RollingStatus { epoch, ring, rings, since }) = &policies.rolling {
+        let (commit, age) = (short(&epoch.commit), span(now.saturating_sub(*since)));
+        text.push_str(&format!("on its way: {commit}, ring {ring} of {} for {age}\n", rings.join(", ")));
+    }
+    if let Some(StoppedStatus { epoch, reason }) = &policies.stopped {
+        text.push_str(&format!("taken back: {}: {}\n", short(&epoch.commit), printable(reason)));
+    }
+    if let Some(problem) = &policies.source_problem {
+        text.push_str(&format!("not taken from the repository: {}\n", printable(problem)));
+    }
+    let row = |holder: &HolderStatus| {
+        let has = match (&holder.commit, holder.epoch) {
+            (Some(commit), _) => short(commit),
+            (None, 0) => "none: everything is denied".to_owned(),
+            (None, epoch) => format!("epoch {epoch}"),
+        };
+        let is = match &holder.refused {
+            Some(refused) => format!("refuses {}", printable(refused)),
+            None if holder.epoch == holder.wanted => "as it should be".to_owned(),
+            None => format!("waits for the epoch {}", holder.wanted),
+        };
+        vec![holder.service.clone(), holder.host.clone(), holder.name.clone(), has, is]
+    };
+    let rows: Vec<Vec<String>> = policies.holders.iter().map(row).collect();
+    text + &table(&["service", "host", "who", "has", "is"], &rows) + "\n"
+}
+
+/// What came from elsewhere, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
 /// The last SVID of each identity on each host: those before it run out by themselves.

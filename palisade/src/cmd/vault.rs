@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use policy::InForce;
 use secrets::{POLICY_SERVICE, Vault, VaultConfig, VaultError};
 
 use crate::Global;
@@ -11,8 +12,9 @@ use crate::decisions;
 use crate::failure::{Exit, Failure};
 use crate::listen;
 use crate::mesh::Own;
+use crate::policies;
 use crate::serve::{self, Started};
-use crate::workload::{Workload, no_policy, not_started};
+use crate::workload::{Workload, not_started};
 
 /// How long requests under way may go on once the vault is asked to end: reads and writes are short.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -20,10 +22,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
     let workload = Workload::begin(global)?;
     let vault = workload.mesh.vault.as_ref().ok_or_else(|| workload.no_section("vault"))?;
-    let policies = workload.policies()?;
-    if policies.service(POLICY_SERVICE).is_none() {
-        return Err(no_policy(&workload.mesh.mesh.policies, POLICY_SERVICE));
-    }
+    let at_start = policies::at_start(&workload, POLICY_SERVICE)?;
     let config = VaultConfig {
         state: vault.state.clone(),
         listen: listen::tcp("the vault", "[vault] listen", vault.listen)?,
@@ -35,11 +34,17 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let source = workload.identity(&scope);
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
-        let ready = workload.identified(source.clone(), workload.mesh.own_id(Own::Vault));
-        let vault = Vault::start(config, source, policies, recorder, clock, random, &scope)
+        let in_force = InForce::from(Arc::clone(&at_start));
+        let current = policies::follow(&workload, POLICY_SERVICE, &source, at_start, policies::any, &scope);
+        let id = workload.mesh.own_id(Own::Vault);
+        let ready = workload.identified(source.clone(), id, current.clone());
+        let vault = Vault::start(config, source, in_force.clone(), recorder, clock, random, &scope)
             .await
             .map_err(|error| refused(&error))?;
-        Ok(Started::new(vault).ready_when(ready))
+        let (replaced, mesh) = (in_force.clone(), workload.mesh.clone());
+        policies::apply(current, move |policy| replaced.replace(policy), &scope);
+        let reload = move || policies::reload(&mesh, POLICY_SERVICE, |policy| in_force.replace(policy));
+        Ok(Started::new(vault).ready_when(ready).reloaded_by(reload))
     })
 }
 

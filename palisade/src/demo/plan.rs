@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::layout::Layout;
-use super::people;
+use super::{people, policies};
 
 /// The demo's root of trust.
 pub(crate) const TRUST_DOMAIN: &str = "bank.example";
@@ -98,6 +98,10 @@ pub(crate) fn mesh_toml(
             calls = calls(service, &at),
             secrets = if service == "accounts" { "\"accounts/db-key\"" } else { "" },
         );
+    }
+    if policies::is_repository(&layout.policies()) {
+        let repository = path(layout.policies());
+        let _infallible = writeln!(text, "[policy]\nrepository = {repository}\ndirectory = \".\"\n");
     }
     let _infallible = writeln!(
         text,

@@ -12,8 +12,12 @@ use crate::printer::Printer;
 /// somebody's work.
 const SHIPPED: &str = ".shipped";
 
-/// Puts the bank's policies at `directory`: if nothing is there, or only what an earlier binary put there.
+/// Puts the bank's policies at `directory`: if nothing is there, or only what an earlier binary put there. A repository
+/// is somebody's own.
 pub(super) fn install(directory: &Path, printer: &Printer) -> Result<(), Failure> {
+    if is_repository(directory) {
+        return Ok(());
+    }
     let shipped = fingerprint(bank::POLICIES.iter().map(|(path, text)| (*path, (*text).to_owned())));
     let marker = directory.join(SHIPPED);
     if let Ok(before) = std::fs::read_to_string(&marker) {
@@ -36,6 +40,11 @@ pub(super) fn install(directory: &Path, printer: &Printer) -> Result<(), Failure
         private::write(&directory.join(path), text.as_bytes())?;
     }
     private::write(&marker, shipped.as_bytes())
+}
+
+/// Whether somebody keeps them in git: what is committed there is in force then, by control.
+pub(super) fn is_repository(directory: &Path) -> bool {
+    directory.join(".git").exists()
 }
 
 fn fingerprint<'a>(files: impl Iterator<Item = (&'a str, String)>) -> String {

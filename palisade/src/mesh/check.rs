@@ -11,12 +11,12 @@ use sidecar::traffic::resolve::Source;
 use toml::Spanned;
 use url::Url;
 
-use super::file::{MeshFile, Text};
+use super::file::{MeshFile, PolicySection, Text};
 use super::load::Sections;
 use super::read::{Check, Reach, SYSTEM_AUTHORITIES};
 use super::{
     Agent, AppProtocol, Attest, BY_CONTROL, Callee, Control, Found, Gateway, Idp, Limits, Mesh, Mode, Own,
-    Service, ServiceName, Telemetry, Vault, Whole, Workload,
+    PolicySource, Service, ServiceName, Telemetry, Vault, Whole, Workload,
 };
 
 /// The host of what runs wherever it is started.
@@ -68,6 +68,7 @@ impl Check<'_> {
             limits,
             telemetry,
             traces,
+            policy,
         } = sections;
 
         let trust_domain = match TrustDomain::new(mesh.trust_domain.get_ref()) {
@@ -79,7 +80,7 @@ impl Check<'_> {
             }
         };
         let policies = self.path(&mesh.policies);
-        if !policies.is_dir() {
+        if policy.is_none() && !policies.is_dir() {
             let message = format!("there is no directory `{}`", mesh.policies.get_ref());
             let hint = "a relative path starts at mesh.toml's own directory; without policies every request is refused";
             self.report(&mesh.policies, message, Some(hint.into()));
@@ -132,6 +133,7 @@ impl Check<'_> {
                 log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
             },
             traces: traces.and_then(|section| self.traces(&section)),
+            policy: policy.and_then(|section| self.policy(&section)),
         };
         self.told_apart(&mesh, &service);
         Some(mesh)
@@ -168,6 +170,40 @@ impl Check<'_> {
             svid_ttl: svid_ttl?,
             rotate_after: rotate_after?,
         })
+    }
+
+    fn policy(&mut self, section: &PolicySection) -> Option<PolicySource> {
+        let text = |text: &Option<Text>, default: &str| {
+            text.as_ref().map_or_else(|| default.to_owned(), |text| text.get_ref().clone())
+        };
+        let written = section.repository.get_ref();
+        let is_url = written.contains("://") || (written.contains(':') && !written.starts_with(['/', '.']));
+        let repository =
+            if is_url { written.clone() } else { self.path(&section.repository).display().to_string() };
+        if written.is_empty() || written.starts_with('-') {
+            let hint = "write a directory, or a URL such as https://git.bank.example/policies.git";
+            self.report(&section.repository, format!("`{written}` is no repository"), Some(hint.into()));
+        }
+        let branch = text(&section.branch, "main");
+        let plain = |text: &str| {
+            !text.is_empty()
+                && !text.starts_with(['-', '/', '.'])
+                && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-._".contains(&b))
+                && !text.contains("..")
+        };
+        if let Some(at) = section.branch.as_ref().filter(|_| !plain(&branch)) {
+            self.report(at, format!("`{branch}` is no branch"), Some("write its name, such as main".into()));
+        }
+        let directory = text(&section.directory, "policies");
+        if let Some(at) = section.directory.as_ref().filter(|_| directory != "." && !plain(&directory)) {
+            let hint = "write it from the repository's root, such as policies, or . for the root itself";
+            self.report(at, format!("`{directory}` is no directory of a repository"), Some(hint.into()));
+        }
+        let every = Duration::from_secs(if is_url { 15 } else { 1 });
+        let every =
+            self.duration(section.every.as_ref(), every, Duration::from_secs(1)..=Duration::from_secs(3600));
+        let allowed_signers = section.allowed_signers.as_ref().map(|path| self.path(path));
+        Some(PolicySource { repository, branch, directory, allowed_signers, every: every? })
     }
 
     fn agent(

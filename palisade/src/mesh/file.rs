@@ -48,6 +48,7 @@ pub(crate) struct MeshFile {
     #[serde(default)]
     pub(crate) telemetry: TelemetrySection,
     pub(crate) traces: Option<TracesSection>,
+    pub(crate) policy: Option<PolicySection>,
 }
 
 /// What holds for the whole mesh.
@@ -57,7 +58,8 @@ pub(crate) struct MeshSection {
     /// The root of trust: every identity of this mesh is spiffe://TRUST_DOMAIN/…
     #[schemars(with = "String", example = "bank.example")]
     pub(crate) trust_domain: Text,
-    /// The directory of policies, usually in git beside this file.
+    /// The directory of policies, usually in git beside this file. With a [policy] section it is what `palisade policy`
+    /// looks at, and nobody else: it need not be on every host.
     #[schemars(with = "String", example = &"policies")]
     pub(crate) policies: Text,
     /// enforce: what no policy allows is refused. audit: it is let through and reported as
@@ -406,6 +408,30 @@ pub(crate) struct TelemetrySection {
     /// Which log lines are written, in the manner of RUST_LOG. Default: info.
     #[schemars(with = "Option<String>", example = &"info")]
     pub(crate) log: Option<Text>,
+}
+
+/// Control hands policies out: it follows a git repository, signs what is committed there and pushes it to every
+/// sidecar, the gateway and the vault (by the rings in rings.toml). Leave the section out, and each process reads
+/// [mesh] policies at its start and at SIGHUP.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PolicySection {
+    /// What control follows: a repository's directory on its host, or a URL as git has them.
+    #[schemars(with = "String", example = &"/srv/git/policies.git")]
+    pub(crate) repository: Text,
+    /// The branch that is in force. Default: main.
+    #[schemars(with = "Option<String>", example = &"main")]
+    pub(crate) branch: Option<Text>,
+    /// Where in the repository the policies are, . for all of it. Default: policies.
+    #[schemars(with = "Option<String>", example = &"policies")]
+    pub(crate) directory: Option<Text>,
+    /// Take commits only that are signed with SSH by one of these: a file as ssh-keygen(1) has it under ALLOWED
+    /// SIGNERS. Default: any commit is taken.
+    #[schemars(with = "Option<String>", example = &"/etc/palisade/allowed_signers")]
+    pub(crate) allowed_signers: Option<Text>,
+    /// How often control looks for a new commit, 1s to 1h. Default: 1s for a directory, 15s for a URL.
+    #[schemars(with = "Option<String>", example = &"1s")]
+    pub(crate) every: Option<Text>,
 }
 
 /// A span a request, to an OpenTelemetry collector on each host. Leave the section out to have none.

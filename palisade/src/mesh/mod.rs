@@ -64,6 +64,8 @@ pub(crate) struct Mesh {
     pub(crate) telemetry: Telemetry,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) traces: Option<TracesConfig>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) policy: Option<PolicySource>,
 }
 
 /// `[mesh]`
@@ -72,6 +74,18 @@ pub(crate) struct Whole {
     pub(crate) trust_domain: TrustDomain,
     pub(crate) policies: PathBuf,
     pub(crate) mode: Mode,
+}
+
+/// `[policy]`
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct PolicySource {
+    pub(crate) repository: String,
+    pub(crate) branch: String,
+    pub(crate) directory: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) allowed_signers: Option<PathBuf>,
+    #[serde(serialize_with = "humane")]
+    pub(crate) every: Duration,
 }
 
 /// `[control]`

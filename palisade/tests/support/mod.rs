@@ -1,8 +1,10 @@
 //! Starts the demo as a person would, and talks to it from outside.
 
+#![allow(dead_code, reason = "not every test program that shares this file needs all of it")]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -21,7 +23,8 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// A running demo and its state directory.
 pub(crate) struct Demo {
     child: Child,
-    state: tempfile::TempDir,
+    log: PathBuf,
+    _folder: Option<tempfile::TempDir>,
     ready_path: String,
     tls: Arc<rustls::ClientConfig>,
     tokens: Mutex<BTreeMap<String, String>>,
@@ -30,13 +33,21 @@ pub(crate) struct Demo {
 impl Demo {
     /// Starts a demo with fresh state and waits until it says that all is healthy.
     pub(crate) async fn start(arguments: &[&str]) -> Self {
-        let state = tempfile::Builder::new().prefix("palisade-demo-test").tempdir().unwrap();
-        let ready_path = state.path().join("ready.json");
-        let log = std::fs::File::create(state.path().join("demo.log")).unwrap();
+        let folder = tempfile::Builder::new().prefix("palisade-demo-test").tempdir().unwrap();
+        let demo = Self::start_in(folder.path(), arguments).await;
+        let mut demo = demo;
+        demo._folder = Some(folder);
+        demo
+    }
+
+    /// Starts a demo whose state is `folder`/state, and waits until it says that all is healthy.
+    pub(crate) async fn start_in(folder: &Path, arguments: &[&str]) -> Self {
+        let ready_path = folder.join("ready.json");
+        let log = std::fs::File::create(folder.join("demo.log")).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_palisade"))
             .arg("demo")
             .arg("--state")
-            .arg(state.path().join("state"))
+            .arg(folder.join("state"))
             .arg("--ready")
             .arg(&ready_path)
             .args(arguments)
@@ -49,7 +60,7 @@ impl Demo {
         while !ready_path.exists() {
             let ended = child.try_wait().unwrap();
             if ended.is_some() || started.elapsed() > DEADLINE {
-                let said = std::fs::read_to_string(state.path().join("demo.log")).unwrap_or_default();
+                let said = std::fs::read_to_string(folder.join("demo.log")).unwrap_or_default();
                 panic!("the demo did not get ready ({ended:?}):\n{said}");
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -66,7 +77,14 @@ impl Demo {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let ready_path = ready_path.display().to_string();
-        Self { child, state, ready_path, tls: Arc::new(tls), tokens: Mutex::default() }
+        Self {
+            child,
+            log: folder.join("demo.log"),
+            _folder: None,
+            ready_path,
+            tls: Arc::new(tls),
+            tokens: Mutex::default(),
+        }
     }
 
     pub(crate) fn ready_path(&self) -> &str {
@@ -168,7 +186,7 @@ impl Demo {
         let started = Instant::now();
         while !holds().await {
             if started.elapsed() > DEADLINE {
-                let said = std::fs::read_to_string(self.state.path().join("demo.log")).unwrap_or_default();
+                let said = std::fs::read_to_string(&self.log).unwrap_or_default();
                 panic!("not within {DEADLINE:?}: {what}\n{said}");
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -186,7 +204,7 @@ impl Demo {
                 None => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         };
-        let said = std::fs::read_to_string(self.state.path().join("demo.log")).unwrap_or_default();
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
         assert!(status.success(), "{status}:\n{said}");
     }
 }

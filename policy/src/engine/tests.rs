@@ -414,7 +414,7 @@ fn where_engine_and_cedar_differ_nobody_gets_through() {
     let forbid = "@id(\"p0\") forbid (principal, action, resource);";
     for (engine, cedar) in [(permit, forbid), (forbid, permit)] {
         let broken = Shared { engine: unvalidated(SCHEMA, engine).engine, ..unvalidated(SCHEMA, cedar) };
-        let policy = ServicePolicy::new(broken, Mode::Audit, None);
+        let policy = ServicePolicy::new(broken, Mode::Audit, None, Duration::MAX);
         let caller = Caller {
             principal: Principal::Workload(SpiffeId::new(WEB).unwrap()),
             user: None,
@@ -445,7 +445,7 @@ fn the_engine_decides_as_cedar_does() {
     for _ in 0..SETS {
         let policies: String =
             (0..=dice.below(MOST_POLICIES) as usize).map(|id| policy(&mut dice, id)).collect();
-        let service = ServicePolicy::new(unvalidated(SCHEMA, &policies), Mode::Enforce, None);
+        let service = ServicePolicy::new(unvalidated(SCHEMA, &policies), Mode::Enforce, None, Duration::MAX);
         for number in 0..REQUESTS {
             let asking = request(&mut dice);
             let Some((all, candidates, swift)) = answers(&service, &asking) else { continue };

@@ -1,3 +1,5 @@
+use std::fs;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -511,4 +513,61 @@ fn what_is_wrong_with_messages_is_said_where_it_stands() {
     assert!(told.contains("map.toml:6:10: the message bank.Ask has no field `uid`"), "{told}");
     let told = with(&good, Some("syntax = \"proto3\";\nmesage X {}"));
     assert!(told.starts_with("services/shop/shop.proto:2:1: "), "{told}");
+}
+
+/// All files below a directory.
+fn in_memory(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let (mut files, mut folders) = (BTreeMap::new(), vec![dir.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
+                files.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+#[test]
+fn files_in_memory_are_read_as_on_disk() {
+    let domain = TrustDomain::new("bank.example").unwrap();
+    let bank = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/bank/policies"));
+    let on_disk = Policies::load(bank, &domain).unwrap();
+    let mut files = in_memory(bank);
+    let read = |files: &BTreeMap<String, Vec<u8>>, commit| {
+        Policies::from_files(files, Path::new("3fb2"), commit, &domain)
+    };
+    let same = read(&files, None).unwrap();
+    assert_eq!((same.version(), same.rings()), (on_disk.version(), &Rings::default()));
+    assert!(
+        same.services().map(|service| service.name()).eq(on_disk.services().map(|service| service.name()))
+    );
+    let commit = "3fb2a90c11d4e0a7".repeat(2);
+    assert_eq!(read(&files, Some(&commit)).unwrap().version().as_str(), "3fb2a90c11d4");
+
+    // What one service needs of it, and no more.
+    let slices = slices(&files);
+    assert_eq!(slices.len(), on_disk.services().count());
+    for (service, slice) in &slices {
+        let alone = read(slice, None).unwrap();
+        assert_eq!(alone.services().map(|service| service.name()).collect::<Vec<_>>(), [service]);
+        let ids = |policies: &Policies| {
+            let service = policies.service(service).unwrap();
+            service.policies().map(|(id, ..)| id.to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&alone), ids(&on_disk), "{service}");
+    }
+
+    files.insert("rings.toml".into(), b"rings = [\"1%\", \"100%\"]\nhold = \"1m\"\n".to_vec());
+    assert_eq!(read(&files, None).unwrap().rings().rings.len(), 2);
+    assert_eq!(read(&files, None).unwrap().version(), on_disk.version(), "they decide nothing");
+    files.insert("services/web/web.cedar".into(), vec![0xff]);
+    files.insert("surprise".into(), Vec::new());
+    let told = read(&files, None).unwrap_err().0;
+    assert!(told.iter().any(|problem| problem.to_string().contains("3fb2/surprise")), "{told:?}");
+    assert!(read(&BTreeMap::new(), None).is_err());
 }

@@ -15,13 +15,14 @@ use sidecar::upstream::UpstreamConfig;
 use sidecar::{Call, InboundConfig, Sidecar, SidecarConfig};
 
 use super::succession::Succession;
-use super::{access_log, captured, fits, replace_policy};
+use super::{access_log, captured, fits};
 use crate::Global;
 use crate::cmd::config;
 use crate::failure::Failure;
 use crate::listen::Listeners;
 use crate::logging;
 use crate::mesh::ServiceName;
+use crate::policies;
 use crate::readiness::{Awaited, Readiness};
 use crate::rlimits;
 use crate::serve::Started;
@@ -78,6 +79,7 @@ impl Alone {
             id: None,
             giver: format!("the files of [identity] in {}", standalone.file.display()),
             clock: Arc::clone(&clock),
+            policies: None,
         });
         succession.wait(&ready, &clock).await?;
         let sidecar =
@@ -93,7 +95,9 @@ impl Alone {
                 access.reopen();
             }
             match standalone.decided() {
-                Some(decided) => replace_policy(&reloaded, policy(decided, &trust_domain)),
+                Some(decided) => policies::replace(policy(decided, &trust_domain), |policy| {
+                    reloaded.replace_policy(policy);
+                }),
                 None => "serves; files read again".to_owned(),
             }
         }))

@@ -1,0 +1,169 @@
+//! Control follows the repository of policies, and offers what is committed there.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use ca::control::{ControlHandle, PoliciesConfig, PolicyOffer, Replayed, Replayer, Ring, Rings};
+use ca::model::StoredDecision;
+use ca::policies::Files;
+use identity::clock::SharedClock;
+use identity::{Scope, TrustDomain};
+use policy::{DecisionRecord, Outcome, Policies};
+
+use crate::mesh::{Mesh, Own, PolicySource};
+use crate::repository::Repository;
+
+/// Whose policies control hands out, where it does.
+pub(super) fn config(mesh: &Mesh) -> Option<PoliciesConfig> {
+    mesh.policy.as_ref()?;
+    let mut services: HashMap<_, _> =
+        mesh.service.iter().map(|(name, service)| (service.id.clone(), name.to_string())).collect();
+    let own = [(Own::Gateway, gateway::gateway::SERVICE), (Own::Vault, secrets::POLICY_SERVICE)];
+    services.extend(own.into_iter().filter_map(|(own, name)| Some((mesh.own_id(own)?, name.to_owned()))));
+    let replayer = Replay { trust_domain: mesh.mesh.trust_domain.clone() };
+    Some(PoliciesConfig { services, replayer: Some(Arc::new(replayer)) })
+}
+
+/// Offers every new commit, until `scope` drains.
+pub(super) fn follow(
+    source: PolicySource,
+    state: &Path,
+    trust_domain: TrustDomain,
+    control: ControlHandle,
+    clock: SharedClock,
+    scope: &Scope,
+) {
+    let every = source.every;
+    let repository = Repository::new(source, state, Arc::clone(&clock));
+    let draining = scope.clone();
+    scope.spawn_critical("repository of policies", async move {
+        let mut follower = Follower { repository, trust_domain, control, refused: None };
+        loop {
+            tokio::select! {
+                () = follower.look() => {}
+                () = draining.draining() => return,
+            }
+            tokio::select! {
+                () = clock.sleep(every) => {}
+                () = draining.draining() => return,
+            }
+        }
+    });
+}
+
+struct Follower {
+    repository: Repository,
+    trust_domain: TrustDomain,
+    control: ControlHandle,
+    /// The last commit that was not offered, and why.
+    refused: Option<(String, String)>,
+}
+
+impl Follower {
+    async fn look(&mut self) {
+        let problem = match self.repository.head().await {
+            Ok(head) => self.take(head).await.err(),
+            Err(error) => Some(error.to_string()),
+        };
+        self.control.policy_source(problem);
+    }
+
+    /// Offers a commit, if it is a new one.
+    async fn take(&mut self, head: String) -> Result<(), String> {
+        let offered = self.control.policy_head().await.map_err(|error| error.to_string())?;
+        if offered.as_ref() == Some(&head) {
+            self.refused = None;
+            return Ok(());
+        }
+        if let Some((_, why)) = self.refused.as_ref().filter(|(commit, _)| *commit == head) {
+            return Err(why.clone());
+        }
+        let outcome = self.offer(head.clone()).await;
+        if let Err(why) = &outcome {
+            tracing::error!(commit = head, why, "policies are not put out; the ones before stay in force");
+            self.refused = Some((head, why.clone()));
+        }
+        outcome
+    }
+
+    async fn offer(&self, commit: String) -> Result<(), String> {
+        self.repository.check_signature(&commit).await.map_err(|error| error.to_string())?;
+        let files = self.repository.files(&commit).await.map_err(|error| error.to_string())?;
+        let (of, trust_domain) = (commit.clone(), self.trust_domain.clone());
+        // Ten thousand policies take seconds.
+        let read = tokio::task::spawn_blocking(move || {
+            let short: String = of.chars().take(12).collect();
+            let policies = Policies::from_files(&files, Path::new(&short), Some(&of), &trust_domain);
+            policies.map(|policies| (rings(policies.rings()), files)).map_err(|problems| said(&problems.0))
+        });
+        let (rings, files) = read.await.map_err(|_| "reading it failed".to_owned())??;
+        let offer = PolicyOffer { commit, services: policy::slices(&files), rings };
+        self.control.offer_policies(offer).await.map(|_epoch| ()).map_err(|error| error.to_string())
+    }
+}
+
+fn said(problems: &[policy::Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+fn rings(written: &policy::Rings) -> Rings {
+    let ring = |ring: &policy::Ring| match ring {
+        policy::Ring::Shadow => Ring::Shadow,
+        policy::Ring::Share(share) => Ring::Share(*share),
+    };
+    Rings {
+        rings: written.rings.iter().map(ring).collect(),
+        hold: written.hold,
+        max_denied: written.max_denied,
+    }
+}
+
+/// Decides recorded requests again, for a ring in the shadow.
+#[derive(Debug)]
+struct Replay {
+    trust_domain: TrustDomain,
+}
+
+impl Replay {
+    fn policies(&self, services: &BTreeMap<String, Files>) -> Result<Arc<Policies>, String> {
+        let all: Files =
+            services.values().flatten().map(|(name, file)| (name.clone(), file.clone())).collect();
+        let read = Policies::from_files(&all, Path::new("policies"), None, &self.trust_domain);
+        read.map_err(|problems| said(&problems.0))
+    }
+}
+
+impl Replayer for Replay {
+    fn replay(
+        &self,
+        decisions: &[StoredDecision],
+        before: &BTreeMap<String, Files>,
+        after: &BTreeMap<String, Files>,
+    ) -> Result<Replayed, String> {
+        let (before, after) = (self.policies(before)?, self.policies(after)?);
+        let mut replayed = Replayed::default();
+        for decision in decisions {
+            // What another version has recorded, and this one cannot read, is left out.
+            let Ok(record) = serde_json::from_value::<DecisionRecord>(decision.json.clone()) else {
+                continue;
+            };
+            let by = |policies: &Policies| policies.service(&record.service)?.replay(&record);
+            let (Some(then), Some(now)) = (by(&before), by(&after)) else { continue };
+            replayed.decided += 1;
+            if (then.outcome, now.outcome) != (Outcome::Permit, Outcome::Deny) {
+                continue;
+            }
+            replayed.newly_denied += 1;
+            if replayed.example.is_none() {
+                let text = |part: &Option<String>| part.clone().unwrap_or_default();
+                let (caller, action) = (text(&record.principal), text(&record.action));
+                replayed.example = Some(format!(
+                    "{caller} may no longer {action} at {} (receipt {})",
+                    record.service, record.receipt
+                ));
+            }
+        }
+        Ok(replayed)
+    }
+}

@@ -1,0 +1,192 @@
+//! The policies that a process decides by: from its disk, or from control by its agent.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ca::policies::{Files, Following, Holder};
+use ca::release::Release;
+use identity::{IdentitySource, Scope, TrustDomain};
+use policy::{Mapping, Mode, Policies, ServicePolicy, Withheld, decision_counts};
+use tokio::sync::watch;
+
+use crate::failure::Failure;
+use crate::mesh;
+use crate::workload::{self, Workload};
+
+/// One service's policy as it is now, and every later one.
+pub(crate) type Current = watch::Receiver<Arc<ServicePolicy>>;
+
+/// The policy of a service before anything has been heard of control: that on disk, where control hands none out.
+///
+/// # Errors
+/// What is wrong with those on disk.
+pub(crate) fn at_start(workload: &Workload, service: &str) -> Result<Arc<ServicePolicy>, Failure> {
+    if workload.mesh.policy.is_none() {
+        return workload.policy(service);
+    }
+    let nothing = ServicePolicy::not_received(service, &workload.mesh.mesh.trust_domain);
+    nothing.map_err(|problems| Failure::problems("the policy of the time before policies", problems.0))
+}
+
+/// Follows the policy of `service`, where control hands policies out: what comes is told, and `None` else. Whoever
+/// carries plain connections, or requests, takes no policy for the other.
+pub(crate) fn follow(
+    workload: &Workload,
+    service: &str,
+    source: &IdentitySource,
+    now: Arc<ServicePolicy>,
+    fits: fn(Mapping) -> Result<(), &'static str>,
+    scope: &Scope,
+) -> Option<Current> {
+    workload.mesh.policy.as_ref()?;
+    let (sender, current) = watch::channel(now);
+    let trust_domain = workload.mesh.mesh.trust_domain.clone();
+    let following = Following {
+        socket: workload.mesh.agent.socket.clone(),
+        service: service.to_owned(),
+        trust_domain: trust_domain.clone(),
+        source: source.clone(),
+    };
+    let is_service = workload.mesh.service.keys().any(|name| name.as_str() == service);
+    let audits = is_service && workload.mesh.mesh.mode == mesh::Mode::Audit;
+    let decider = Decider {
+        service: service.to_owned(),
+        trust_domain,
+        audits,
+        fits,
+        current: sender,
+        stale: Mutex::new(false),
+    };
+    ca::policies::follow(following, decider, Arc::clone(&workload.clock), scope);
+    Some(current)
+}
+
+/// Calls `put` with every policy that comes, until `scope` drains.
+pub(crate) fn apply(
+    current: Option<Current>,
+    put: impl Fn(Arc<ServicePolicy>) + Send + 'static,
+    scope: &Scope,
+) {
+    let Some(mut current) = current else { return };
+    let draining = scope.clone();
+    scope.spawn("policies in force", async move {
+        current.mark_changed();
+        loop {
+            tokio::select! {
+                changed = current.changed() => if changed.is_err() { return },
+                () = draining.draining() => return,
+            }
+            let policy = current.borrow_and_update().clone();
+            put(policy);
+        }
+    });
+}
+
+struct Decider {
+    service: String,
+    trust_domain: TrustDomain,
+    /// Whether the mesh as a whole enforces nothing.
+    audits: bool,
+    fits: fn(Mapping) -> Result<(), &'static str>,
+    current: watch::Sender<Arc<ServicePolicy>>,
+    stale: Mutex<bool>,
+}
+
+impl Holder for Decider {
+    type Read = Arc<ServicePolicy>;
+
+    fn read(&self, release: &Release, files: &Files) -> Result<Self::Read, String> {
+        let name = Path::new(&self.service);
+        let read = Policies::from_files(files, name, Some(&release.commit), &self.trust_domain);
+        let policies = read.map_err(|problems| {
+            let told = problems.0.iter().map(ToString::to_string);
+            told.collect::<Vec<_>>().join("; ")
+        })?;
+        let policy = policies.service(&self.service).ok_or("there is none for this service")?;
+        (self.fits)(policy.mapping())?;
+        Ok(if self.audits { Arc::new(policy.with_mode(Mode::Audit)) } else { policy })
+    }
+
+    fn put_in_force(&self, _release: &Release, read: Self::Read) -> Duration {
+        let lifetime = read.max_age();
+        self.current.send_replace(read);
+        lifetime
+    }
+
+    fn expired(&self) {
+        self.current.send_modify(|policy| *policy = Arc::new(policy.withhold(Withheld::Expired)));
+    }
+
+    fn decisions(&self) -> (u64, u64) {
+        decision_counts()
+    }
+
+    fn stale(&self, stale: bool) {
+        let mut known = self.stale.lock().unwrap_or_else(PoisonError::into_inner);
+        match (std::mem::replace(&mut *known, stale), stale) {
+            (false, true) => {
+                tracing::warn!("the agent has not heard control for a minute: policies may be old")
+            }
+            (true, false) => tracing::info!("the agent hears control again"),
+            _ => {}
+        }
+    }
+}
+
+/// What a process that names its objects itself takes: any.
+pub(crate) fn any(_mapping: Mapping) -> Result<(), &'static str> {
+    Ok(())
+}
+
+/// What a sidecar before an app of requests takes.
+pub(crate) fn requests(mapping: Mapping) -> Result<(), &'static str> {
+    match mapping {
+        Mapping::Routes | Mapping::None => Ok(()),
+        Mapping::Tcp => Err("its map says mapping = \"tcp\", and the service's app_protocol does not"),
+    }
+}
+
+/// What a sidecar before an app of plain connections takes.
+pub(crate) fn connections(mapping: Mapping) -> Result<(), &'static str> {
+    match mapping {
+        Mapping::Tcp => Ok(()),
+        Mapping::Routes | Mapping::None => {
+            Err("the service's app_protocol is \"tcp\", and its map does not say mapping = \"tcp\"")
+        }
+    }
+}
+
+/// What a process on SIGHUP has to say where policies come by themselves.
+pub(crate) const BY_CONTROL: &str = "serves; policies come from control";
+
+/// Reads the policy of `service` from disk again and puts it in force; says how that went.
+pub(crate) fn reload(mesh: &mesh::Mesh, service: &str, put: impl FnOnce(Arc<ServicePolicy>)) -> String {
+    if mesh.policy.is_some() {
+        return BY_CONTROL.to_owned();
+    }
+    replace(workload::policy(mesh, service), put)
+}
+
+/// Puts a policy in force, and says how that went. One that is wrong changes nothing: what was in force stays so, and
+/// the log says what is wrong.
+pub(crate) fn replace(
+    read: Result<Arc<ServicePolicy>, Failure>,
+    put: impl FnOnce(Arc<ServicePolicy>),
+) -> String {
+    match read {
+        Ok(policy) => {
+            tracing::info!(version = %policy.version(), "policies reloaded");
+            put(policy);
+            "serves; policies reloaded".to_owned()
+        }
+        Err(failure) => {
+            tracing::error!(
+                reason = failure.message,
+                problems = ?failure.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "policies not reloaded; the ones before stay in force"
+            );
+            format!("serves; policies not reloaded: {}", failure.message)
+        }
+    }
+}
