@@ -192,6 +192,12 @@ impl ControlHandle {
         self.0.policies.as_ref().ok_or(OfferError::Off)
     }
 
+    /// The commit that is in force, and whether another one is on its way; `None` before the first.
+    pub fn policies_in_force(&self) -> Option<(String, bool)> {
+        let rollout = self.0.policies.as_ref()?.rollout();
+        Some((rollout.in_force()?.commit.clone(), rollout.rolling().is_some()))
+    }
+
     /// The commit that was offered last, whatever became of it.
     pub async fn policy_head(&self) -> Result<Option<String>, StoreError> {
         self.0.store.run(|store| store.policy_head()).await
