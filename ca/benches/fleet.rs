@@ -1,4 +1,4 @@
-//! A commit on its way to a fleet: real control and real agents in one process, real workload streams in another.
+//! A commit on its way to a fleet: real control, real agents and real workload streams, in a few processes.
 //!
 //! `cargo bench -p ca --bench fleet -- HOSTS SIDECARS COMMITS`, by default 1000 hosts with 10 sidecars each and 5
 //! commits. Prints how long it took from the offer of a commit to control until the middle, 99 % and all sidecars had it
@@ -25,8 +25,8 @@ use ca::random::SystemRandom;
 use ca::release::Release;
 use identity::{Scope, SpiffeId, SystemClock, TrustDomain, workload_api};
 use secrecy::SecretString;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 
 const DOMAIN: &str = "bank.example";
@@ -36,8 +36,12 @@ const POLICY_BYTES: usize = 20_000;
 /// Hosts that join at once; control lets a hundred of one address in, and then five a second.
 const JOINED_AT_ONCE: usize = 100;
 
-/// The argument with which this program is all sidecars: a process cannot hold both ends of so many streams.
+/// The arguments with which this program is all sidecars, or a part of the agents: one process cannot hold so many
+/// streams, each with a hold on the process at its other end.
 const SIDECARS: &str = "sidecars";
+const AGENTS: &str = "agents";
+/// Processes that the agents are spread over.
+const AGENT_PROCESSES: usize = 3;
 
 /// A sidecar that does all but read Cedar, and says when policies are in force.
 struct Sidecar {
@@ -76,6 +80,8 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     if args.first().is_some_and(|arg| arg == SIDECARS) {
         runtime.block_on(sidecars(Path::new(&args[1]), args[2].parse().unwrap()));
+    } else if args.first().is_some_and(|arg| arg == AGENTS) {
+        runtime.block_on(agents(Path::new(&args[1]), args[2].parse().unwrap()));
     } else {
         let number = |at: usize, default| args.get(at).map_or(default, |arg| arg.parse().unwrap());
         runtime.block_on(run(number(0, 1000), number(1, 10), number(2, 5)));
@@ -84,14 +90,30 @@ fn main() {
     std::process::exit(0);
 }
 
+/// Lines of standard input, as they come.
+fn lines() -> mpsc::UnboundedReceiver<String> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        std::io::stdin().lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+    });
+    receiver
+}
+
+/// Serves an agent for each line with a host and its join token; says a line when it has joined.
+async fn agents(directory: &Path, control: SocketAddr) {
+    let (scope, mut hosts, mut serving) = (Scope::new(), lines(), Vec::new());
+    while let Some(line) = hosts.recv().await {
+        let (name, token) = line.split_once(' ').unwrap();
+        serving.push(agent(name, token, directory, control, &scope).await);
+        println!("{name}");
+    }
+}
+
 /// Serves sidecars on each host that a line of standard input names; says a line for each that puts policies in force.
 async fn sidecars(directory: &Path, each: usize) {
     let scope = Scope::new();
     let (in_force, mut heard) = mpsc::unbounded_channel::<String>();
-    let (named, mut hosts) = mpsc::unbounded_channel::<String>();
-    std::thread::spawn(move || {
-        std::io::stdin().lines().map_while(Result::ok).try_for_each(|host| named.send(host))
-    });
+    let mut hosts = lines();
     let mut out = std::io::stdout();
     loop {
         tokio::select! {
@@ -123,27 +145,23 @@ async fn run(hosts: usize, each: usize, commits: usize) {
     let scope = Scope::new();
     let control = control(directory.path(), &scope).await;
     let handle = control.handle();
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .arg(SIDECARS)
-        .arg(directory.path())
-        .arg(each.to_string())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut names = child.stdin.take().unwrap();
-    let mut heard = BufReader::new(child.stdout.take().unwrap()).lines();
-    let (began, mut agents) = (Instant::now(), Vec::new());
+    std::fs::write(directory.path().join("bundle.pem"), handle.bundle().pem()).unwrap();
+    let (mut sidecars, mut heard, _child) = part(SIDECARS, directory.path(), &each.to_string());
+    let address = control.local_addr().to_string();
+    let mut parts: Vec<_> = (0..AGENT_PROCESSES).map(|_| part(AGENTS, directory.path(), &address)).collect();
+    let began = Instant::now();
     for host in 0..hosts {
         let name = format!("h{host}");
-        agents.push(host_of(&name, directory.path(), &handle, control.local_addr(), &scope).await);
-        names.write_all(format!("{name}\n").as_bytes()).await.unwrap();
-        if agents.len() >= JOINED_AT_ONCE {
+        let token = handle.create_join_token(&name, Duration::from_secs(60)).await.unwrap().token;
+        let (says, hears, _) = &mut parts[host % AGENT_PROCESSES];
+        says.write_all(format!("{name} {token}\n").as_bytes()).await.unwrap();
+        assert_eq!(hears.next_line().await.unwrap(), Some(name.clone()));
+        sidecars.write_all(format!("{name}\n").as_bytes()).await.unwrap();
+        if host >= JOINED_AT_ONCE {
             tokio::time::sleep(Duration::from_millis(210)).await;
         }
-        if agents.len().is_multiple_of(100) {
-            println!("{} hosts joined after {:.0?}", agents.len(), began.elapsed());
+        if (host + 1).is_multiple_of(100) {
+            println!("{} hosts joined after {:.0?}", host + 1, began.elapsed());
         }
     }
     let all = hosts * each;
@@ -172,7 +190,7 @@ async fn run(hosts: usize, each: usize, commits: usize) {
         let (took, known) = tokio::join!(measuring, acknowledged);
         let at = |share: usize| took[(took.len() * share / 100).min(took.len() - 1)];
         if commit > 0 {
-            println!("{name:>8} {:>9.0?} {:>9.0?} {:>9.0?} {known:>14.0?}", at(50), at(99), at(100));
+            println!("{name:>8} {:>9.2?} {:>9.2?} {:>9.2?} {known:>14.2?}", at(50), at(99), at(100));
         }
     }
 }
@@ -208,25 +226,34 @@ fn socket(host: &str, directory: &Path) -> std::path::PathBuf {
     directory.join(host).join("agent.sock")
 }
 
-/// Joins a host.
-async fn host_of(
-    name: &str,
-    directory: &Path,
-    control: &ControlHandle,
-    address: SocketAddr,
-    scope: &Scope,
-) -> Agent {
-    let token = control.create_join_token(name, Duration::from_secs(60)).await.unwrap();
+type Part = (ChildStdin, Lines<BufReader<ChildStdout>>, Child);
+
+/// This program again, as a part of the fleet.
+fn part(what: &str, directory: &Path, about: &str) -> Part {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .arg(what)
+        .arg(directory)
+        .arg(about)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    (stdin, BufReader::new(stdout).lines(), child)
+}
+
+async fn agent(name: &str, token: &str, directory: &Path, control: SocketAddr, scope: &Scope) -> Agent {
     let config = AgentConfig {
         host: name.to_owned(),
         trust_domain: TrustDomain::new(DOMAIN).unwrap(),
         socket: socket(name, directory),
         socket_mode: DEFAULT_SOCKET_MODE,
         state: directory.join(name).join("state"),
-        control: address,
+        control,
         bootstrap: Some(Bootstrap {
-            join_token: SecretString::from(token.token),
-            bundle_pem: control.bundle().pem(),
+            join_token: SecretString::from(token),
+            bundle_pem: std::fs::read_to_string(directory.join("bundle.pem")).unwrap(),
         }),
         refusals: None,
     };

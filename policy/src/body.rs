@@ -15,6 +15,8 @@ pub const MAX_JUDGED_BODY_BYTES: usize = 1 << 20;
 pub(crate) const DEFAULT_BODY_BYTES: usize = 64 * 1024;
 /// Largest body passed on unread that a map may allow.
 pub(crate) const MAX_OPAQUE_BODY_BYTES: usize = 1 << 30;
+/// Objects that one list names: each is decided about.
+const MAX_LIST: usize = 256;
 /// Longest text member: a memo, not a document.
 const MAX_TEXT_BYTES: usize = 4096;
 
@@ -65,15 +67,22 @@ pub(crate) enum MemberType {
 pub(crate) struct Member {
     pub(crate) kind: MemberType,
     pub(crate) optional: bool,
+    /// A list of them, of one and more.
+    pub(crate) many: bool,
 }
 
 impl Member {
-    pub(crate) const NAMES: [&'static str; 4] = ["id", "int", "text", "bool"];
+    pub(crate) const NAMES: [&'static str; 6] = ["id", "int", "text", "bool", "[id]", "[int]"];
 
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (name, optional) = match text.strip_suffix('?') {
             Some(name) => (name, true),
             None => (text, false),
+        };
+        let (name, many) = match name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
+            Some(name @ ("id" | "int")) => (name, true),
+            Some(_) => return None,
+            None => (name, false),
         };
         let kind = match name {
             "id" => MemberType::Id,
@@ -82,7 +91,7 @@ impl Member {
             "bool" => MemberType::Bool,
             _ => return None,
         };
-        Some(Self { kind, optional })
+        Some(Self { kind, optional, many })
     }
 }
 
@@ -108,10 +117,20 @@ pub(crate) fn read_json(members: &Members, body: &[u8]) -> Result<Values, String
     let mut values = Values::new();
     for (name, value) in &object {
         let member = members.get(name).ok_or_else(|| unlisted(name))?;
-        let value = json_value(member.kind, value).ok_or_else(|| wrong_type(name, member.kind))?;
+        let read = if member.many { json_list(member.kind, value) } else { json_value(member.kind, value) };
+        let value = read.ok_or_else(|| match member.many {
+            true => format!("the member {name:?} is not a list of 1 to {MAX_LIST} ids or integers"),
+            false => wrong_type(name, member.kind),
+        })?;
         values.insert(name.clone(), value);
     }
     complete(members, values)
+}
+
+/// A list without lists in it; one that names nothing asks for nothing, which no policy can be asked about.
+fn json_list(kind: MemberType, json: &Json) -> Option<AttributeValue> {
+    let items = json.as_array().filter(|items| (1..=MAX_LIST).contains(&items.len()))?;
+    items.iter().map(|item| json_value(kind, item)).collect::<Option<_>>().map(AttributeValue::Set)
 }
 
 fn json_value(kind: MemberType, json: &Json) -> Option<AttributeValue> {

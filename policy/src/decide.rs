@@ -175,6 +175,14 @@ impl ServicePolicy {
         routes
     }
 
+    /// The templates of the routes whose answers are judged object by object.
+    pub fn listing_routes(&self) -> Vec<String> {
+        let routes = self.shared.routes.routes().filter(|route| route.list.is_some());
+        let mut routes: Vec<_> = routes.map(|route| route.template.clone()).collect();
+        routes.sort_unstable();
+        routes
+    }
+
     /// The gRPC methods that the service's `.proto` files have and its map does not, which are denied to everybody.
     pub fn unmapped_methods(&self) -> &[String] {
         &self.shared.unmapped

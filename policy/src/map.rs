@@ -1,5 +1,7 @@
 //! `map.toml`: which requests mean which action on which object. What is not in it is denied.
 
+mod list;
+
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 use std::path::Path;
@@ -21,6 +23,9 @@ use crate::record::Mode;
 use crate::request::AttributeSource;
 use crate::rings::duration;
 use crate::schema::{ObjectType, ServiceSchema};
+use list::DraftList;
+pub(crate) use list::List;
+
 use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_field_path, is_name};
 
 /// The `body_type` of gRPC messages.
@@ -71,19 +76,14 @@ pub(crate) struct Route {
     /// What the messages of a gRPC method are, if they are judged.
     pub(crate) message: Option<Arc<Shape>>,
     pub(crate) plan: Plan,
+    /// What its answer lists, if each of that is judged.
+    pub(crate) list: Option<Box<List>>,
 }
 
 impl Route {
     /// Where attributes that the request does not tell come from.
     pub(crate) fn attributes_from(&self) -> AttributeSource {
-        let has = |wanted: fn(&Source) -> bool| self.attributes.values().any(|(source, _)| wanted(source));
-        if has(|s| matches!(s, Source::Response(_))) {
-            AttributeSource::Response
-        } else if has(|s| *s == Source::Entities) {
-            AttributeSource::Entities
-        } else {
-            AttributeSource::Known
-        }
+        attributes_from(&self.attributes)
     }
 
     /// Whether it is a request with this method and path that it means.
@@ -93,6 +93,17 @@ impl Route {
 
     pub(crate) fn needs_body(&self) -> bool {
         matches!(self.body, BodyRule::Json { .. } | BodyRule::Form { .. } | BodyRule::Grpc { .. })
+    }
+}
+
+fn attributes_from(attributes: &BTreeMap<String, (Source, AttributeType)>) -> AttributeSource {
+    let has = |wanted: fn(&Source) -> bool| attributes.values().any(|(source, _)| wanted(source));
+    if has(|s| matches!(s, Source::Response(_))) {
+        AttributeSource::Response
+    } else if has(|s| *s == Source::Entities) {
+        AttributeSource::Entities
+    } else {
+        AttributeSource::Known
     }
 }
 
@@ -162,6 +173,7 @@ struct Draft {
     body_type: Option<At<String>>,
     body_max_bytes: Option<At<usize>>,
     upgrade: Option<At<String>>,
+    list: Option<DraftList>,
 }
 
 /// Parses and resolves a map. `None` and at least one problem more if something is wrong. `protos` is what the
@@ -342,7 +354,7 @@ impl Reader<'_> {
     }
 
     fn draft(&mut self, item: &Spanned<DeValue<'_>>) -> Option<Draft> {
-        const KNOWN: [&str; 9] = [
+        const KNOWN: [&str; 10] = [
             "match",
             "action",
             "object",
@@ -352,6 +364,7 @@ impl Reader<'_> {
             "body_type",
             "body_max_bytes",
             "upgrade",
+            "list",
         ];
         let Some(table) = item.get_ref().as_table() else {
             self.say(item.span(), "a route is a table").hint("write [[route]]");
@@ -369,6 +382,7 @@ impl Reader<'_> {
                 "body_type" => draft.body_type = self.string(value),
                 "body_max_bytes" => draft.body_max_bytes = self.size(value),
                 "upgrade" => draft.upgrade = self.string(value),
+                "list" => draft.list = self.draft_list(value),
                 other => self.unknown_key(other, key.span(), &KNOWN),
             }
         }
@@ -429,7 +443,12 @@ impl Reader<'_> {
         let places = Places { path: &path, query: &query, members: &members };
         let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
         let object_type = schema.types.get(&kind)?;
-        let attributes = self.attributes(&draft, &method, object_type, &places, objects.len());
+        // Of a list in the body nobody knows how many there are.
+        let many = objects.iter().any(|object| places.is_list(object));
+        let count = if many { usize::MAX } else { objects.len() };
+        let attributes = self.attributes(&draft, &method, object_type, &places, count);
+        let source = attributes_from(&attributes);
+        let list = self.list_of(&draft, &method, schema, source).map(Box::new);
         let action = action?;
         (self.problems.0.len() == before).then_some(())?;
         let plan = Plan::new(&path, &query, &objects, object_type, &attributes);
@@ -448,6 +467,7 @@ impl Reader<'_> {
             members,
             message,
             plan,
+            list,
         })
     }
 
@@ -529,6 +549,12 @@ impl Reader<'_> {
             }
         }
         let kind = draft.body_type.as_ref().map(|kind| kind.value.as_str());
+        if let (true, Some(kind)) =
+            (members.values().any(|member| member.many), kind.filter(|kind| *kind != "json"))
+        {
+            self.say(draft.span.clone(), format!("a body of type {kind:?} has no lists"))
+                .hint("a list names objects in JSON only");
+        }
         let stated = draft.body.is_some() || draft.body_type.is_some() || draft.body_max_bytes.is_some();
         if stated && matches!(method, "GET" | "HEAD") {
             self.say(draft.span.clone(), format!("a {method} request has no body"));
@@ -650,6 +676,9 @@ impl Reader<'_> {
                     self.say(span.clone(), message);
                 }
             }
+            if places.lists_of(&template) > 1 {
+                self.say(span.clone(), "one object is named by one list");
+            }
             kind = kind.or(Some(full));
             objects.push(template);
         }
@@ -768,10 +797,12 @@ impl Places<'_> {
             Place::Body(name) => {
                 let member =
                     self.members.get(name).ok_or_else(|| format!("`body` does not list `{name}`"))?;
-                let kind = match member.kind {
-                    MemberType::Id | MemberType::Text => AttributeType::Text,
-                    MemberType::Int => AttributeType::Long,
-                    MemberType::Bool => AttributeType::Bool,
+                let kind = match (member.kind, member.many) {
+                    (MemberType::Id | MemberType::Text, false) => AttributeType::Text,
+                    (MemberType::Int, false) => AttributeType::Long,
+                    (MemberType::Bool, _) => AttributeType::Bool,
+                    (MemberType::Id | MemberType::Text, true) => AttributeType::SetOfText,
+                    (MemberType::Int, true) => AttributeType::SetOfLong,
                 };
                 Ok((kind, member.optional))
             }
@@ -783,12 +814,25 @@ impl Places<'_> {
         match place {
             Place::Path(_) | Place::Query(_) => Ok(()),
             Place::Body(name) => match self.members.get(name) {
-                Some(Member { kind: MemberType::Id | MemberType::Int, optional: false }) => Ok(()),
+                Some(Member { kind: MemberType::Id | MemberType::Int, optional: false, .. }) => Ok(()),
                 _ => Err(format!(
                     "the member `{name}` names an object, so it is an \"id\" or \"int\" and not optional"
                 )),
             },
         }
+    }
+
+    /// Whether an object is one for each value of a list.
+    fn is_list(&self, object: &ObjectTemplate) -> bool {
+        self.lists_of(object) > 0
+    }
+
+    fn lists_of(&self, object: &ObjectTemplate) -> usize {
+        let many = |place: &&Place| match place {
+            Place::Body(name) => self.members.get(name).is_some_and(|member| member.many),
+            Place::Path(_) | Place::Query(_) => false,
+        };
+        object.places().filter(many).count()
     }
 
     /// Whether a source can give an attribute of a type.

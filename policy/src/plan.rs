@@ -118,6 +118,14 @@ impl Plan {
 }
 
 impl Id {
+    /// The places that it is made of.
+    pub(crate) fn places(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().filter_map(|piece| match piece {
+            IdPiece::Value(place) => Some(*place),
+            IdPiece::Text(_) => None,
+        })
+    }
+
     /// The id, once every place has a value.
     pub(crate) fn fill(&self, value: impl Fn(usize) -> Option<SmolStr>) -> Option<SmolStr> {
         if let [IdPiece::Value(place)] = self.0.as_slice() {

@@ -304,7 +304,7 @@ impl Shape {
             (Kind::Message(_), []) => wrong(format!("{name} is a message, not a value")),
             (_, [further, ..]) => wrong(format!("{name} is no message and has no field `{further}`")),
             (kind, []) => {
-                let Member { kind: wanted, optional } = first.member;
+                let Member { kind: wanted, optional, .. } = first.member;
                 let scalar = Scalar::of(&kind).filter(|scalar| scalar.fits(wanted));
                 let Some(scalar) = scalar else {
                     return wrong(format!("{name} is a {kind:?}, which is no {}", wanted.name()));

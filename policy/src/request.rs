@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 use smol_str::{SmolStr, ToSmolStr as _};
 
 use crate::body::{self, BodyRule, MAX_JUDGED_BODY_BYTES};
+use crate::filter::each;
 use crate::map::{Claim, Route, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
 use crate::record::cut;
@@ -246,12 +247,22 @@ impl Mapped {
     fn name_objects(&self) -> Result<SmallVec<[ObjectRef; 1]>, Refusal> {
         let mut objects = SmallVec::new();
         for id in &self.route.plan.ids {
-            let id = id.fill(|place| self.value(place).map(plain_text)).ok_or_else(|| {
+            let nameless = || {
                 Refusal::malformed("request.object", "the request does not name its object").on(&self.route)
-            })?;
-            let object = ObjectRef::shared(Arc::clone(&self.route.kind), id);
-            if !objects.contains(&object) {
-                objects.push(object);
+            };
+            // A place with a list names an object for each of its values; the others have one value.
+            let count =
+                id.places().filter_map(|place| self.value(place)).map(|value| each(value).len()).max();
+            for at in 0..count.unwrap_or(1) {
+                let value = |place| {
+                    let values = each(self.value(place)?);
+                    values.get(at).or(values.first()).map(plain_text)
+                };
+                let object =
+                    ObjectRef::shared(Arc::clone(&self.route.kind), id.fill(value).ok_or_else(nameless)?);
+                if !objects.contains(&object) {
+                    objects.push(object);
+                }
             }
         }
         Ok(objects)

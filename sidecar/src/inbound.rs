@@ -346,6 +346,21 @@ impl Inbound {
         let remembered = self.correlator.remember(span, chain);
 
         // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
+        if mapped.lists() {
+            let attributes = match mapped.attributes_from() {
+                AttributeSource::Entities => {
+                    let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
+                    Box::pin(asked).await?.map_err(refuse)?
+                }
+                AttributeSource::Known | AttributeSource::Response => Attributes::none(),
+            };
+            let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+            let (body, _faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
+            let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
+            let held = held.filtered(&policy, caller, mapped, occasion).map_err(refuse)?;
+            understood.attributes = attributes;
+            return Ok((held.release(&permit), permit));
+        }
         match mapped.attributes_from() {
             AttributeSource::Known => {
                 let attributes = Attributes::none();
@@ -722,6 +737,19 @@ fn limit_to(limit: &LocalLimit, route: &str, peer: &Peer, caller: &Caller) -> Re
     Err(Stop::Limited(Box::new([policy, left, quota.retry_after()])))
 }
 
+/// What an app says in headers of the answer as it was: how many there are, where the next page is, what it hashes to.
+const OF_THE_WHOLE_LIST: [&str; 9] = [
+    "etag",
+    "last-modified",
+    "content-md5",
+    "digest",
+    "content-digest",
+    "repr-digest",
+    "content-range",
+    "link",
+    "x-total-count",
+];
+
 /// An answer of the app that nobody has been permitted to see yet.
 struct Held {
     parts: http::response::Parts,
@@ -739,6 +767,35 @@ impl Held {
             return Ok(Attributes::default());
         }
         mapped.attributes_from_response(&self.body)
+    }
+
+    /// The answer without the objects that the caller may not see, nor what is said of them elsewhere in it. An answer
+    /// that is no success lists nothing.
+    fn filtered(
+        mut self,
+        policy: &ServicePolicy,
+        caller: &Caller,
+        mapped: &Mapped,
+        occasion: &Occasion<'_>,
+    ) -> Result<Self, Refusal> {
+        if !self.parts.status.is_success() {
+            return Ok(self);
+        }
+        if self.parts.headers.contains_key(CONTENT_ENCODING) {
+            return Err(Refusal::denied(
+                "list.answer",
+                "the app's answer is compressed and cannot be judged",
+            ));
+        }
+        let filtered = policy.filter(caller, mapped, &self.body, occasion)?;
+        for name in OF_THE_WHOLE_LIST {
+            self.parts.headers.remove(name);
+        }
+        if filtered.withheld > 0 {
+            tracing::debug!(kept = filtered.kept, withheld = filtered.withheld, "an answer was filtered");
+        }
+        self.body = filtered.body.into();
+        Ok(self)
     }
 
     fn release(self, _permit: &Permit) -> Response<Body> {

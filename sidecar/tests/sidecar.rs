@@ -43,6 +43,7 @@ namespace Mesh {
 const ACCOUNTS_SCHEMA: &str = r#"
 namespace Accounts {
   entity Account { owner: String };
+  entity Book;
   type User = { id: String, issuer: String, client: String, scopes: Set<String>, groups: Set<String>, auth_time: Long };
   action ReadAccount, MoveMoney appliesTo {
     principal: [Mesh::Workload], resource: [Account],
@@ -50,6 +51,10 @@ namespace Accounts {
   };
   action CountAccounts appliesTo {
     principal: [Mesh::Workload], resource: [Account],
+    context: { user?: User, chain: Set<String>, now: Long }
+  };
+  action ListAccounts appliesTo {
+    principal: [Mesh::Workload], resource: [Book],
     context: { user?: User, chain: Set<String>, now: Long }
   };
 }
@@ -74,6 +79,27 @@ match = "GET /owners/{owner:slug}/accounts"
 action = "CountAccounts"
 object = 'Account::"{owner}"'
 attributes = { owner = "path:owner" }
+
+[[route]]
+match = "POST /statements"
+action = "ReadAccount"
+object = 'Account::"{body:/accounts}"'
+body = { accounts = "[id]" }
+attributes = { owner = "entities" }
+
+[[route]]
+match = "GET /accounts"
+action = "ListAccounts"
+object = 'Book::"all"'
+query = ["page"]
+[route.list]
+items = "accounts"
+action = "ReadAccount"
+object = 'Account::"{/id}"'
+attributes = { owner = "/owner" }
+counts = ["total"]
+cursors = ["next"]
+keeps = ["currency"]
 "#;
 
 const ACCOUNTS_POLICIES: &str = r#"
@@ -83,6 +109,13 @@ permit (
   action in [Accounts::Action::"ReadAccount", Accounts::Action::"MoveMoney", Accounts::Action::"CountAccounts"],
   resource
 ) when { context has user && resource.owner == context.user.id };
+
+@id("web-lists")
+permit (
+  principal == Mesh::Workload::"spiffe://bank.example/service/web",
+  action == Accounts::Action::"ListAccounts",
+  resource
+) when { context has user };
 "#;
 
 /// What the backend saw.
@@ -156,9 +189,11 @@ async fn answer(
         .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
         .collect();
     let target = parts.uri.to_string();
+    let seen_body = body.clone();
     seen.lock().unwrap().push(Seen { method: parts.method.clone(), target: target.clone(), headers, body });
     let owner = |id: &str| match id {
-        "17" => Some("alice"),
+        "17" | "18" => Some("alice"),
+        id if id.starts_with("10") => Some("alice"),
         "42" => Some("bob"),
         _ => None,
     };
@@ -174,10 +209,28 @@ async fn answer(
         };
     }
     if target == "/.well-known/palisade/entities" {
-        return json(
-            200,
-            r#"{"objects":[{"type":"Account","id":"17","attributes":{"owner":"alice"}}]}"#.into(),
-        );
+        let asked: serde_json::Value = serde_json::from_str(&seen_body).unwrap();
+        let ids = asked["objects"].as_array().unwrap().iter().map(|object| object["id"].as_str().unwrap());
+        let told = ids.filter_map(|id| {
+            let owner = owner(id)?;
+            Some(serde_json::json!({"type": "Account", "id": id, "attributes": {"owner": owner}}))
+        });
+        return json(200, serde_json::json!({"objects": told.collect::<Vec<_>>()}).to_string());
+    }
+    if let Some(page) = target.strip_prefix("/accounts") {
+        let list = match page {
+            "" => {
+                r#"{"accounts":[{"id":"17","owner":"alice"},{"id":"42","owner":"bob"},{"id":"18","owner":"alice"},{"id":"43"}],"total":4,"next":"after-43","currency":"EUR","hint":"bob has 42"}"#
+            }
+            "?page=2" => r#"{"accounts":[{"id":"17","owner":"alice"}],"total":1,"next":"after-17"}"#,
+            "?page=3" => r#"{"accounts":{"id":"17"}}"#,
+            "?page=4" => r#"{"accounts":[{"owner":"alice"}]}"#,
+            "?page=5" => r#"{"accounts":[{"id":"17","owner":"alice","owner":"bob"}]}"#,
+            _ => return json(404, r#"{"error":"no such page"}"#.into()),
+        };
+        let response = Response::builder().header("content-type", "application/json");
+        let response = response.header("x-total-count", "4").header("etag", "\"four\"");
+        return Ok(response.header("link", "</accounts?page=43>; rel=next").body(Full::from(list)).unwrap());
     }
     json(201, "{}".into())
 }
@@ -266,6 +319,13 @@ impl World {
     }
 
     async fn send(&self, svid: &X509Svid, request: Request<sidecar::Body>) -> (StatusCode, String) {
+        let response = self.answer(svid, request).await;
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    async fn answer(&self, svid: &X509Svid, request: Request<sidecar::Body>) -> Response<sidecar::Body> {
         let source = IdentitySource::fixed(svid.clone(), identity::BundleSet::new([self.authority.bundle()]));
         let config = UpstreamConfig {
             service: "accounts".into(),
@@ -274,10 +334,18 @@ impl World {
             response_timeout: Duration::from_secs(30),
         };
         let upstream = Upstream::new(config, source, self.clock.clone(), &self.scope).unwrap();
-        let response = upstream.send(request).await.unwrap();
-        let status = response.status();
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        (status, String::from_utf8(body.to_vec()).unwrap())
+        upstream.send(request).await.unwrap()
+    }
+
+    /// What web gets for `user`, with its headers.
+    async fn response(&self, user: &str, target: &str, headers: &[(&str, &str)]) -> Response<sidecar::Body> {
+        let web = self.authority.issue("/service/web");
+        let chain = self.chain(&web, user, "GET", target);
+        let mut request = Request::get(target).header(txn::HEADER, chain);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.answer(&web, request.body(sidecar::empty()).unwrap()).await
     }
 
     /// As web, for `user`.
@@ -983,5 +1051,97 @@ async fn a_configured_status_is_tried_again_within_its_bounds() {
     let reached = world.seen().iter().filter(|seen| seen.target == "/accounts/500").count();
     assert_eq!(reached, 3, "one call and two retries");
     drop(upstream);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn policy_33_of_a_batch_every_object_is_judged_and_one_foreign_one_refuses_all() {
+    let world = World::new().await;
+    let own: Vec<String> = (1000..1049).map(|id| format!("\"{id}\"")).collect();
+    let post = async |ids: &[String]| {
+        world
+            .call("alice", "POST", "/statements", &format!("{{\"accounts\":[{}]}}", ids.join(",")), &[])
+            .await
+    };
+    assert_eq!(post(&own).await.0, StatusCode::CREATED);
+    let asked = world.seen();
+    assert_eq!(
+        asked.iter().map(|seen| seen.target.as_str()).collect::<Vec<_>>(),
+        ["/.well-known/palisade/entities", "/statements"]
+    );
+    // One foreign id among fifty, at any place; one that nobody knows; alone.
+    for (place, foreign) in [(0, "42"), (25, "42"), (49, "42"), (10, "77")] {
+        let mut ids = own.clone();
+        ids.insert(place, format!("\"{foreign}\""));
+        assert_eq!(post(&ids).await.0, StatusCode::FORBIDDEN, "{foreign} at {place}");
+    }
+    assert_eq!(post(&["\"42\"".to_owned()]).await.0, StatusCode::FORBIDDEN);
+    // Empty, nested, of other types, too long: no list.
+    let many: Vec<String> = (0..257).map(|_| "\"17\"".to_owned()).collect();
+    for bad in [
+        &[][..],
+        &["[\"17\"]".to_owned()],
+        &["17".to_owned()],
+        &["null".to_owned()],
+        &["\"..\"".to_owned()],
+        &many,
+    ] {
+        assert_eq!(post(bad).await.0, StatusCode::BAD_REQUEST, "{bad:?}");
+    }
+    let (status, _) = world.call("alice", "POST", "/statements", r#"{"accounts":"17"}"#, &[]).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    // The same id twice is one object.
+    assert_eq!(post(&["\"17\"".to_owned(), "\"17\"".to_owned()]).await.0, StatusCode::CREATED);
+    assert_eq!(
+        world.seen().iter().filter(|seen| seen.target == "/statements").count(),
+        2,
+        "nothing else passed"
+    );
+    world.end().await;
+}
+
+#[tokio::test]
+async fn policy_40_what_a_caller_may_not_see_is_in_no_item_count_or_cursor() {
+    let world = World::new().await;
+    let get = async |user: &str, target: &str| world.call(user, "GET", target, "", &[]).await;
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let (status, body) = get("alice", "/accounts").await;
+    assert_eq!(status, StatusCode::OK);
+    let alices = serde_json::json!({
+        "accounts": [{"id": "17", "owner": "alice"}, {"id": "18", "owner": "alice"}],
+        "total": 2, "next": null, "currency": "EUR",
+    });
+    assert_eq!(json(&body), alices);
+    let (_, body) = get("bob", "/accounts").await;
+    assert_eq!(
+        (json(&body)["total"].clone(), json(&body)["accounts"][0]["id"].clone()),
+        (1.into(), "42".into())
+    );
+    let (_, body) = get("carol", "/accounts").await;
+    assert_eq!(json(&body), serde_json::json!({"accounts": [], "total": 0, "next": null, "currency": "EUR"}));
+    // Nothing was withheld, so nothing that was said is about anything else.
+    let (_, body) = get("alice", "/accounts?page=2").await;
+    assert_eq!(json(&body)["next"], "after-17");
+    // An answer that is no such list is none at all; one that is no success says nothing of objects.
+    for page in [3, 4, 5] {
+        let (status, _) = get("alice", &format!("/accounts?page={page}")).await;
+        assert_eq!((status, world.last_rule().as_str()), (StatusCode::FORBIDDEN, "list.answer"), "{page}");
+    }
+    assert_eq!(get("alice", "/accounts?page=9").await.0, StatusCode::NOT_FOUND);
+    // Who may not list at all does not reach the app.
+    let before = world.seen().len();
+    let payments = world.authority.issue("/service/payments");
+    let request = Request::get("/accounts").body(sidecar::empty()).unwrap();
+    assert_eq!(world.send(&payments, request).await.0, StatusCode::FORBIDDEN);
+    assert_eq!(world.seen().len(), before);
+    // What headers say of the whole is gone; no partial or cached answer is asked for.
+    let response =
+        world.response("alice", "/accounts", &[("range", "bytes=0-5"), ("if-none-match", "\"four\"")]).await;
+    for name in ["etag", "link", "x-total-count"] {
+        assert!(!response.headers().contains_key(name), "{name}");
+    }
+    assert!(
+        !world.seen().last().unwrap().headers.keys().any(|name| name == "range" || name == "if-none-match")
+    );
     world.end().await;
 }

@@ -571,3 +571,50 @@ fn files_in_memory_are_read_as_on_disk() {
     assert!(told.iter().any(|problem| problem.to_string().contains("3fb2/surprise")), "{told:?}");
     assert!(read(&BTreeMap::new(), None).is_err());
 }
+
+#[test]
+fn what_a_list_lacks_is_said_where_it_stands() {
+    let problem = |list: &str| {
+        let map = format!(
+            "[[route]]\nmatch = \"GET /orders\"\naction = \"View\"\nobject = 'Page::\"all\"'\n[route.list]\n{list}\n"
+        );
+        load(&[("services/shop/map.toml", Some(&map))]).0.err().map(|problems| problems.0[0].to_string())
+    };
+    let good = "items = \"orders\"\naction = \"Read\"\nobject = 'Order::\"{/id}\"'\nattributes = { owner = \"/owner\", tags = \"/tags\" }";
+    assert_eq!(problem(good), None);
+    assert_eq!(problem(&good.replace("items = \"orders\"\n", "")), None);
+    for (change, why) in [
+        (good.replace("Read\"", "Raed\""), "has no action `Raed`"),
+        (good.replace("Order::", "Page::"), "does not apply to Shop::Page"),
+        (good.replace("{/id}", "{id}"), "'Type::\"{/pointer}\"'"),
+        (good.replace("{/id}", "x{/id}"), "'Type::\"{/pointer}\"'"),
+        (good.replace(", tags = \"/tags\"", ""), "nothing tells the attribute `tags`"),
+        (good.replace("\"/owner\"", "\"owner\""), "stands at a pointer"),
+        (good.replace("owner = ", "holder = "), "no attribute `holder`"),
+        (good.replace("action = \"Read\"\n", ""), "a list has `action` and `object`"),
+        (format!("{good}\ncounts = [\"orders\"]"), "named twice"),
+        (format!("{good}\ncursors = [\"next\", \"next\"]"), "named twice"),
+        (format!("{good}\ncounts = [\"n\"]").replace("items = \"orders\"\n", ""), "has no members"),
+        (format!("{good}\ntotal = \"n\""), "total"),
+    ] {
+        let told = problem(&change).unwrap_or_else(|| panic!("taken: {change}"));
+        assert!(told.contains(why), "{change}: {told}");
+    }
+    let posted = load(&[(
+        "services/shop/map.toml",
+        Some(&format!(
+            "[[route]]\nmatch = \"POST /orders\"\naction = \"View\"\nobject = 'Page::\"all\"'\n[route.list]\n{good}\n"
+        )),
+    )]);
+    assert!(posted.0.unwrap_err().0[0].to_string().contains("only GET and HEAD are filtered"));
+    for (body, why) in [
+        ("object = ['Page::\"{body:/a}/{body:/b}\"']\nbody = { a = \"[id]\", b = \"[id]\" }", "by one list"),
+        ("object = 'Page::\"{body:/a}\"'\nbody = { a = \"[id]?\" }", "not optional"),
+        ("object = 'Page::\"{body:/a}\"'\nbody = { a = \"[text]\" }", "not a member type"),
+        ("object = 'Page::\"{body:/a}\"'\nbody_type = \"form\"\nbody = { a = \"[id]\" }", "has no lists"),
+    ] {
+        let map = format!("[[route]]\nmatch = \"POST /orders\"\naction = \"View\"\n{body}\n");
+        let told = load(&[("services/shop/map.toml", Some(&map))]).0.unwrap_err().0;
+        assert!(told.iter().any(|problem| problem.to_string().contains(why)), "{body}: {told:?}");
+    }
+}

@@ -146,7 +146,11 @@ pub fn undecidable(policy: &ServicePolicy, entities: bool) -> Vec<String> {
     let asked = of(AttributeSource::Entities).filter(|_| !entities).map(|routes| {
         format!("ext_authz denies {routes}: their objects' attributes are the app's to tell, and no address of it is configured (ext_authz.entities_address)")
     });
-    response.into_iter().chain(asked).collect()
+    let lists = policy.listing_routes();
+    let lists = (!lists.is_empty()).then(|| {
+        format!("ext_authz denies {}: what their answers list is judged object by object, and Envoy does not show it (ext_authz.list)", lists.join(", "))
+    });
+    response.into_iter().chain(asked).chain(lists).collect()
 }
 
 /// Why a request does not pass.
@@ -286,6 +290,10 @@ impl ExtAuthz {
                 return Err(refuse(Refusal::denied("ext_authz.response_attributes", reason)));
             }
         };
+        if mapped.lists() {
+            let reason = "the app's answer is to be filtered, and Envoy does not show it";
+            return Err(refuse(Refusal::denied("ext_authz.list", reason)));
+        }
         let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
         understood.attributes = attributes;
         let proved = proved(identity.svid.id(), &peer, chain.as_ref(), span);
