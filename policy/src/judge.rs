@@ -60,6 +60,10 @@ impl<'a> Asked<'a> {
                     };
                     (spec.kind == AttributeType::Text).then_some(Value::Scalar(Scalar::Text(claim)))
                 }),
+                Told::Relations => {
+                    let told = mapped.and_then(|mapped| mapped.route.relations.get(object, name));
+                    told.map(|value| admitted(*spec, value))
+                }
                 Told::Nobody => None,
             };
             match value {
@@ -76,6 +80,7 @@ impl<'a> Asked<'a> {
         let Some(mapped) = self.mapped else { return self.attributes.get(object, name).cloned() };
         match mapped.route.attributes.get(name)? {
             (Source::Entities | Source::Response(_), _) => self.attributes.get(object, name).cloned(),
+            (Source::Relations, _) => mapped.route.relations.get(object, name).cloned(),
             (source, kind) => mapped.known_attribute(source, *kind, self.caller.user.as_deref()),
         }
     }

@@ -25,6 +25,7 @@ mod proto;
 mod question;
 mod receipt;
 mod record;
+mod relations;
 mod render;
 mod replay;
 mod request;

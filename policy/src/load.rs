@@ -12,10 +12,11 @@ use prost_reflect::DescriptorPool;
 use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
-use crate::map::{self, Map};
+use crate::map::{self, Beside, Map};
 use crate::problem::{Problem, Problems};
 use crate::proto;
 use crate::record::Rule;
+use crate::relations;
 use crate::rings::Rings;
 use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
@@ -28,6 +29,8 @@ pub(crate) const SERVICES: &str = "services";
 /// Where a service's tests are, which decide nothing: they are no part of a version.
 pub(crate) const TESTS: &str = "tests";
 const MAP: &str = "map.toml";
+/// What is true of a service's objects.
+const RELATIONS: &str = "relations.toml";
 /// How a change reaches everybody, which decides nothing either.
 const RINGS: &str = "rings.toml";
 /// Where the rules above all services' own are.
@@ -176,6 +179,7 @@ struct ServiceFiles {
     schema: TextFile,
     map: TextFile,
     policies: Vec<TextFile>,
+    relations: Option<TextFile>,
     /// What gRPC messages are.
     protos: Vec<TextFile>,
 }
@@ -192,8 +196,9 @@ impl Files {
     /// What decides.
     fn all(&self) -> impl Iterator<Item = (&str, &str)> {
         let services = self.services.iter();
-        let files =
-            services.flat_map(|s| [&s.schema, &s.map].into_iter().chain(&s.policies).chain(&s.protos));
+        let files = services.flat_map(|s| {
+            [&s.schema, &s.map].into_iter().chain(&s.policies).chain(&s.relations).chain(&s.protos)
+        });
         std::iter::once(&self.mesh)
             .chain(&self.guard)
             .chain(files)
@@ -320,6 +325,7 @@ fn is_service_name(name: &str) -> bool {
 
 fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
     let (mut schemas, mut maps, mut policies, mut protos) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut relations = None;
     for entry in tree.entries(&service.path, problems) {
         let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match (entry.is_dir, extension) {
@@ -328,9 +334,11 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
             (false, "proto") => protos.push(tree.read(&entry.path, problems)),
             (true, _) if entry.name == TESTS => {}
             (false, _) if entry.name == MAP => maps.push(tree.read(&entry.path, problems)),
+            (false, _) if entry.name == RELATIONS => relations = Some(tree.read(&entry.path, problems)),
             _ => problems.push(
-                Problem::file(&entry.path, "not a file of a service that this version knows")
-                    .hint(format!("known are *.cedarschema, *.cedar, *.proto, {MAP} and {TESTS}/")),
+                Problem::file(&entry.path, "not a file of a service that this version knows").hint(format!(
+                    "known are *.cedarschema, *.cedar, *.proto, {MAP}, {RELATIONS} and {TESTS}/"
+                )),
             ),
         }
     }
@@ -355,6 +363,7 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
         schema: schemas.pop()?,
         map: maps.pop()?,
         policies,
+        relations,
         protos,
     })
 }
@@ -381,7 +390,14 @@ fn load_service(
     };
     // Both are looked at even if one has problems.
     let protos = descriptors(&files.protos, problems);
-    let map = map::parse(&files.map.path, &files.map.text, &schema, protos.as_ref(), problems);
+    let relations =
+        files.relations.as_ref().map(|file| relations::parse(&file.path, &file.text, &schema, problems));
+    let relations = match relations {
+        Some(parsed) => Some(Arc::new(parsed?)),
+        None => None,
+    };
+    let beside = Beside { protos: protos.as_ref(), relations: relations.as_ref() };
+    let map = map::parse(&files.map.path, &files.map.text, &schema, beside, problems);
     let loaded = load_policies(files, guard, &schema, trust_domain, problems);
     let (map, (set, entries)) = (map?, loaded?);
     let methods = protos.as_ref().map(proto::methods).unwrap_or_default();

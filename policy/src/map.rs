@@ -15,7 +15,7 @@ use toml::de::{DeArray, DeTable, DeValue};
 use crate::body::{
     BodyRule, DEFAULT_BODY_BYTES, MAX_JUDGED_BODY_BYTES, MAX_OPAQUE_BODY_BYTES, Member, MemberType, Members,
 };
-use crate::object::AttributeType;
+use crate::object::{AttributeType, Attributes};
 use crate::plan::Plan;
 use crate::problem::{Problem, Problems, suggest};
 use crate::proto::{Call, Shape};
@@ -51,6 +51,8 @@ pub(crate) enum Source {
     Request(Place),
     /// The verified user.
     Claim(Claim),
+    /// The service's `relations.toml`.
+    Relations,
     /// The app's entities endpoint, asked before the request is passed on.
     Entities,
     /// The app's response, before a byte of it is released.
@@ -76,6 +78,8 @@ pub(crate) struct Route {
     /// What the messages of a gRPC method are, if they are judged.
     pub(crate) message: Option<Arc<Shape>>,
     pub(crate) plan: Plan,
+    /// What the service's relations say of objects.
+    pub(crate) relations: Arc<Attributes>,
     /// What its answer lists, if each of that is judged.
     pub(crate) list: Option<Box<List>>,
 }
@@ -176,17 +180,25 @@ struct Draft {
     list: Option<DraftList>,
 }
 
-/// Parses and resolves a map. `None` and at least one problem more if something is wrong. `protos` is what the
-/// service's `.proto` files say, if it has some.
+/// What stands beside a map.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Beside<'a> {
+    /// What gRPC messages are.
+    pub(crate) protos: Option<&'a DescriptorPool>,
+    /// What is true of objects.
+    pub(crate) relations: Option<&'a Arc<Attributes>>,
+}
+
+/// Parses and resolves a map. `None` and at least one problem more if something is wrong.
 pub(crate) fn parse(
     file: &Path,
     text: &str,
     schema: &ServiceSchema,
-    protos: Option<&DescriptorPool>,
+    beside: Beside<'_>,
     problems: &mut Problems,
 ) -> Option<Map> {
     let before = problems.0.len();
-    let mut reader = Reader { file, text, protos, problems };
+    let mut reader = Reader { file, text, beside, problems };
     let map = reader.map(schema);
     (problems.0.len() == before).then_some(map)
 }
@@ -194,7 +206,7 @@ pub(crate) fn parse(
 struct Reader<'a> {
     file: &'a Path,
     text: &'a str,
-    protos: Option<&'a DescriptorPool>,
+    beside: Beside<'a>,
     problems: &'a mut Problems,
 }
 
@@ -467,6 +479,7 @@ impl Reader<'_> {
             members,
             message,
             plan,
+            relations: self.beside.relations.cloned().unwrap_or_default(),
             list,
         })
     }
@@ -600,7 +613,7 @@ impl Reader<'_> {
     ) -> (BodyRule, Option<Arc<Shape>>) {
         let BodyRule::Grpc { max_bytes, .. } = rule else { return (rule, None) };
         let place = draft.matching.as_ref().map_or(draft.span.clone(), |matching| matching.span.clone());
-        let Some(protos) = self.protos else {
+        let Some(protos) = self.beside.protos else {
             let span = draft.body_type.as_ref().map_or(place, |kind| kind.span.clone());
             self.say(span, "there is no .proto file to read messages by")
                 .hint("put the service's .proto files beside map.toml");
@@ -737,11 +750,15 @@ impl Reader<'_> {
             if spec.required && !draft.attributes.iter().any(|(stated, _)| stated.value == *name) {
                 let message = format!("nothing tells the attribute `{name}` of {}", object.name);
                 self.say(draft.span.clone(), message).hint(format!(
-                    "attributes = {{ {name} = \"…\" }}: path:NAME, body:/NAME, claim:sub, entities or response:/POINTER"
+                    "attributes = {{ {name} = \"…\" }}: path:NAME, body:/NAME, claim:sub, relations, entities or response:/POINTER"
                 ));
             }
         }
         let has = |wanted: fn(&Source) -> bool| sources.values().any(|(source, _)| wanted(source));
+        if has(|s| *s == Source::Relations) && self.beside.relations.is_none() {
+            self.say(draft.span.clone(), "there is no relations.toml to tell attributes")
+                .hint("put it beside map.toml: [Account.\"17\"] owner = \"alice\"");
+        }
         if has(|s| *s == Source::Entities) && has(|s| matches!(s, Source::Response(_))) {
             self.say(
                 draft.span.clone(),
@@ -850,7 +867,7 @@ impl Places<'_> {
             }
             Source::Claim(_) if wanted == AttributeType::Text => Ok(()),
             Source::Claim(_) => Err(format!("a claim is a String, the attribute a {wanted}")),
-            Source::Entities => Ok(()),
+            Source::Entities | Source::Relations => Ok(()),
             // The sidecar asks the app with GET for a HEAD, so there is a body to judge.
             Source::Response(_) if matches!(method, "GET" | "HEAD") => Ok(()),
             Source::Response(_) => Err(format!(
@@ -865,6 +882,7 @@ fn parse_source(text: &str) -> Result<Source, String> {
         |name: &str| if is_name(name) { Ok(name.to_owned()) } else { Err(format!("`{name}` is not a name")) };
     match text.split_once(':') {
         None if text == "entities" => Ok(Source::Entities),
+        None if text == "relations" => Ok(Source::Relations),
         Some(("path", capture)) => Ok(Source::Request(Place::Path(name(capture)?))),
         Some(("body", pointer)) => match pointer.strip_prefix('/') {
             Some(member) if is_field_path(member) => Ok(Source::Request(Place::Body(member.to_owned()))),
@@ -880,7 +898,7 @@ fn parse_source(text: &str) -> Result<Source, String> {
         Some(("response", pointer)) if is_pointer(pointer) => Ok(Source::Response(pointer.to_owned())),
         Some(("response", _)) => Err("a place in the response is a JSON pointer: response:/owner".into()),
         _ => Err(format!(
-            "`{text}` is not a source: path:NAME, body:/NAME, claim:sub, entities or response:/POINTER"
+            "`{text}` is not a source: path:NAME, body:/NAME, claim:sub, relations, entities or response:/POINTER"
         )),
     }
 }

@@ -40,6 +40,8 @@ pub(crate) enum Told {
     /// The request, at the n-th place.
     Request(usize),
     User(Claim),
+    /// The service's relations.
+    Relations,
     /// The app, in one way or the other.
     App,
     Nobody,
@@ -96,6 +98,7 @@ impl Plan {
             plan.attributes.push(match sources.get(name) {
                 Some((Source::Request(place), _)) => Told::Request(number(place)),
                 Some((Source::Claim(claim), _)) => Told::User(*claim),
+                Some((Source::Relations, _)) => Told::Relations,
                 Some((Source::Entities | Source::Response(_), _)) => Told::App,
                 None => Told::Nobody,
             });

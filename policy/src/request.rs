@@ -297,7 +297,7 @@ impl Mapped {
                     Claim::Client => user.client.as_str().into(),
                 })
             }),
-            Source::Entities | Source::Response(_) => None,
+            Source::Relations | Source::Entities | Source::Response(_) => None,
         }
     }
 }

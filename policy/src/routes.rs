@@ -367,6 +367,7 @@ mod tests {
             message: None,
             upgrade: None,
             members: BTreeMap::new(),
+            relations: Default::default(),
             list: None,
         }
     }

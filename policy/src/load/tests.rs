@@ -618,3 +618,58 @@ fn what_a_list_lacks_is_said_where_it_stands() {
         assert!(told.iter().any(|problem| problem.to_string().contains(why)), "{body}: {told:?}");
     }
 }
+
+#[test]
+fn relations_tell_attributes_from_the_policies_own_directory() {
+    let map = MAP.replace("\"entities\"", "\"relations\"");
+    let relations = "[Order.\"17\"]\nowner = \"x\"\ntags = [\"a\", \"b\"]\ntotal = 5\n";
+    let (loaded, _dir) =
+        load(&[("services/shop/map.toml", Some(&map)), ("services/shop/relations.toml", Some(relations))]);
+    let shop = loaded.unwrap().service("shop").unwrap();
+    let asked = |id: &str| {
+        let (parts, ()) = http::Request::get(format!("/orders/{id}")).body(()).unwrap().into_parts();
+        let mapped = shop.map(&parts).unwrap();
+        assert_eq!(mapped.attributes_from(), crate::AttributeSource::Known);
+        let caller = crate::Caller {
+            principal: crate::Principal::Workload(
+                SpiffeId::new("spiffe://bank.example/service/web").unwrap(),
+            ),
+            user: None,
+            chain: Arc::from([]),
+            address: None,
+        };
+        let receipt = crate::Receipt::generate(&*identity::random::system()).unwrap();
+        let occasion = crate::Occasion {
+            receipt,
+            now: std::time::Duration::from_secs(1),
+            layer: crate::Layer::Sidecar,
+            method: "GET",
+            target: "/",
+            transaction: None,
+            trace_id: None,
+        };
+        match shop.decide(&caller, &mapped, &crate::Attributes::none(), &occasion) {
+            crate::Verdict::Permit(permit) => permit.rule().name().to_owned(),
+            crate::Verdict::Deny(denial) => denial.rule().name().to_owned(),
+        }
+    };
+    assert_eq!((asked("17").as_str(), asked("18").as_str()), ("read", "attributes.missing"));
+    let problem = |relations: Option<&str>| {
+        problems(&[("services/shop/map.toml", Some(&map)), ("services/shop/relations.toml", relations)])
+    };
+    for (bad, why) in [
+        (None, "there is no relations.toml"),
+        (Some("[Ordre.\"17\"]\nowner = \"x\""), "relations.toml:1:2: the schema has no type `Ordre`"),
+        (Some("[Order.\"a b\"]\nowner = \"x\""), "`a b` is no id of an object"),
+        (Some("[Order.\"17\"]\nholder = \"x\""), "has no attribute `holder`"),
+        (Some("[Order.\"17\"]\nowner = 5"), "the attribute `owner` is a String"),
+        (Some("[Order.\"17\"]\ntags = [[\"a\"]]"), "the attribute `tags` is a Set"),
+        (Some("[Order.\"17\"]\ntotal = 9007199254740993"), "the attribute `total` is a Long"),
+        (Some("Order = 5"), "expected a table of objects"),
+        (Some("[Order]\n17 = 5"), "expected a table of attributes"),
+        (Some("[Order.\"17\"\n"), "relations.toml:1:"),
+    ] {
+        let told = problem(bad);
+        assert!(told.contains(why), "{bad:?}: {told}");
+    }
+}
