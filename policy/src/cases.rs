@@ -50,6 +50,8 @@ struct Section {
     body: Option<String>,
     /// A body of bytes, such as a gRPC message, in hexadecimal digits.
     body_hex: Option<Spanned<String>>,
+    /// A gRPC message by its fields, as the JSON form of protobuf has them.
+    message: Option<BTreeMap<String, Json>>,
     /// What the app tells of every object of the request.
     #[serde(default)]
     attributes: BTreeMap<String, Json>,
@@ -175,7 +177,7 @@ impl Case {
     }
 
     fn ask(&self, policy: &ServicePolicy) -> Result<(Decision, String, Option<String>), String> {
-        let record = self.question()?.ask(policy)?;
+        let record = self.question(policy)?.ask(policy)?;
         let decision = match (record.verdict, record.status) {
             (Outcome::Permit, _) => Decision::Allow,
             (Outcome::Deny, Some(400)) => Decision::Refuse,
@@ -186,7 +188,7 @@ impl Case {
     }
 
     /// What the test asks.
-    fn question(&self) -> Result<Question, String> {
+    fn question(&self, policy: &ServicePolicy) -> Result<Question, String> {
         let section = &self.section;
         let (method, target) = section.request.get_ref().split_once(' ').unwrap_or_default();
         let user = section.user.clone().map(|user| {
@@ -200,14 +202,18 @@ impl Case {
             let UserTable { id, issuer, client, scopes, groups, auth_time } = table;
             User { id, issuer, client, scopes, groups, auth_time }
         });
-        let body = match (&section.body, &section.body_hex) {
-            (Some(_), Some(_)) => return Err("`body` and `body_hex` are two bodies".to_owned()),
-            (Some(text), None) => Some(AskedBody::Text(text.clone())),
-            (None, Some(digits)) => match hex::decode(digits.get_ref()) {
+        let body = match (&section.body, &section.body_hex, &section.message) {
+            (Some(text), None, None) => Some(AskedBody::Text(text.clone())),
+            (None, Some(digits), None) => match hex::decode(digits.get_ref()) {
                 Some(bytes) => Some(AskedBody::Message(bytes.to_vec())),
                 None => return Err("`body_hex` is not hexadecimal digits, two a byte".to_owned()),
             },
-            (None, None) => None,
+            (None, None, Some(fields)) => {
+                let fields = Json::Object(fields.clone().into_iter().collect());
+                Some(AskedBody::Message(policy.message(target, fields)?))
+            }
+            (None, None, None) => None,
+            _ => return Err("`body`, `body_hex` and `message` are one body each".to_owned()),
         };
         Ok(Question {
             caller: self.caller.clone(),
@@ -395,5 +401,34 @@ policy = "request.path"
             let told = cases(text).unwrap_err();
             assert!(told.contains(why), "{told}");
         }
+    }
+
+    #[test]
+    fn a_grpc_message_is_written_by_its_fields() {
+        let proto = "syntax = \"proto3\";\npackage shop;\nservice Orders { rpc Read(ReadRequest) returns (ReadRequest); }\n\
+                     message ReadRequest { Order order = 1; bool full = 2; }\nmessage Order { string id = 1; }\n";
+        let map = "[[route]]\nmatch = \"POST /shop.Orders/Read\"\naction = \"Read\"\nobject = 'Order::\"{body:/order.id}\"'\n\
+                   body_type = \"grpc\"\nbody = { \"order.id\" = \"id\" }\nattributes = { owner = \"entities\", tags = \"entities\" }\n";
+        let test = |body: &str, decision: &str, policy: &str| {
+            let text = format!(
+                "[[test]]\nname = \"t\"\nas = \"web\"\nrequest = \"POST /shop.Orders/Read\"\n{body}\n\
+                 objects = {{ \"17\" = {{ owner = \"x\", tags = [] }} }}\ndecision = \"{decision}\"\npolicy = \"{policy}\"\n"
+            );
+            let (policies, dir) = load(&[
+                ("services/shop/shop.proto", Some(proto)),
+                ("services/shop/map.toml", Some(map)),
+                ("services/shop/tests/reads.toml", Some(&text)),
+            ]);
+            let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
+            let web = SpiffeId::new("spiffe://bank.example/service/web").ok();
+            let cases = Case::load(dir.path(), &policies, |_| web.clone()).unwrap();
+            cases[0].run(&policies)
+        };
+        assert_eq!(test("message = { order = { id = \"17\" }, full = true }", "allow", "read"), Ok(()));
+        assert_eq!(test("message = { order = { id = \"..\" } }", "refuse", "request.body"), Ok(()));
+        let unknown = test("message = { ordre = { id = \"17\" } }", "allow", "read").unwrap_err();
+        assert!(unknown.contains("is no shop.ReadRequest") && unknown.contains("ordre"), "{unknown}");
+        let two = test("message = { }\nbody = \"{}\"", "allow", "read").unwrap_err();
+        assert!(two.contains("one body each"), "{two}");
     }
 }

@@ -175,6 +175,13 @@ impl ServicePolicy {
         routes
     }
 
+    /// The gRPC message of these fields (ProtoJSON) that a call of `path` takes, for tests.
+    pub(crate) fn message(&self, path: &str, fields: serde_json::Value) -> Result<Vec<u8>, String> {
+        let called = self.shared.routes.routes().find(|route| route.takes("POST", path));
+        let shape = called.and_then(|route| route.message.as_ref());
+        shape.ok_or_else(|| format!("{path} is no method whose messages are judged"))?.write(fields)
+    }
+
     /// The templates of the routes whose answers are judged object by object.
     pub fn listing_routes(&self) -> Vec<String> {
         let routes = self.shared.routes.routes().filter(|route| route.list.is_some());

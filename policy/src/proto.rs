@@ -8,8 +8,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use prost_reflect::{DescriptorPool, FieldDescriptor, Kind, MessageDescriptor};
+use prost_reflect::prost::Message as _;
+use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor};
 use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver};
+use serde_json::Value as Json;
 use smallvec::SmallVec;
 
 use crate::body::{Member, MemberType, Members, Values, missing, wrong_type};
@@ -134,6 +136,7 @@ struct Wanted<'a> {
 #[derive(Debug)]
 pub(crate) struct Shape {
     name: String,
+    descriptor: MessageDescriptor,
     /// By number.
     fields: Vec<Field>,
 }
@@ -278,7 +281,14 @@ impl Shape {
                 taken,
             });
         }
-        Ok(Self { name: message.full_name().to_owned(), fields })
+        Ok(Self { name: message.full_name().to_owned(), descriptor: message.clone(), fields })
+    }
+
+    /// A message by its fields, in the JSON form of protobuf (ProtoJSON): for tests of policies. The error is for people.
+    pub(crate) fn write(&self, fields: Json) -> Result<Vec<u8>, String> {
+        let message = DynamicMessage::deserialize(self.descriptor.clone(), fields);
+        let message = message.map_err(|error| format!("that is no {}: {error}", self.name))?;
+        Ok(message.encode_to_vec())
     }
 
     fn taken(field: &FieldDescriptor, below: &[Wanted<'_>], depth: usize) -> Result<Taken, (String, String)> {

@@ -51,6 +51,9 @@ enum What {
         /// Change nothing; exit code 1 if a file is not in that form.
         #[arg(long)]
         check: bool,
+        /// The files as one JSON document.
+        #[arg(long)]
+        json: bool,
     },
     /// Say what changed against a commit: what was touched; which recorded decisions would have been others; and proved
     /// for every request there can be, what is opened and closed.
@@ -80,7 +83,7 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
         What::Wait(args) => rollout::wait(args, global, printer),
         What::RollBack(args) => rollout::roll_back(args, global, printer),
         What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
-        What::Fmt { check } => fmt(&mesh, *check, printer),
+        What::Fmt { check, json } => fmt(&mesh, *check, *json, printer),
         What::Matrix { json } => matrix(&mesh, *json, printer),
     }
 }
@@ -135,7 +138,7 @@ fn test(mesh: &Mesh, service: Option<&str>, json: bool, printer: &Printer) -> Re
 const LINE_WIDTH: usize = 110;
 const INDENT_WIDTH: isize = 2;
 
-fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
+fn fmt(mesh: &Mesh, check: bool, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     // What cannot be read cannot be written anew: mistakes are said first.
     let _good = workload::policies(mesh)?;
     let mut changed = Vec::new();
@@ -152,9 +155,13 @@ fn fmt(mesh: &Mesh, check: bool, printer: &Printer) -> Result<Exit, Failure> {
         if !check {
             std::fs::write(&path, after).map_err(|error| failed("written", error.to_string()))?;
         }
-        changed.push(format!("{}\n", path.display()));
+        changed.push(path.display().to_string());
     }
-    printer.data(&changed.concat())?;
+    if json {
+        printer.data(&format!("{}\n", serde_json::json!({ "changed": changed, "written": !check })))?;
+    } else {
+        printer.data(&changed.iter().map(|path| format!("{path}\n")).collect::<String>())?;
+    }
     if check && !changed.is_empty() {
         let message = match changed.len() {
             1 => "a file is not in the one form".to_owned(),
@@ -390,12 +397,12 @@ mod tests {
         let path = folder.path().join("policies/services/accounts/accounts.cedar");
         let text = std::fs::read_to_string(&path).unwrap();
         // As it is committed.
-        assert_eq!(fmt(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&mesh, true, false, &Printer::plain()).unwrap(), Exit::Ok);
         std::fs::write(&path, text.replace("permit (\n  principal", "permit(principal")).unwrap();
-        let failure = fmt(&mesh, true, &Printer::plain()).unwrap_err();
+        let failure = fmt(&mesh, true, false, &Printer::plain()).unwrap_err();
         assert_eq!(failure.exit, Exit::Failed);
-        assert_eq!(fmt(&mesh, false, &Printer::plain()).unwrap(), Exit::Ok);
-        assert_eq!(fmt(&mesh, true, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&mesh, false, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&mesh, true, false, &Printer::plain()).unwrap(), Exit::Ok);
         assert!(std::fs::read_to_string(&path).unwrap().contains("// payments looks up whose account"));
         assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
     }
