@@ -256,6 +256,7 @@ async fn agent(name: &str, token: &str, directory: &Path, control: SocketAddr, s
             bundle_pem: std::fs::read_to_string(directory.join("bundle.pem")).unwrap(),
         }),
         refusals: None,
+        redactor: None,
     };
     Agent::start(config, SystemClock::shared(), SystemRandom::shared(), scope).await.unwrap()
 }

@@ -127,6 +127,12 @@ impl AdminClient {
         parse::<RolledBack>(&answer).map(|rolled_back| rolled_back.epoch)
     }
 
+    /// By which pseudonym a person stands in decisions.
+    pub async fn pseudonym(&self, of: &str) -> Result<String, AdminError> {
+        let query = url::form_urlencoded::Serializer::new(String::new()).append_pair("of", of).finish();
+        parse(&self.get(&format!("/v1/pseudonym?{query}")).await?)
+    }
+
     async fn get(&self, target: &str) -> Result<Bytes, AdminError> {
         self.call(Method::GET, target, &[]).await
     }

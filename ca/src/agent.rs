@@ -28,6 +28,7 @@ mod attest;
 mod authority_header;
 mod decisions;
 mod endpoints;
+mod log;
 mod node;
 mod policies;
 mod refusal;
@@ -38,6 +39,7 @@ mod workload;
 use attest::{Attestor, LinuxProcesses};
 use decisions::Queue;
 use endpoints::Endpoints;
+use log::DecisionLog;
 use node::Node;
 use policies::Policies;
 use refusal::Refusals;
@@ -73,6 +75,14 @@ pub struct AgentConfig {
     /// Writes down who was refused an identity, for control. Without it callers are refused all the same,
     /// the log says why, and they get no receipt.
     pub refusals: Option<Arc<dyn RefusalRecorder>>,
+    /// Takes people out of decisions before they leave the host, or are written down on it.
+    pub redactor: Option<Arc<dyn Redactor>>,
+}
+
+/// Takes people out of decisions.
+pub trait Redactor: std::fmt::Debug + Send + Sync {
+    /// The record with pseudonyms by this key; `None` if it cannot be read, and so is not passed on.
+    fn redact(&self, key: &[u8], json: &str) -> Option<String>;
 }
 
 /// How a host joins.
@@ -183,7 +193,8 @@ impl Agent {
 
         let (view_sender, view) = watch::channel(None);
         let (svid_sender, svids) = watch::channel(Arc::default());
-        let (queue, endpoints) = (Arc::new(Queue::default()), Endpoints::default());
+        let log = DecisionLog::start(&config.state, scope);
+        let (queue, endpoints) = (Arc::new(Queue::new(Some(log))), Endpoints::default());
         let policies = Policies::default();
         let attestor = Attestor::new(Arc::new(LinuxProcesses));
         let local = workload::Local {
@@ -193,6 +204,7 @@ impl Agent {
             queue: Arc::clone(&queue),
             endpoints: endpoints.clone(),
             policies: policies.clone(),
+            redactor: config.redactor.clone(),
             refusals: Arc::new(Refusals::new(
                 config.refusals.clone(),
                 id.clone(),

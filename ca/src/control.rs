@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, watch};
 
 use identity::clock::SharedClock;
 use identity::id::IdError;
+use identity::pseudonym;
 use identity::socket::SocketError;
 use identity::source::IdentityPublisher;
 use identity::svid::SvidError;
@@ -250,6 +251,7 @@ struct Inner {
     sequence: AtomicU64,
     changes: broadcast::Sender<u64>,
     own: IdentitySource,
+    pseudonym_key: zeroize::Zeroizing<Vec<u8>>,
     join_limit: Limiter<IpAddr>,
     sign_limit: Limiter<SpiffeId>,
     report_limit: Limiter<SpiffeId>,
@@ -297,6 +299,7 @@ impl Control {
                 .unwrap_or(Err(ControlError::Stopping))?;
         let nodes = store.nodes()?;
         let epochs = store.epochs()?;
+        let pseudonym_key = pseudonym_key(&store, &random)?;
         let policies = policies.map(|config| policies::Policies::new(config, epochs, started));
         let active = store.active_issuances(started.as_secs())?;
         let (publisher, own) = IdentitySource::channel();
@@ -324,6 +327,7 @@ impl Control {
             sequence: AtomicU64::new(first_sequence),
             changes: broadcast::Sender::new(CHANGES_KEPT),
             own,
+            pseudonym_key,
             join_limit: Limiter::new(JOIN_LIMIT.0, JOIN_LIMIT.1),
             sign_limit: Limiter::new(SIGN_LIMIT.0, SIGN_LIMIT.1),
             report_limit: Limiter::new(REPORT_LIMIT.0, REPORT_LIMIT.1),
@@ -409,6 +413,11 @@ impl ControlHandle {
     /// told so by the channel and reads the state anew.
     pub fn subscribe(&self) -> broadcast::Receiver<u64> {
         self.0.changes.subscribe()
+    }
+
+    /// By which pseudonym a person stands in decisions, where those are recorded so.
+    pub fn pseudonym(&self, of: &str) -> String {
+        pseudonym::of(&self.0.pseudonym_key, of)
     }
 
     /// Control's own identity, `spiffe://TD/palisade/control`, rotated by itself.
@@ -587,6 +596,14 @@ fn check_lifetimes(config: &ControlConfig) -> Result<(), ControlError> {
         return Err(ControlError::Lifetimes("root_ttl must not be less than svid_ttl"));
     }
     Ok(())
+}
+
+/// The key by which people in decisions are given pseudonyms, made at the first start.
+fn pseudonym_key(store: &Store, random: &SharedRandom) -> Result<zeroize::Zeroizing<Vec<u8>>, ControlError> {
+    let mut fresh = zeroize::Zeroizing::new([0; pseudonym::KEY_BYTES]);
+    random.fill(&mut *fresh).map_err(AuthorityError::from)?;
+    let key = store.pseudonym_key(&hex::encode(&*fresh))?;
+    hex::decode(&key).ok_or(ControlError::Store(StoreError::Damaged))
 }
 
 /// Opens the root and the database, and makes sure that they belong together. Blocks.

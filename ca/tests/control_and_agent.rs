@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use ca::admin::{AdminClient, AdminError};
 use ca::agent::{
-    Agent, AgentConfig, AgentError, Bootstrap, DEFAULT_SOCKET_MODE, RefusalRecorder, RefusedCaller,
+    Agent, AgentConfig, AgentError, Bootstrap, DEFAULT_SOCKET_MODE, Redactor, RefusalRecorder, RefusedCaller,
 };
 use ca::authority::DEFAULT_ROOT_TTL;
 use ca::control::{Control, ControlConfig, ControlError, Entry, Selectors, listen};
@@ -123,6 +123,7 @@ impl World {
             control,
             bootstrap,
             refusals: None,
+            redactor: None,
         }
     }
 
@@ -878,4 +879,54 @@ async fn identity_5_the_python_spiffe_client_is_served() {
     );
     agent.stop().await;
     control.stop().await;
+}
+
+/// Puts the pseudonym of `alice` in her place.
+#[derive(Debug)]
+struct Alice;
+
+impl Redactor for Alice {
+    fn redact(&self, key: &[u8], json: &str) -> Option<String> {
+        (json != "[]").then(|| json.replace("alice", &identity::pseudonym::of(key, "alice")))
+    }
+}
+
+#[tokio::test]
+async fn people_do_not_leave_their_host_where_they_are_to_be_kept_out_of_decisions() {
+    let world = World::new();
+    let control = world.control(vec![web()]).await;
+    let config = AgentConfig {
+        redactor: Some(Arc::new(Alice)),
+        ..world.agent_config(control.it.local_addr(), Some(bootstrap(&control).await))
+    };
+    let agent = world.try_agent(config).await.unwrap();
+    within(workload_api::fetch_once(&world.socket())).await.unwrap();
+    let scope = Scope::new();
+    let reporter = DecisionReporter::start(world.socket(), clock(), &scope);
+    for (receipt, json) in [("unread", "[]"), ("hers", r#"{"user":"alice"}"#)] {
+        reporter.report(ReportedDecision {
+            receipt: receipt.into(),
+            time_ms: 1,
+            service: "web".into(),
+            verdict: "deny".into(),
+            address: String::new(),
+            json: json.into(),
+        });
+    }
+    let (admin, mut changes) = (world.admin(), control.it.handle().subscribe());
+    while within(admin.status()).await.unwrap().counts.decisions_stored < 1 {
+        within(changes.recv()).await.unwrap();
+    }
+    let alice = within(admin.pseudonym("alice")).await.unwrap();
+    let found = within(admin.decision("hers")).await.unwrap().unwrap();
+    assert_eq!(found.json, serde_json::json!({"user": alice}));
+    assert!(
+        within(admin.decision("unread")).await.unwrap().is_none(),
+        "what cannot be read is not passed on"
+    );
+    scope.drain();
+    agent.stop().await;
+    control.stop().await;
+    let written = std::fs::read_to_string(world.path("agent/decisions.jsonl")).unwrap();
+    assert!(written.contains(&alice) && !written.contains("alice"), "{written}");
 }

@@ -30,6 +30,7 @@ pub mod jws;
 pub mod leaf;
 pub mod peer;
 pub mod pem;
+pub mod pseudonym;
 pub mod random;
 pub mod scope;
 pub mod served;

@@ -457,6 +457,7 @@ mod tests {
     fn view(selectors: Vec<(&str, Selectors)>) -> HostView {
         let domain = TrustDomain::new("bank.example").unwrap();
         HostView {
+            pseudonym_key: Default::default(),
             bundle: TrustBundle::new(domain.clone(), vec![]).unwrap(),
             entries: selectors
                 .into_iter()

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use identity::clock::SharedClock;
 use identity::{Scope, SpiffeId};
 
+use super::log::DecisionLog;
 use super::upstream::{self, Upstream};
 use crate::backoff::Backoff;
 use crate::control::{MAX_DECISION_FIELD_BYTES, MAX_DECISION_JSON_BYTES, MAX_REPORT_BATCH};
@@ -29,6 +30,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     news: Notify,
+    log: Option<DecisionLog>,
 }
 
 #[derive(Debug, Default)]
@@ -49,6 +51,11 @@ impl Waiting {
 }
 
 impl Queue {
+    /// One whose decisions are written down on this host, too.
+    pub(super) fn new(log: Option<DecisionLog>) -> Self {
+        Self { log, ..Self::default() }
+    }
+
     /// Takes decisions of the workload `reporter` in, and how many it had to drop itself. Malformed ones
     /// are counted as dropped: control would refuse them. Returns how many were taken.
     pub(super) fn push(&self, decisions: Vec<pb::mesh::Decision>, reporter: &SpiffeId, dropped: u64) -> u64 {
@@ -72,6 +79,9 @@ impl Queue {
                 json: decision.json,
                 reporter: reporter.to_string(),
             };
+            if let Some(log) = &self.log {
+                log.write(&stamped);
+            }
             waiting.bytes += size(&stamped);
             waiting.decisions.push_back(stamped);
             accepted += 1;

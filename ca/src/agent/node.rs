@@ -349,6 +349,7 @@ mod tests {
 
     fn config(state: &std::path::Path) -> AgentConfig {
         AgentConfig {
+            redactor: None,
             host: "host-1".into(),
             trust_domain: TrustDomain::new("bank.example").unwrap(),
             socket: state.join("agent.sock"),

@@ -291,7 +291,12 @@ mod tests {
         fn tell(&self, entries: Vec<LocalEntry>) {
             let bundle = self.signer.authority.bundle().clone();
             let rotate_after = Duration::from_secs(20);
-            self.view.send_replace(Some(Arc::new(HostView { bundle, entries, rotate_after })));
+            self.view.send_replace(Some(Arc::new(HostView {
+                bundle,
+                entries,
+                rotate_after,
+                pseudonym_key: Default::default(),
+            })));
         }
 
         /// Lets the task run until it waits for the clock or for news.

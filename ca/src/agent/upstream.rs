@@ -13,6 +13,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
+use zeroize::Zeroizing;
 
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Scope, SpiffeId, TrustBundle, TrustDomain};
@@ -39,6 +40,8 @@ pub(super) struct HostView {
     pub(super) bundle: TrustBundle,
     pub(super) entries: Vec<LocalEntry>,
     pub(super) rotate_after: Duration,
+    /// Empty if control has none.
+    pub(super) pseudonym_key: Zeroizing<Vec<u8>>,
 }
 
 /// An entry as an agent sees it.
@@ -249,7 +252,7 @@ fn parse(state: pb::State, trust_domain: &TrustDomain) -> Result<HostView, Strin
             Ok(LocalEntry { entry_id: entry.entry_id, id, selectors })
         })
         .collect::<Result<_, String>>()?;
-    Ok(HostView { bundle, entries, rotate_after })
+    Ok(HostView { bundle, entries, rotate_after, pseudonym_key: Zeroizing::new(state.pseudonym_key) })
 }
 
 #[cfg(test)]
@@ -272,6 +275,7 @@ mod tests {
                 ..Default::default()
             }],
             rotate_after_ms: 20_000,
+            pseudonym_key: vec![7; 32],
         }
     }
 

@@ -20,6 +20,7 @@ use identity::workload_api::proto;
 use identity::workload_api::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use identity::{Scope, SpiffeId, TrustDomain, X509Svid, socket};
 
+use super::Redactor;
 use super::attest::{AttestError, Attestor, Process, Unattested};
 use super::authority_header::AnyAuthority;
 use super::decisions::Queue;
@@ -60,6 +61,7 @@ pub(super) struct Local {
     pub(super) queue: Arc<Queue>,
     pub(super) endpoints: Endpoints,
     pub(super) policies: Policies,
+    pub(super) redactor: Option<Arc<dyn Redactor>>,
     pub(super) refusals: Arc<Refusals>,
     pub(super) clock: SharedClock,
     pub(super) scope: Scope,
@@ -229,6 +231,20 @@ impl Local {
             }
             Err(unattested) => Err(self.refusals.refuse(&unattested.refused(method, now))),
         }
+    }
+
+    /// Decisions without the people in them, where that is wanted; those that cannot be read are left out.
+    fn redacted(&self, decisions: Vec<pb::Decision>) -> Result<Vec<pb::Decision>, Status> {
+        let Some(redactor) = &self.redactor else { return Ok(decisions) };
+        let view = self.view.borrow().clone();
+        let key = view.as_ref().map(|view| view.pseudonym_key.as_slice()).filter(|key| !key.is_empty());
+        // They wait in the workload until there is one.
+        let key = key.ok_or_else(|| Status::unavailable("control has not given a key for pseudonyms"))?;
+        let redact = |decision: pb::Decision| {
+            let json = redactor.redact(key, &decision.json)?;
+            Some(pb::Decision { json, ..decision })
+        };
+        Ok(decisions.into_iter().filter_map(redact).collect())
     }
 
     /// The status for a process that no entry matches.
@@ -490,6 +506,9 @@ impl Mesh for MeshService {
         if decisions.len() > control::MAX_REPORT_BATCH {
             return Err(Status::invalid_argument("too many decisions in one batch"));
         }
+        let sent = decisions.len();
+        let decisions = self.0.redacted(decisions)?;
+        let dropped = dropped + (sent - decisions.len()) as u64;
         let accepted = self.0.queue.push(decisions, &reporter, dropped);
         Ok(Response::new(pb::ReportResponse { accepted }))
     }

@@ -39,6 +39,7 @@ fn local() -> Local {
     let domain = TrustDomain::new("bank.example").unwrap();
     let agent = SpiffeId::new("spiffe://bank.example/palisade/agent/host-1").unwrap();
     let view = HostView {
+        pseudonym_key: Default::default(),
         bundle: TrustBundle::new(domain.clone(), vec![]).unwrap(),
         entries: vec![],
         rotate_after: Duration::from_secs(20),
@@ -48,6 +49,7 @@ fn local() -> Local {
     let recorder = Some(Arc::new(Numbering::default()) as _);
     Local {
         policies: Policies::default(),
+        redactor: None,
         trust_domain: domain,
         view: watch::channel(Some(Arc::new(view))).1,
         svids: watch::channel(Arc::default()).1,

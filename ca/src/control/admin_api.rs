@@ -36,6 +36,12 @@ pub(crate) struct RollBackRequest {
     pub(crate) commit: Option<String>,
 }
 
+/// Whose pseudonym is asked for.
+#[derive(Debug, Deserialize)]
+struct PseudonymQuery {
+    of: String,
+}
+
 /// Its answer.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct RolledBack {
@@ -68,6 +74,7 @@ pub(super) async fn serve(control: ControlHandle, listener: UnixListener, path: 
         .route("/v1/decisions/{receipt}", get(decision))
         .route("/v1/bundle", get(bundle))
         .route("/v1/entries", post(replace_entries))
+        .route("/v1/pseudonym", get(pseudonym))
         .route("/v1/policies/roll-back", post(roll_back))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(control);
@@ -125,6 +132,10 @@ async fn replace_entries(State(control): State<ControlHandle>, body: axum::body:
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
     }
+}
+
+async fn pseudonym(State(control): State<ControlHandle>, Query(query): Query<PseudonymQuery>) -> Response {
+    axum::Json(control.pseudonym(&query.of)).into_response()
 }
 
 async fn roll_back(State(control): State<ControlHandle>, body: axum::body::Bytes) -> Response {

@@ -492,6 +492,7 @@ impl Subscriber {
                     bundle: inner.authority.bundle().concatenated(),
                     entries: view,
                     rotate_after_ms: u64::try_from(inner.rotate_after.as_millis()).unwrap_or(u64::MAX),
+                    pseudonym_key: inner.pseudonym_key.to_vec(),
                 };
                 return Some((Ok(state), self));
             }

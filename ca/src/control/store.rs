@@ -49,6 +49,7 @@ const CONTENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("policy_
 /// Epochs of policies kept, to be gone back to.
 const MAX_EPOCHS: u64 = 100;
 
+const PSEUDONYM_KEY: &str = "pseudonym_key";
 const POLICY_HEAD: &str = "policy_head";
 const ROOT_FINGERPRINT: &str = "root_sha256";
 const NEXT_ISSUANCE: &str = "next_issuance";
@@ -403,6 +404,24 @@ impl Store {
             }
         }
         Ok(write.commit()?)
+    }
+
+    /// The key of pseudonyms in decisions, hexadecimal; `fresh` if there was none.
+    pub(crate) fn pseudonym_key(&self, fresh: &str) -> Result<String, StoreError> {
+        let write = self.0.begin_write()?;
+        let key = {
+            let mut meta = write.open_table(META)?;
+            let known = meta.get(PSEUDONYM_KEY)?.map(|key| key.value().to_owned());
+            match known {
+                Some(key) => key,
+                None => {
+                    meta.insert(PSEUDONYM_KEY, fresh)?;
+                    fresh.to_owned()
+                }
+            }
+        };
+        write.commit()?;
+        Ok(key)
     }
 
     /// The commit that was offered last.

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ca::agent::{
-    Agent, AgentConfig, Bootstrap, DEFAULT_SOCKET_MODE, RefusalReason, RefusalRecorder, RefusedCaller,
+    Agent, AgentConfig, Bootstrap, DEFAULT_SOCKET_MODE, Redactor, RefusalReason, RefusalRecorder,
+    RefusedCaller,
 };
 use ca::mesh::ReportedDecision;
 use ca::random::SystemRandom;
-use policy::{Layer, Occasion, Receipt};
+use policy::{Layer, Occasion, Personal, Receipt};
 use secrecy::ExposeSecret as _;
 
 use crate::Global;
@@ -42,6 +43,12 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
                 socket: agent.socket.clone(),
                 random: Arc::clone(&workload.random),
             })),
+            redactor: workload
+                .mesh
+                .telemetry
+                .personal
+                .clone()
+                .map(|attributes| Arc::new(Redaction(Personal::new(attributes))) as Arc<dyn Redactor>),
         };
         let clock = Arc::clone(&workload.clock);
         let agent = Agent::start(config, clock, SystemRandom::shared(), &scope).await.map_err(|error| {
@@ -52,6 +59,16 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         })?;
         Ok(Started::new(agent))
     })
+}
+
+/// People in decisions get pseudonyms.
+#[derive(Debug)]
+struct Redaction(Personal);
+
+impl Redactor for Redaction {
+    fn redact(&self, key: &[u8], json: &str) -> Option<String> {
+        self.0.hide(key, json)
+    }
 }
 
 /// Writes refused callers down as decisions, so that `palisade explain` finds them like any other.

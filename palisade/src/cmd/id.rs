@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::Global;
-use crate::cmd::config;
+use crate::cmd::{admin, config};
 use crate::failure::{Exit, Failure};
 use crate::printer::Printer;
 
@@ -36,6 +36,11 @@ enum What {
         #[arg(long)]
         json: bool,
     },
+    /// Say by which pseudonym a person stands in recorded decisions, where [telemetry] personal keeps people out of them.
+    Pseudonym {
+        /// The user's id, or another value of a personal attribute.
+        value: String,
+    },
 }
 
 /// An SVID as `--json` prints it; DER in base64.
@@ -49,7 +54,15 @@ struct Fetched {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
-    let What::Fetch { socket, json } = &args.what;
+    let (socket, json) = match &args.what {
+        What::Fetch { socket, json } => (socket, json),
+        What::Pseudonym { value } => {
+            let value = value.clone();
+            let pseudonym = admin::ask(global, async move |client| client.pseudonym(&value).await)?;
+            printer.data(&format!("{pseudonym}\n"))?;
+            return Ok(Exit::Ok);
+        }
+    };
     let socket = match socket.clone().or_else(|| std::env::var("SPIFFE_ENDPOINT_SOCKET").ok()) {
         Some(address) => workload_api::parse_address(&address)
             .map_err(|error| Failure::usage("the agent's address is not usable").because(&error))?,

@@ -130,6 +130,7 @@ impl Check<'_> {
             limits: Limits { memory: memory? },
             telemetry: Telemetry {
                 access_log: telemetry.access_log.unwrap_or(true),
+                personal: telemetry.personal,
                 log: telemetry.log.map_or_else(|| "info".to_owned(), Spanned::into_inner),
             },
             traces: traces.and_then(|section| self.traces(&section)),

@@ -408,6 +408,11 @@ pub(crate) struct TelemetrySection {
     /// Which log lines are written, in the manner of RUST_LOG. Default: info.
     #[schemars(with = "Option<String>", example = &"info")]
     pub(crate) log: Option<Text>,
+    /// Keep people out of recorded decisions: users' ids, and the values of these attributes of objects, are
+    /// replaced by pseudonyms before a record leaves its host; who is equal stays equal. An empty list is users alone.
+    /// `palisade id pseudonym alice` says which is hers. Default: records have them as they are.
+    #[schemars(with = "Option<Vec<String>>", example = ["owner"])]
+    pub(crate) personal: Option<Vec<String>>,
 }
 
 /// Control hands policies out: it follows a git repository, signs what is committed there and pushes it to every

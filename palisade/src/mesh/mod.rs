@@ -337,6 +337,8 @@ impl Serialize for Memory {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Telemetry {
     pub(crate) access_log: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) personal: Option<Vec<String>>,
     pub(crate) log: String,
 }
 
