@@ -15,5 +15,7 @@ mod routes;
 mod when;
 mod wrong;
 
-pub use model::{DecisionDetail, DecisionRow, IdentityRow, NodeRow, Overview, ReadModel, Verdict};
+pub use model::{
+    DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, ReadModel, Verdict,
+};
 pub use routes::{router, router_with_clock};

@@ -34,6 +34,42 @@ pub struct Overview {
     pub allowed: u64,
     /// Requests denied in the same time.
     pub denied: u64,
+    /// The policies, where control hands them out.
+    pub policies: Option<PoliciesRow>,
+}
+
+/// Which policies are in force.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PoliciesRow {
+    /// The commit that is, and since when, in seconds since the Unix epoch.
+    pub in_force: Option<(String, u64)>,
+    /// The commit that is on its way, and the ring that it has come to.
+    pub rolling: Option<(String, String)>,
+    /// The commit that was taken back last, and why.
+    pub stopped: Option<(String, String)>,
+    /// Why the repository's newest commit is not taken.
+    pub problem: Option<String>,
+    /// Who decides by them, in any order.
+    pub holders: Vec<HolderRow>,
+}
+
+/// One process that decides by policies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HolderRow {
+    /// Whose policies.
+    pub service: String,
+    /// Where.
+    pub host: String,
+    /// Which of several there.
+    pub name: String,
+    /// The commit that is in force there; `None` for none, or one that control does not know.
+    pub commit: Option<String>,
+    /// Whether any is.
+    pub has_some: bool,
+    /// Whether it is the one that should be.
+    pub as_wanted: bool,
+    /// Which it does not take, and why.
+    pub refused: Option<String>,
 }
 
 /// One X.509-SVID in force: the newest of its SPIFFE ID on its node.

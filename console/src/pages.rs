@@ -2,7 +2,9 @@
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::model::{DecisionDetail, DecisionRow, IdentityRow, NodeRow, Overview, Verdict};
+use crate::model::{
+    DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, Verdict,
+};
 use crate::when;
 use crate::wrong::{self, Finding, Severity};
 
@@ -143,6 +145,12 @@ pub(crate) fn overview_fragment(overview: &Overview, recent: &[DecisionRow], now
             }
             (decision_table(recent.iter().take(RECENT_SHOWN_MAX), now))
         }
+        @if let Some(policies) = &overview.policies {
+            section aria-labelledby="policies" {
+                h2 #policies { "Policies" }
+                (policies_part(policies, now))
+            }
+        }
         section aria-labelledby="identities" {
             h2 #identities { "Identities" }
             (identity_table(&overview.identities, &overview.trust_domain, now))
@@ -213,6 +221,54 @@ fn identity_table(rows: &[IdentityRow], trust_domain: &str, now: u64) -> Markup 
                             }
                             td data-label="Why" .why { (row.why) }
                             td data-label="Serial" { span .id.serial title=(row.serial) { (row.serial) } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What git shows of a commit.
+fn commit(hash: &str) -> Markup {
+    let short: String = hash.chars().take(12).collect();
+    html! { span .id title=(hash) { (short) } }
+}
+
+fn policies_part(policies: &PoliciesRow, now: u64) -> Markup {
+    let mut holders: Vec<&HolderRow> = policies.holders.iter().collect();
+    holders.sort_by(|a, b| (&a.service, &a.host, &a.name).cmp(&(&b.service, &b.host, &b.name)));
+    html! {
+        p .more {
+            @match &policies.in_force {
+                Some((hash, since)) => { "In force: " (commit(hash)) ", put out " (when::relative(*since, now)) },
+                None => "None is in force yet.",
+            }
+            @if let Some((hash, ring)) = &policies.rolling {
+                "; on its way: " (commit(hash)) ", ring " (ring)
+            }
+        }
+        @if !holders.is_empty() {
+            table {
+                thead { tr { th scope="col" { "Service" } th scope="col" { "Host" } th scope="col" { "Who" } th scope="col" { "Has" } th scope="col" { "Is" } } }
+                tbody {
+                    @for holder in holders {
+                        tr {
+                            th scope="row" data-label="Service" { (holder.service) }
+                            td data-label="Host" { (holder.host) }
+                            td data-label="Who" { span .id { (holder.name) } }
+                            td data-label="Has" {
+                                @match &holder.commit {
+                                    Some(hash) => (commit(hash)),
+                                    None if holder.has_some => "policies of another time",
+                                    None => { span .verdict.denied { "None" } " everything is denied" },
+                                }
+                            }
+                            td data-label="Is" .why {
+                                @if let Some(refused) = &holder.refused { "refuses " (refused) }
+                                @else if holder.as_wanted { "as it should be" }
+                                @else { "about to change" }
+                            }
                         }
                     }
                 }

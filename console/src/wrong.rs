@@ -1,6 +1,6 @@
 //! What is wrong, worst first.
 
-use crate::model::{DecisionRow, Overview, Verdict};
+use crate::model::{DecisionRow, Overview, PoliciesRow, Verdict};
 use crate::when;
 
 /// An SVID rotates at about half its lifetime; the shortest life in use is two minutes. One this close
@@ -75,6 +75,9 @@ pub(crate) fn findings(overview: &Overview, recent: &[DecisionRow], now: u64) ->
             });
         }
     }
+    if let Some(policies) = &overview.policies {
+        policies_of(policies, &mut found);
+    }
     denials(recent, &overview.trust_domain, now, &mut found);
     // Stable: within a severity the order above holds.
     found.sort_by_key(|finding| finding.severity);
@@ -101,6 +104,35 @@ fn authority(overview: &Overview, now: u64, found: &mut Vec<Finding>) {
             next: "Rotate it before then: no identity outlives it".to_owned(),
             link: None,
         });
+    }
+}
+
+fn policies_of(policies: &PoliciesRow, found: &mut Vec<Finding>) {
+    let mut say = |severity, what: String, next: &str| {
+        found.push(Finding { severity, what, next: next.to_owned(), link: None });
+    };
+    let short = |hash: &str| hash.chars().take(12).collect::<String>();
+    if let Some(problem) = &policies.problem {
+        let next = "The policies before stay in force; mend it in the repository";
+        say(Severity::Attention, format!("The newest commit of policies is not taken: {problem}"), next);
+    }
+    if let Some((commit, reason)) = &policies.stopped {
+        let next = "The ones before are in force again; the next commit sets out anew";
+        say(
+            Severity::Attention,
+            format!("The policies of {} were taken back: {reason}", short(commit)),
+            next,
+        );
+    }
+    for holder in &policies.holders {
+        let (who, host) = (&holder.service, &holder.host);
+        if let Some(refused) = &holder.refused {
+            let next = "What was in force there stays so; is it another version of Palisade?";
+            say(Severity::Attention, format!("{who} on {host} does not take policies: {refused}"), next);
+        } else if !holder.has_some {
+            let next = "Everything is denied there until they come; see its log and its agent's";
+            say(Severity::Broken, format!("{who} on {host} has no policies"), next);
+        }
     }
 }
 
@@ -171,6 +203,7 @@ mod tests {
             }],
             allowed: 1,
             denied: 0,
+            policies: None,
         }
     }
 
@@ -239,5 +272,39 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert!(found[0].what.ends_with(", 2 times"));
         assert_eq!(found[0].link.as_deref(), Some("/decisions/r3"));
+    }
+
+    #[test]
+    fn policies_that_are_not_taken_or_not_there_are_said() {
+        let holder = |service: &str, has_some, refused: Option<&str>| crate::model::HolderRow {
+            service: service.to_owned(),
+            host: "one".to_owned(),
+            name: format!("{service}#1"),
+            commit: None,
+            has_some,
+            as_wanted: has_some,
+            refused: refused.map(str::to_owned),
+        };
+        let policies = PoliciesRow {
+            stopped: Some(("c".repeat(40), "too many were denied".to_owned())),
+            problem: Some("web.cedar:3: unexpected end".to_owned()),
+            holders: vec![
+                holder("web", true, None),
+                holder("accounts", false, None),
+                holder("vault", true, Some("epoch 7: unknown key")),
+            ],
+            ..PoliciesRow::default()
+        };
+        let found = findings(&Overview { policies: Some(policies), ..overview() }, &[], NOW);
+        let told: Vec<&str> = found.iter().map(|finding| finding.what.as_str()).collect();
+        assert_eq!(
+            told,
+            [
+                "accounts on one has no policies",
+                "The newest commit of policies is not taken: web.cedar:3: unexpected end",
+                "The policies of cccccccccccc were taken back: too many were denied",
+                "vault on one does not take policies: epoch 7: unknown key",
+            ]
+        );
     }
 }

@@ -190,6 +190,27 @@ async fn the_overview_says_what_is_wrong_first() {
 }
 
 #[tokio::test]
+async fn the_overview_says_which_policies_are_in_force_where() {
+    let console = Console::new();
+    let page = console.get("/").await.text;
+    assert!(page.contains("In force: ") && page.contains(&fake::COMMIT[..12]), "{page}");
+    assert_eq!(page.matches("as it should be").count(), 3);
+    {
+        let mut overview = console.model.overview.lock().unwrap();
+        let policies = overview.policies.as_mut().unwrap();
+        policies.rolling = Some(("b".repeat(40), "25%".to_owned()));
+        policies.holders.push(fake::holder("vault", None));
+        policies.holders[0].refused = Some("epoch 7: <b>no</b>".to_owned());
+    }
+    let page = console.get("/").await.text;
+    assert!(page.contains("on its way: ") && page.contains("ring 25%"), "{page}");
+    assert!(page.contains("refuses epoch 7: &lt;b&gt;no&lt;/b&gt;") && page.contains("everything is denied"));
+    assert!(page.contains("vault on demo has no policies"));
+    console.model.overview.lock().unwrap().policies = None;
+    assert!(!console.get("/").await.text.contains("Policies"));
+}
+
+#[tokio::test]
 async fn a_denial_leads_to_its_explanation_and_command() {
     let console = Console::new();
     assert!(console.get("/decisions").await.text.contains(r#"href="/decisions/r-2""#));

@@ -35,6 +35,9 @@ const STALE_AFTER: Duration = Duration::from_secs(60);
 const COALESCE: Duration = Duration::from_millis(20);
 /// Longest wait for contents.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// Workloads of one identity on a host, and of all: control takes a thousand.
+const MAX_OF_ONE: usize = 100;
+const MAX_OF_A_HOST: usize = 1_000;
 /// The directory of what is kept, below the agent's state.
 const DIRECTORY: &str = "policies";
 /// Largest file of it that is read: base64 and its JSON around the largest release.
@@ -95,31 +98,39 @@ impl Held {
 
 impl Policies {
     /// A workload's stream: what it says is withdrawn with it.
+    ///
+    /// # Errors
+    /// More of one identity than a host has sidecars: control would hear none of this host's.
     pub(super) fn hold(
         &self,
         id: SpiffeId,
         said: Streaming<pb::PoliciesRequest>,
         scope: Scope,
-    ) -> impl Stream<Item = Result<pb::PoliciesResponse, Status>> + Send + use<> {
-        let mut name = String::new();
-        self.here.send_modify(|here| {
+    ) -> Result<impl Stream<Item = Result<pb::PoliciesResponse, Status>> + Send + use<>, Status> {
+        let mut name = None;
+        self.here.send_if_modified(|here| {
             // Names are told to control: the same for whoever takes the place of one that is gone.
-            let free = (1..).map(|number| format!("{}#{number}", id.path().trim_start_matches('/')));
-            name = free.into_iter().find(|name| !here.contains_key(name)).unwrap_or_default();
-            here.insert(name.clone(), Said { id: id.clone(), state: pb::PoliciesRequest::default() });
+            let mut names =
+                (1..=MAX_OF_ONE).map(|number| format!("{}#{number}", id.path().trim_start_matches('/')));
+            name = names.find(|name| !here.contains_key(name)).filter(|_| here.len() < MAX_OF_A_HOST);
+            if let Some(name) = &name {
+                here.insert(name.clone(), Said { id: id.clone(), state: pb::PoliciesRequest::default() });
+            }
+            name.is_some()
         });
+        let name = name.ok_or_else(|| Status::resource_exhausted("too many streams of policies"))?;
         let mut wanted = self.wanted.subscribe();
         wanted.mark_changed();
         let place = Place { policies: self.clone(), name };
         let feed = Feed { place, id, said, wanted, scope, sent: Vec::new(), last: None };
-        futures::stream::unfold(Some(feed), |feed| async {
+        Ok(futures::stream::unfold(Some(feed), |feed| async {
             let mut feed = feed?;
             match feed.next().await {
                 Ok(Some(message)) => Some((Ok(message), Some(feed))),
                 Ok(None) => None,
                 Err(status) => Some((Err(status), None)),
             }
-        })
+        }))
     }
 
     /// What control is told.

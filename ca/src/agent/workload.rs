@@ -557,7 +557,7 @@ impl Mesh for MeshService {
         request: Request<Streaming<pb::PoliciesRequest>>,
     ) -> Result<Response<Self::PoliciesStream>, Status> {
         let id = self.caller(POLICIES, &request)?;
-        let held = self.0.policies.hold(id, request.into_inner(), self.0.scope.clone());
+        let held = self.0.policies.hold(id, request.into_inner(), self.0.scope.clone())?;
         Ok(Response::new(Box::pin(held)))
     }
 }

@@ -256,3 +256,28 @@ async fn policy_39_what_was_in_force_outlives_control_and_the_agent_but_not_its_
     agent.stop().await;
     control.stop().await;
 }
+
+#[tokio::test]
+async fn one_identity_cannot_take_the_policies_of_its_host_from_others() {
+    let world = World::new();
+    let control = world.start(config(&world, "127.0.0.1:0", None)).await;
+    let agent = world.agent(&control).await;
+    let mut many = Vec::new();
+    for _ in 0..120 {
+        many.push(Workload::start(&world, clock(), Duration::from_secs(3600)).await);
+    }
+    control.it.handle().offer_policies(offer("c1", "one", Rings::default())).await.unwrap();
+    let status = says(&control, |status| status.holders.len() == 100 && in_force("c1")(status)).await;
+    assert!(status.holders.iter().all(|holder| holder.refused.is_none()));
+    // Whoever ends makes room.
+    for web in many.drain(..60) {
+        web.stop().await;
+    }
+    says(&control, |status| status.holders.len() == 60 && in_force("c1")(status)).await;
+    for mut web in many {
+        web.has("c1", "one").await;
+        web.stop().await;
+    }
+    agent.stop().await;
+    control.stop().await;
+}

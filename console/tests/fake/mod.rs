@@ -2,7 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use console::{DecisionDetail, DecisionRow, IdentityRow, NodeRow, Overview, ReadModel, Verdict};
+use console::{
+    DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, ReadModel, Verdict,
+};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::broadcast;
@@ -75,6 +77,21 @@ fn explanation(row: &DecisionRow) -> String {
 }
 
 /// A mesh like the demo's, as of `now`.
+/// What is in force.
+pub(crate) const COMMIT: &str = "3fb2a90c11d4e0a7c1b2d3e4f5061728394a5b6c";
+
+pub(crate) fn holder(service: &str, commit: Option<&str>) -> HolderRow {
+    HolderRow {
+        service: service.to_owned(),
+        host: "demo".to_owned(),
+        name: format!("service/{service}#1"),
+        commit: commit.map(str::to_owned),
+        has_some: commit.is_some(),
+        as_wanted: commit.is_some(),
+        refused: None,
+    }
+}
+
 pub(crate) fn overview(now: u64) -> Overview {
     let identity = |path: &str, left: u64, why: &str| IdentityRow {
         spiffe_id: format!("spiffe://bank.example/{path}"),
@@ -107,6 +124,11 @@ pub(crate) fn overview(now: u64) -> Overview {
         }],
         allowed: 12_408,
         denied: 0,
+        policies: Some(PoliciesRow {
+            in_force: Some((COMMIT.to_owned(), now - 86_400)),
+            holders: ["web", "accounts", "gateway"].map(|service| holder(service, Some(COMMIT))).into(),
+            ..PoliciesRow::default()
+        }),
     }
 }
 

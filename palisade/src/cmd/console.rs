@@ -1,8 +1,10 @@
 //! What the console shows, read from control.
 
 use ca::control::ControlHandle;
-use ca::model::{DecisionQuery, IssuedSvid, StoredDecision};
-use console::{DecisionDetail, DecisionRow, IdentityRow, NodeRow, Overview, ReadModel, Verdict};
+use ca::model::{DecisionQuery, IssuedSvid, PoliciesStatus, StoredDecision};
+use console::{
+    DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, ReadModel, Verdict,
+};
 use futures::future::BoxFuture;
 use policy::{DecisionRecord, Outcome, Rule};
 use tokio::sync::broadcast;
@@ -62,6 +64,7 @@ impl ReadModel for Model {
                     .collect(),
                 allowed: (recent.len() - denied) as u64,
                 denied: denied as u64,
+                policies: status.policies.map(policies),
             }
         })
     }
@@ -83,6 +86,28 @@ impl ReadModel for Model {
 
     fn changes(&self) -> broadcast::Receiver<u64> {
         self.control.subscribe()
+    }
+}
+
+fn policies(status: PoliciesStatus) -> PoliciesRow {
+    PoliciesRow {
+        in_force: status.in_force.map(|epoch| (epoch.commit, epoch.offered)),
+        rolling: status.rolling.map(|rolling| (rolling.epoch.commit, rolling.ring)),
+        stopped: status.stopped.map(|stopped| (stopped.epoch.commit, stopped.reason)),
+        problem: status.source_problem,
+        holders: status
+            .holders
+            .into_iter()
+            .map(|holder| HolderRow {
+                has_some: holder.epoch > 0,
+                as_wanted: holder.epoch == holder.wanted,
+                service: holder.service,
+                host: holder.host,
+                name: holder.name,
+                commit: holder.commit,
+                refused: holder.refused,
+            })
+            .collect(),
     }
 }
 

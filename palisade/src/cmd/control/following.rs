@@ -103,8 +103,14 @@ impl Follower {
     }
 }
 
+/// The first problems, a line each without its hint: `policy check` says all of it.
 fn said(problems: &[policy::Problem]) -> String {
-    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    const SHOWN: usize = 3;
+    let lines = problems.iter().take(SHOWN).map(ToString::to_string);
+    let lines = lines.map(|problem| problem.lines().next().unwrap_or_default().to_owned());
+    let more = problems.len().saturating_sub(SHOWN);
+    let more = (more > 0).then(|| format!("and {more} more problems"));
+    lines.chain(more).collect::<Vec<_>>().join("; ")
 }
 
 fn rings(written: &policy::Rings) -> Rings {
