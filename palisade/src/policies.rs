@@ -1,7 +1,7 @@
 //! The policies that a process decides by: from its disk, or from control by its agent.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ca::policies::{Files, Following, Holder};
@@ -16,6 +16,14 @@ use crate::workload::{self, Workload};
 
 /// One service's policy as it is now, and every later one.
 pub(crate) type Current = watch::Receiver<Arc<ServicePolicy>>;
+
+/// What is heard of a service's policies.
+#[derive(Debug, Clone)]
+pub(crate) struct Followed {
+    pub(crate) current: Current,
+    /// Whether control has not been heard for long.
+    pub(crate) stale: watch::Receiver<bool>,
+}
 
 /// The policy of a service before anything has been heard of control: that on disk, where control hands none out.
 ///
@@ -38,9 +46,9 @@ pub(crate) fn follow(
     now: Arc<ServicePolicy>,
     fits: fn(Mapping) -> Result<(), &'static str>,
     scope: &Scope,
-) -> Option<Current> {
+) -> Option<Followed> {
     workload.mesh.policy.as_ref()?;
-    let (sender, current) = watch::channel(now);
+    let ((sender, current), (stale_sender, stale)) = (watch::channel(now), watch::channel(false));
     let trust_domain = workload.mesh.mesh.trust_domain.clone();
     let following = Following {
         socket: workload.mesh.agent.socket.clone(),
@@ -56,25 +64,38 @@ pub(crate) fn follow(
         audits,
         fits,
         current: sender,
-        stale: Mutex::new(false),
+        stale: stale_sender,
     };
     ca::policies::follow(following, decider, Arc::clone(&workload.clock), scope);
-    Some(current)
+    Some(Followed { current, stale })
 }
 
-/// Calls `put` with every policy that comes, until `scope` drains.
+/// What a process waits for before it is ready.
+pub(crate) fn awaited(followed: &Option<Followed>) -> Option<Current> {
+    followed.as_ref().map(|followed| followed.current.clone())
+}
+
+/// Calls `put` with every policy that comes, and `stale` when they may be old and when no longer, until `scope` drains.
 pub(crate) fn apply(
-    current: Option<Current>,
+    followed: Option<Followed>,
     put: impl Fn(Arc<ServicePolicy>) + Send + 'static,
+    stale: impl Fn(bool) + Send + 'static,
     scope: &Scope,
 ) {
-    let Some(mut current) = current else { return };
+    let Some(Followed { mut current, stale: mut may_be_old }) = followed else { return };
     let draining = scope.clone();
     scope.spawn("policies in force", async move {
         current.mark_changed();
         loop {
             tokio::select! {
                 changed = current.changed() => if changed.is_err() { return },
+                changed = may_be_old.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    stale(*may_be_old.borrow_and_update());
+                    continue;
+                }
                 () = draining.draining() => return,
             }
             let policy = current.borrow_and_update().clone();
@@ -90,7 +111,7 @@ struct Decider {
     audits: bool,
     fits: fn(Mapping) -> Result<(), &'static str>,
     current: watch::Sender<Arc<ServicePolicy>>,
-    stale: Mutex<bool>,
+    stale: watch::Sender<bool>,
 }
 
 impl Holder for Decider {
@@ -123,13 +144,13 @@ impl Holder for Decider {
     }
 
     fn stale(&self, stale: bool) {
-        let mut known = self.stale.lock().unwrap_or_else(PoisonError::into_inner);
-        match (std::mem::replace(&mut *known, stale), stale) {
-            (false, true) => {
-                tracing::warn!("the agent has not heard control for a minute: policies may be old")
-            }
-            (true, false) => tracing::info!("the agent hears control again"),
-            _ => {}
+        if self.stale.send_replace(stale) == stale {
+            return;
+        }
+        if stale {
+            tracing::warn!("the agent has not heard control for a minute: policies may be old");
+        } else {
+            tracing::info!("the agent hears control again");
         }
     }
 }

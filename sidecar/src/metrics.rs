@@ -125,6 +125,7 @@ pub struct Metrics {
     refused_connections: Family<RuleLabels, Counter>,
     expires: Gauge<f64, AtomicU64>,
     rotations: Counter,
+    stale_policies: Gauge,
     tcp: TcpStats,
     peers: Mutex<HashSet<String>>,
     /// The series of requests seen lately; the families hold them all.
@@ -150,6 +151,12 @@ impl Default for Metrics {
         let tcp = TcpStats::default();
         tcp.register(&mut registry);
         registry.register("svid_rotations", "SVIDs received since the start", rotations.clone());
+        let stale_policies = Gauge::default();
+        registry.register(
+            "policies_stale",
+            "1 while control, which hands policies out, has not been heard for a minute",
+            stale_policies.clone(),
+        );
         Self {
             registry,
             requests,
@@ -158,6 +165,7 @@ impl Default for Metrics {
             refused_connections,
             expires,
             rotations,
+            stale_policies,
             tcp,
             peers: Mutex::default(),
             series: Mutex::default(),
@@ -220,6 +228,11 @@ impl Metrics {
     /// Counts a connection that never became one.
     pub fn refused_connection(&self, rule: &str) {
         self.refused_connections.get_or_create(&RuleLabels { rule: rule.to_owned() }).inc();
+    }
+
+    /// Notes whether policies may be old.
+    pub fn stale_policies(&self, stale: bool) {
+        self.stale_policies.set(stale.into());
     }
 
     /// Notes a new SVID.

@@ -177,6 +177,7 @@ pub struct Sidecar {
     /// What is open, to be judged again by another policy.
     live: Arc<Registry>,
     app_health: Option<Arc<AppHealth>>,
+    metrics: Arc<Metrics>,
     scope: Scope,
 }
 
@@ -418,17 +419,29 @@ impl Sidecar {
             };
             let (id, draining) = (config.id, scope.clone());
             let app_health = app_health.clone();
-            let admin =
-                Admin { id, source, app_health, metrics, clock: clock.clone(), scope: draining, debug };
+            let admin = Admin {
+                id,
+                source,
+                app_health,
+                metrics: Arc::clone(&metrics),
+                clock: clock.clone(),
+                scope: draining,
+                debug,
+            };
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }
-        Ok(Self { policy, live, app_health, scope: scope.clone() })
+        Ok(Self { policy, live, app_health, metrics, scope: scope.clone() })
     }
 
     /// Whether the app is well, now and at every change; always, if it is not asked.
     pub fn app_is_well(&self) -> watch::Receiver<bool> {
         self.app_health.as_ref().map_or_else(|| watch::channel(true).1, |health| health.follow())
+    }
+
+    /// Says to whoever watches the metrics whether the policy in force may be old, since control is not heard.
+    pub fn policy_is_stale(&self, stale: bool) {
+        self.metrics.stale_policies(stale);
     }
 
     /// Puts another policy in force. A request that is under way is judged by the one it began with, a plain

@@ -16,6 +16,7 @@ struct Done {
     read: u32,
     put: u32,
     expired: u32,
+    stale: bool,
 }
 
 /// A workload whose policies are one file; it does not take those that say `bad`.
@@ -49,7 +50,9 @@ impl Holder for Reader {
         (0, 0)
     }
 
-    fn stale(&self, _stale: bool) {}
+    fn stale(&self, stale: bool) {
+        self.done.send_if_modified(|done| std::mem::replace(&mut done.stale, stale) != stale);
+    }
 }
 
 /// A workload that is running.
@@ -279,5 +282,42 @@ async fn one_identity_cannot_take_the_policies_of_its_host_from_others() {
         web.stop().await;
     }
     agent.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn a_minute_without_control_is_said_and_changes_nothing() {
+    let world = World::new();
+    let control = world.start(config(&world, "127.0.0.1:0", None)).await;
+    let address = control.it.local_addr();
+    let bootstrap = bootstrap(&control).await;
+    let (scope, manual) = (Scope::new(), ManualClock::at(clock().now()));
+    let config_of_agent = world.agent_config(address, Some(bootstrap));
+    let its_clock = Arc::clone(&manual) as SharedClock;
+    Agent::start(config_of_agent, its_clock, SystemRandom::shared(), &scope).await.unwrap();
+    let mut web = Workload::start(&world, clock(), Duration::from_secs(3600)).await;
+    control.it.handle().offer_policies(offer("c1", "one", Rings::default())).await.unwrap();
+    // The agent does things by its own clock, in steps.
+    let mut until = async |step: Duration, holds: fn(&Done) -> bool| {
+        within(async {
+            while !holds(&web.done.borrow()) {
+                manual.advance(step);
+                let _later =
+                    tokio::time::timeout(Duration::from_millis(20), web.done.changed()).await.is_ok();
+            }
+        })
+        .await;
+    };
+    let (small, large) = (Duration::from_millis(100), Duration::from_secs(5));
+    until(small, |done| done.in_force.is_some()).await;
+    control.stop().await;
+    until(large, |done| done.stale).await;
+    // Not past the end of control's certificate.
+    let control = world.start(config(&world, &address.to_string(), None)).await;
+    until(small, |done| !done.stale).await;
+    assert_eq!((web.done.borrow().put, web.done.borrow().expired), (1, 0));
+    web.stop().await;
+    scope.drain();
+    assert_eq!(scope.finished(PATIENCE).await, Ok(()));
     control.stop().await;
 }

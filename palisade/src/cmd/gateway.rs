@@ -94,14 +94,14 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         let in_force = InForce::from(Arc::clone(&at_start));
-        let current = policies::follow(&workload, SERVICE, &source, at_start, policies::any, &scope);
+        let followed = policies::follow(&workload, SERVICE, &source, at_start, policies::any, &scope);
         let id = workload.mesh.own_id(Own::Gateway);
-        let ready = workload.identified(source.clone(), id, current.clone());
+        let ready = workload.identified(source.clone(), id, policies::awaited(&followed));
         let gateway = Gateway::start(config, source, in_force.clone(), recorder, clock, random, &scope)
             .await
             .map_err(|error| not_started("the gateway", &error))?;
         let (replaced, mesh) = (in_force.clone(), workload.mesh.clone());
-        policies::apply(current, move |policy| replaced.replace(policy), &scope);
+        policies::apply(followed, move |policy| replaced.replace(policy), |_stale| {}, &scope);
         let reload = move || policies::reload(&mesh, SERVICE, |policy| in_force.replace(policy));
         Ok(Started::new(gateway).ready_when(ready).reloaded_by(reload))
     })

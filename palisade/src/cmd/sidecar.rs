@@ -173,9 +173,10 @@ impl OfMesh {
             Carries::Connections => policies::connections,
         };
         let at_start = config.inbound.as_ref().map(|inbound| Arc::clone(&inbound.policy));
-        let current =
+        let followed =
             at_start.and_then(|policy| policies::follow(&workload, &service, &source, policy, fits, &scope));
-        let ready = workload.identified(source.clone(), Some(config.id.clone()), current.clone());
+        let ready =
+            workload.identified(source.clone(), Some(config.id.clone()), policies::awaited(&followed));
         discovery.follow(&workload, &scope);
         succession.wait(&ready, &clock).await?;
         let sidecar = Sidecar::start(config, source, recorder, clock.clone(), random, &scope)
@@ -183,8 +184,9 @@ impl OfMesh {
         succession.take_over(clock, &scope).await?;
         let sidecar = Arc::new(sidecar);
         discovery::announce(own, &workload, sidecar.app_is_well(), &scope)?;
-        let in_force = Arc::clone(&sidecar);
-        policies::apply(current, move |policy| in_force.replace_policy(policy), &scope);
+        let (in_force, told) = (Arc::clone(&sidecar), Arc::clone(&sidecar));
+        let put = move |policy| in_force.replace_policy(policy);
+        policies::apply(followed, put, move |stale| told.policy_is_stale(stale), &scope);
         let (reloaded, mesh) = (Arc::clone(&sidecar), workload.mesh);
         let reload = move || policies::reload(&mesh, &service, |policy| reloaded.replace_policy(policy));
         Ok(Started::new(sidecar).ready_when(ready).reloaded_by(reload))
