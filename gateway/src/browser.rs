@@ -184,6 +184,8 @@ pub(crate) async fn callback(gateway: &Shared, parts: &Parts) -> Result<Response
         scopes: tokens.scopes.clone().unwrap_or_else(asked),
         groups: id.groups.clone(),
         auth_time: id.auth_time,
+        tenant: id.tenant.clone(),
+        mfa: id.mfa,
     };
     tracing::info!(user = user.id, issuer = user.issuer, "logged in");
     let replaces = cookie::single(&parts.headers, &gateway.cookie).ok().flatten();

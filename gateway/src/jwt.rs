@@ -86,6 +86,10 @@ pub struct AccessToken {
     pub groups: Vec<String>,
     /// `auth_time`, seconds since the Unix epoch; 0 if absent.
     pub auth_time: u64,
+    /// `tenant`, or `tid` where the issuer calls it so.
+    pub tenant: Option<String>,
+    /// Whether `mfa` is among `amr` (RFC 8176).
+    pub mfa: bool,
     /// When it ends, since the Unix epoch.
     pub expires: Duration,
 }
@@ -99,6 +103,10 @@ pub struct IdToken {
     pub groups: Vec<String>,
     /// `auth_time`, seconds since the Unix epoch; 0 if absent.
     pub auth_time: u64,
+    /// `tenant`, or `tid` where the issuer calls it so.
+    pub tenant: Option<String>,
+    /// Whether `mfa` is among `amr` (RFC 8176).
+    pub mfa: bool,
     /// When it ends, since the Unix epoch.
     pub expires: Duration,
 }
@@ -179,6 +187,8 @@ impl Pins {
             },
             groups: groups(claims)?,
             auth_time: auth_time(claims)?,
+            tenant: tenant(claims)?,
+            mfa: mfa(claims)?,
             expires,
         })
     }
@@ -226,6 +236,8 @@ impl Pins {
             subject: required(claims, "sub")?.to_owned(),
             groups: groups(claims)?,
             auth_time: auth_time(claims)?,
+            tenant: tenant(claims)?,
+            mfa: mfa(claims)?,
             expires,
         })
     }
@@ -299,6 +311,17 @@ fn groups(claims: &Map<String, Value>) -> Result<Vec<String>, JwtError> {
         }
         Some(_) => Err(JwtError::Claim("groups")),
     }
+}
+
+fn tenant(claims: &Map<String, Value>) -> Result<Option<String>, JwtError> {
+    let name = if claims.contains_key("tenant") { "tenant" } else { "tid" };
+    Ok(optional(claims, name)?.map(str::to_owned))
+}
+
+fn mfa(claims: &Map<String, Value>) -> Result<bool, JwtError> {
+    let Some(methods) = claims.get("amr") else { return Ok(false) };
+    let methods = methods.as_array().ok_or(JwtError::Claim("amr"))?;
+    Ok(methods.iter().take(MAX_LIST).any(|method| method == "mfa"))
 }
 
 fn auth_time(claims: &Map<String, Value>) -> Result<u64, JwtError> {

@@ -36,6 +36,23 @@ fn a_good_access_token_says_who_it_is() {
         (vec!["openid".into(), "bank".into()], vec!["customers".to_owned()])
     );
     assert_eq!(token.expires.as_secs(), NOW + 300);
+    assert_eq!((token.tenant, token.mfa), (None, false));
+}
+
+#[test]
+fn a_tenant_and_a_second_factor_are_what_the_issuer_says_of_them() {
+    let key = TestKey::new("k1");
+    let read = |name: &str, value: serde_json::Value| {
+        let token = access(&pins(), &key.keys(), &key.access(|_, claims| claims[name] = value.clone()));
+        token.map(|token| (token.tenant, token.mfa))
+    };
+    assert_eq!(read("tenant", "bank".into()).unwrap(), (Some("bank".to_owned()), false));
+    assert_eq!(read("tid", "bank".into()).unwrap(), (Some("bank".to_owned()), false));
+    assert_eq!(read("amr", json!(["pwd", "mfa"])).unwrap(), (None, true));
+    assert_eq!(read("amr", json!(["pwd", "MFA", "mfa2"])).unwrap(), (None, false));
+    for (name, value) in [("tenant", json!(["bank"])), ("amr", json!("mfa")), ("tid", json!(5))] {
+        assert!(matches!(read(name, value), Err(JwtError::Claim(_))), "{name}");
+    }
 }
 
 #[test]

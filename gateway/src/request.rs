@@ -222,6 +222,8 @@ async fn authenticate(
             scopes: token.scopes,
             groups: token.groups,
             auth_time: token.auth_time,
+            tenant: token.tenant,
+            mfa: token.mfa,
         };
         return Ok(Some(Caller { user, by_cookie: false }));
     }

@@ -79,9 +79,18 @@ impl Bench {
             scopes: vec!["bank".into()],
             groups: vec![],
             auth_time: 0,
+            tenant: None,
+            mfa: false,
         };
         let tokens = Tokens {
-            id: Some(IdToken { subject: name.into(), groups: vec![], auth_time: 0, expires: now() }),
+            id: Some(IdToken {
+                subject: name.into(),
+                groups: vec![],
+                auth_time: 0,
+                tenant: None,
+                mfa: false,
+                expires: now(),
+            }),
             id_token: None,
             refresh_token: Some("refresh-0".to_owned().into()),
             scopes: None,

@@ -69,6 +69,12 @@ pub struct User {
     /// When the user authenticated, seconds since the Unix epoch; 0 if unknown.
     #[serde(default)]
     pub auth_time: u64,
+    /// The organisation that the issuer says the user belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// Whether the user proved themselves by more than one factor (RFC 8176, `mfa`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mfa: bool,
 }
 
 /// What an unsafe request is bound to, so that its token serves that request alone.
@@ -196,10 +202,14 @@ pub fn mint(
     claims.insert("sub".into(), user.id.as_str().into());
     claims.insert("scope".into(), user.scopes.join(" ").into());
     claims.insert("req_wl".into(), user.client.as_str().into());
-    claims.insert(
-        "tctx".into(),
-        json!({ "iss": user.issuer, "groups": user.groups, "auth_time": user.auth_time }),
-    );
+    let mut context = json!({ "iss": user.issuer, "groups": user.groups, "auth_time": user.auth_time });
+    if let Some(tenant) = &user.tenant {
+        context["tenant"] = tenant.as_str().into();
+    }
+    if user.mfa {
+        context["mfa"] = true.into();
+    }
+    claims.insert("tctx".into(), context);
     sign(svid, TOKEN_TYPE, claims)
 }
 
@@ -486,6 +496,8 @@ fn user_of(token: &Compact<'_>) -> Result<User, TxnError> {
         scopes: claim_str(token, "scope")?.split_ascii_whitespace().map(str::to_owned).collect(),
         groups: groups.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
         auth_time: context.get("auth_time").and_then(Value::as_u64).unwrap_or(0),
+        tenant: context.get("tenant").and_then(Value::as_str).map(str::to_owned),
+        mfa: context.get("mfa").and_then(Value::as_bool).unwrap_or(false),
     })
 }
 
@@ -568,6 +580,8 @@ mod tests {
             scopes: vec!["openid".into(), "bank".into()],
             groups: vec!["customers".into()],
             auth_time: 1,
+            tenant: Some("bank".into()),
+            mfa: true,
         }
     }
 

@@ -134,6 +134,8 @@ fn alice() -> Arc<User> {
         scopes: ["openid", "profile", "orders"].map(str::to_owned).into(),
         groups: ["staff", "writers"].map(str::to_owned).into(),
         auth_time: 1_795_000_000,
+        tenant: None,
+        mfa: false,
     })
 }
 

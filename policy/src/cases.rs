@@ -86,6 +86,9 @@ struct UserTable {
     groups: Vec<String>,
     #[serde(default)]
     auth_time: u64,
+    tenant: Option<String>,
+    #[serde(default)]
+    mfa: bool,
 }
 
 fn any_issuer() -> String {
@@ -196,11 +199,20 @@ impl Case {
                 UserSection::Whole(table) => table,
                 UserSection::Id(id) => {
                     let (issuer, client) = (any_issuer(), any_client());
-                    UserTable { id, issuer, client, scopes: Vec::new(), groups: Vec::new(), auth_time: 0 }
+                    UserTable {
+                        id,
+                        issuer,
+                        client,
+                        scopes: Vec::new(),
+                        groups: Vec::new(),
+                        auth_time: 0,
+                        tenant: None,
+                        mfa: false,
+                    }
                 }
             };
-            let UserTable { id, issuer, client, scopes, groups, auth_time } = table;
-            User { id, issuer, client, scopes, groups, auth_time }
+            let UserTable { id, issuer, client, scopes, groups, auth_time, tenant, mfa } = table;
+            User { id, issuer, client, scopes, groups, auth_time, tenant, mfa }
         });
         let body = match (&section.body, &section.body_hex, &section.message) {
             (Some(text), None, None) => Some(AskedBody::Text(text.clone())),
@@ -430,5 +442,42 @@ policy = "request.path"
         assert!(unknown.contains("is no shop.ReadRequest") && unknown.contains("ordre"), "{unknown}");
         let two = test("message = { }\nbody = \"{}\"", "allow", "read").unwrap_err();
         assert!(two.contains("one body each"), "{two}");
+    }
+
+    #[test]
+    fn the_user_has_a_tenant_and_a_second_factor_where_the_mesh_declares_them() {
+        let mesh = include_str!("../../examples/bank/policies/mesh.cedarschema");
+        let declared = mesh.replace("auth_time: Long,", "auth_time: Long, tenant?: String, mfa?: Bool,");
+        let policy = "@id(\"read\")\npermit (principal is Mesh::Workload, action in Shop::Action::\"Group\", resource)\n\
+                      when { context has user && context.user has tenant && context.user.tenant == \"bank\" &&\n\
+                      context.user has mfa && context.user.mfa };\n";
+        let outcome = |mesh: &str, user: &str| {
+            let text = format!(
+                "[[test]]\nname = \"t\"\nas = \"web\"\nuser = {user}\nrequest = \"GET /orders/17\"\n\
+                 attributes = {{ owner = \"x\", tags = [] }}\ndecision = \"allow\"\npolicy = \"read\"\n"
+            );
+            let files = [
+                ("mesh.cedarschema", Some(mesh)),
+                ("services/shop/shop.cedar", Some(policy)),
+                ("services/shop/tests/reads.toml", Some(&text[..])),
+            ];
+            let (policies, dir) = load(&files);
+            let policies = policies.map_err(|problems| problems.to_string())?;
+            let web = SpiffeId::new("spiffe://bank.example/service/web").ok();
+            Case::load(dir.path(), &policies, |_| web.clone()).unwrap()[0].run(&policies)
+        };
+        assert_eq!(outcome(&declared, "{ id = \"alice\", tenant = \"bank\", mfa = true }"), Ok(()));
+        for user in [
+            "{ id = \"alice\", tenant = \"bank\" }",
+            "{ id = \"alice\", tenant = \"shop\", mfa = true }",
+            "{ id = \"alice\", mfa = true }",
+            "\"alice\"",
+        ] {
+            assert!(outcome(&declared, user).unwrap_err().contains("denied by `none`"), "{user}");
+        }
+        // Where the mesh does not declare them, no policy can ask for them; a mesh that demands them of everybody is refused.
+        assert!(outcome(mesh, "\"alice\"").unwrap_err().contains("services/shop/shop.cedar:"));
+        let demanded = mesh.replace("auth_time: Long,", "auth_time: Long, tenant: String,");
+        assert!(outcome(&demanded, "\"alice\"").unwrap_err().contains("is not what requests carry"));
     }
 }

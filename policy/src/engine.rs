@@ -200,7 +200,7 @@ fn is_taken(
         return false;
     }
     let nobody = |kind: &cedar_policy::EntityTypeName| -> EntityUid { schema::uid(kind, "\0") };
-    [None, Some(schema::sample_user())].into_iter().all(|user| {
+    [None, Some(schema::sample_user(schema.user))].into_iter().all(|user| {
         schema::context(user, ["spiffe://example/service/example".to_owned()], 0).is_ok_and(|context| {
             let (principal, object) = (nobody(principal), nobody(&kind.name));
             Request::new(principal, action.uid.clone(), object, context, Some(&schema.schema)).is_ok()

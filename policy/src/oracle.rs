@@ -68,7 +68,9 @@ impl Shared {
         let resource = Entity::new(schema::uid(&kind.name, object.id()), values, HashSet::new())
             .map_err(|error| error.to_string())?;
         let user = match &caller.user {
-            Some(user) => Some(schema::user_record(user).ok_or("the user cannot be described")?),
+            Some(user) => {
+                Some(schema::user_record(user, self.schema.user).ok_or("the user cannot be described")?)
+            }
             None => None,
         };
         let now = i64::try_from(now.as_secs()).map_err(|error| error.to_string())?;

@@ -25,7 +25,7 @@ impl ServicePolicy {
     /// Decides about the request of a record by what the record says of it: principal, user, action, objects and
     /// their attributes. `None` for one that no policy decides, here or when it was recorded (a refusal; attributes that
     /// nobody asked for, since no policy could have allowed it then), or that cannot be read back. What a record does
-    /// not keep (`auth_time`) is 0.
+    /// not keep (`auth_time`, `tenant`, `mfa`) is not there.
     pub fn replay(&self, record: &DecisionRecord) -> Option<Replayed> {
         if matches!(record.rule, Rule::Builtin(_)) || record.objects.is_empty() {
             return None;
@@ -44,6 +44,8 @@ impl ServicePolicy {
                 scopes: user.scopes.clone(),
                 groups: user.groups.clone(),
                 auth_time: 0,
+                tenant: None,
+                mfa: false,
             })
         });
         let chain: Option<Vec<SpiffeId>> = record.chain.iter().map(|id| SpiffeId::new(id).ok()).collect();

@@ -52,6 +52,8 @@ pub(crate) struct ServiceSchema {
     /// The action hierarchy, which `action in …` needs in every request.
     pub(crate) action_entities: Entities,
     pub(crate) principals: PrincipalTypes,
+    /// What `context.user` may have besides.
+    pub(crate) user: UserShape,
 }
 
 /// The two types of callers.
@@ -156,7 +158,8 @@ pub(crate) fn link(
         kind.number = number;
     }
     if problems.0.is_empty() {
-        Ok(ServiceSchema { schema, namespace, actions, types, action_entities, principals })
+        let user = UserShape::of(&schema, actions.values().map(|action| &action.uid));
+        Ok(ServiceSchema { schema, namespace, actions, types, action_entities, principals, user })
     } else {
         Err(problems)
     }
@@ -210,7 +213,7 @@ fn check_action(
             Problem::file(own.path, message).hint("principal: [Mesh::Workload]; the user is context.user"),
         );
     }
-    for user in [None, Some(sample_user())] {
+    for user in [None, Some(sample_user(UserShape::default()))] {
         let context = context(user, vec!["spiffe://example/service/example".to_owned()], 0);
         let checked = context
             .map_err(|e| e.to_string())
@@ -224,7 +227,33 @@ fn check_action(
     }
 }
 
-pub(crate) fn sample_user() -> RestrictedExpression {
+/// What `context.user` may have besides what it always has: members that the mesh's schema declares as optional.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct UserShape {
+    tenant: bool,
+    mfa: bool,
+}
+
+impl UserShape {
+    /// Those members that every action takes, there or not there.
+    fn of<'a>(schema: &Schema, actions: impl Iterator<Item = &'a EntityUid> + Clone) -> Self {
+        let taken = |shape: Self| {
+            let mut named = actions
+                .clone()
+                .filter(|uid| schema.principals_for_action(uid).into_iter().flatten().next().is_some());
+            let chain = || ["spiffe://example/service/example".to_owned()];
+            named.all(|uid| {
+                let context = context(Some(sample_user(shape)), chain(), 0);
+                context.is_ok_and(|context| context.validate(schema, uid).is_ok())
+            })
+        };
+        // Each by itself is there with the other away, so both are optional.
+        let tenant = taken(Self { tenant: true, mfa: false });
+        Self { tenant, mfa: taken(Self { tenant: false, mfa: true }) }
+    }
+}
+
+pub(crate) fn sample_user(shape: UserShape) -> RestrictedExpression {
     let user = identity::txn::User {
         id: "alice".into(),
         issuer: "https://idp.example".into(),
@@ -232,8 +261,11 @@ pub(crate) fn sample_user() -> RestrictedExpression {
         scopes: vec!["bank".into()],
         groups: vec!["staff".into()],
         auth_time: 0,
+        tenant: None,
+        mfa: false,
     };
-    user_record(&user).unwrap_or_else(|| RestrictedExpression::new_bool(false))
+    let user = identity::txn::User { tenant: Some("bank".into()), mfa: true, ..user };
+    user_record(&user, shape).unwrap_or_else(|| RestrictedExpression::new_bool(false))
 }
 
 fn object_type(own: &SchemaFile<'_>, schema: &Schema, name: &EntityTypeName) -> Result<ObjectType, Problem> {
@@ -273,20 +305,23 @@ pub(crate) fn client_entity(types: &PrincipalTypes, id: &str) -> Entity {
     Entity::new_no_attrs(uid(&types.client, id), HashSet::new())
 }
 
-/// `context.user`.
-pub(crate) fn user_record(user: &identity::txn::User) -> Option<RestrictedExpression> {
+/// `context.user`, with what of it the schema has a place for.
+pub(crate) fn user_record(user: &identity::txn::User, shape: UserShape) -> Option<RestrictedExpression> {
     let text = |text: &str| RestrictedExpression::new_string(text.to_owned());
     let texts = |list: &[String]| RestrictedExpression::new_set(list.iter().map(|item| text(item)));
     let auth_time = i64::try_from(user.auth_time).ok()?;
-    RestrictedExpression::new_record([
+    let always = [
         ("id".to_owned(), text(&user.id)),
         ("issuer".to_owned(), text(&user.issuer)),
         ("client".to_owned(), text(&user.client)),
         ("scopes".to_owned(), texts(&user.scopes)),
         ("groups".to_owned(), texts(&user.groups)),
         ("auth_time".to_owned(), RestrictedExpression::new_long(auth_time)),
-    ])
-    .ok()
+    ];
+    let tenant = user.tenant.as_deref().filter(|_| shape.tenant);
+    let tenant = tenant.map(|tenant| ("tenant".to_owned(), text(tenant)));
+    let mfa = shape.mfa.then(|| ("mfa".to_owned(), RestrictedExpression::new_bool(user.mfa)));
+    RestrictedExpression::new_record(always.into_iter().chain(tenant).chain(mfa)).ok()
 }
 
 /// The context of every request. `now` is in seconds since the Unix epoch.

@@ -22,6 +22,8 @@ fn a_permit_allocates_nothing() {
         scopes: vec!["bank".into()],
         groups: vec![],
         auth_time: 1_795_000_000,
+        tenant: None,
+        mfa: false,
     };
     let caller = Caller {
         principal: Principal::Workload(web.clone()),

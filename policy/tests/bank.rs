@@ -43,6 +43,8 @@ fn user(id: &str) -> Arc<User> {
         scopes: vec!["openid".into(), "bank".into()],
         groups: vec![],
         auth_time: 1_795_000_000,
+        tenant: None,
+        mfa: false,
     })
 }
 

@@ -73,6 +73,8 @@ fn token(gateway: &X509Svid, user: &str, method: &str, target: &str) -> String {
         scopes: vec![user.into()],
         groups: vec![user.into()],
         auth_time: 0,
+        tenant: None,
+        mfa: false,
     };
     let (stock, now) = (id("/service/stock"), SystemClock.now());
     txn::mint(gateway, &user, &stock, RequestBinding::new(method, target), txn::MAX_LIFETIME, now).unwrap()

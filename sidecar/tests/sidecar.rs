@@ -297,6 +297,8 @@ impl World {
             scopes: vec!["bank".into()],
             groups: vec![],
             auth_time: 0,
+            tenant: None,
+            mfa: false,
         }
     }
 

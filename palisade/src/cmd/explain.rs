@@ -95,6 +95,8 @@ fn asked(
         scopes: asked.scopes.clone(),
         groups: asked.groups.clone(),
         auth_time: SystemClock.now().as_secs(),
+        tenant: None,
+        mfa: false,
     });
     let pair = |text: &String, separator: char, form: &str| {
         let pair =

@@ -23,6 +23,9 @@ const USER_MEMBERS: [(&str, UserMember); 6] = [
     ("auth_time", UserMember::AuthTime),
 ];
 
+/// Members that a user may lack, or a mesh's schema: for Cedar to look at.
+const OPTIONAL_MEMBERS: [&str; 2] = ["tenant", "mfa"];
+
 /// How a policy's conditions are evaluated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Condition {
@@ -223,6 +226,9 @@ impl<'a> Names<'a> {
             }
             (pst::Expr::Var(Var::Resource), [name]) => Some(Expr::HasAttribute(self.attribute(name))),
             (pst::Expr::Var(Var::Context), ["user"]) => Some(Expr::HasUser),
+            // Whether the user has one is not known before the request.
+            (pst::Expr::Var(Var::Context), ["user", name]) if OPTIONAL_MEMBERS.contains(name) => None,
+            (of, [name]) if is_user(of) && OPTIONAL_MEMBERS.contains(name) => None,
             (pst::Expr::Var(Var::Context), ["user", name]) => {
                 let (user, known) = (self.node(Expr::HasUser), Expr::UserHas(user_member(name).is_some()));
                 Some(Expr::And(user, self.node(known)))

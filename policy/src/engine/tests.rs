@@ -318,6 +318,8 @@ fn request(dice: &mut Dice) -> Asking {
             scopes: texts(dice),
             groups: texts(dice),
             auth_time: if dice.one_in(40) { u64::MAX } else { dice.below(10) },
+            tenant: None,
+            mfa: false,
         })
     });
     let chain = (0..dice.below(4)).map(|_| SpiffeId::new(dice.pick(&WORKLOADS)).unwrap()).collect();

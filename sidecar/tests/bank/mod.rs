@@ -170,6 +170,8 @@ impl Bank {
             scopes: vec!["bank".into()],
             groups: vec![],
             auth_time: 0,
+            tenant: None,
+            mfa: false,
         };
         let binding = RequestBinding::new(method, target);
         let token = txn::mint(&gateway, &user, web.id(), binding, txn::MAX_LIFETIME, now).unwrap();

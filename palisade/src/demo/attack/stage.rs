@@ -336,6 +336,8 @@ async fn person(ready: &Ready, name: &str, clock: &SharedClock) -> anyhow::Resul
             scopes: vec!["openid".into(), people::BANK_SCOPE.into()],
             groups: Vec::new(),
             auth_time: 0,
+            tenant: None,
+            mfa: false,
         },
         id_token: id_token.expose_secret().to_owned(),
         access_token: tokens.access_token.expose_secret().to_owned(),
