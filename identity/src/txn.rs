@@ -202,14 +202,11 @@ pub fn mint(
     claims.insert("sub".into(), user.id.as_str().into());
     claims.insert("scope".into(), user.scopes.join(" ").into());
     claims.insert("req_wl".into(), user.client.as_str().into());
-    let mut context = json!({ "iss": user.issuer, "groups": user.groups, "auth_time": user.auth_time });
-    if let Some(tenant) = &user.tenant {
-        context["tenant"] = tenant.as_str().into();
-    }
-    if user.mfa {
-        context["mfa"] = true.into();
-    }
-    claims.insert("tctx".into(), context);
+    let context = json!({ "iss": user.issuer, "groups": user.groups, "auth_time": user.auth_time });
+    let Value::Object(mut context) = context else { return Err(TxnError::Member("tctx")) };
+    context.extend(user.tenant.iter().map(|tenant| ("tenant".to_owned(), tenant.as_str().into())));
+    context.extend(user.mfa.then(|| ("mfa".to_owned(), true.into())));
+    claims.insert("tctx".into(), Value::Object(context));
     sign(svid, TOKEN_TYPE, claims)
 }
 
