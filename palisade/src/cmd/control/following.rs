@@ -38,7 +38,7 @@ pub(super) fn follow(
     let repository = Repository::new(source, state, Arc::clone(&clock));
     let draining = scope.clone();
     scope.spawn_critical("repository of policies", async move {
-        let mut follower = Follower { repository, trust_domain, control, refused: None };
+        let mut follower = Follower { repository, trust_domain, control, unreadable: None, problem: None };
         loop {
             tokio::select! {
                 () = follower.look() => {}
@@ -56,8 +56,18 @@ struct Follower {
     repository: Repository,
     trust_domain: TrustDomain,
     control: ControlHandle,
-    /// The last commit that was not offered, and why.
-    refused: Option<(String, String)>,
+    /// The last commit that cannot be read, and why: that stays so.
+    unreadable: Option<(String, String)>,
+    /// What was wrong when this was looked at last, so that it is logged once.
+    problem: Option<String>,
+}
+
+/// Why a commit is not offered.
+enum NotOffered {
+    /// It will never be.
+    Unreadable(String),
+    /// It is tried again: what stands in its way may go.
+    Now(String),
 }
 
 impl Follower {
@@ -66,6 +76,10 @@ impl Follower {
             Ok(head) => self.take(head).await.err(),
             Err(error) => Some(error.to_string()),
         };
+        if let Some(why) = problem.as_ref().filter(|_| problem != self.problem) {
+            tracing::error!(why, "policies are not put out; the ones before stay in force");
+        }
+        self.problem.clone_from(&problem);
         self.control.policy_source(problem);
     }
 
@@ -73,23 +87,25 @@ impl Follower {
     async fn take(&mut self, head: String) -> Result<(), String> {
         let offered = self.control.policy_head().await.map_err(|error| error.to_string())?;
         if offered.as_ref() == Some(&head) {
-            self.refused = None;
             return Ok(());
         }
-        if let Some((_, why)) = self.refused.as_ref().filter(|(commit, _)| *commit == head) {
+        if let Some((_, why)) = self.unreadable.as_ref().filter(|(commit, _)| *commit == head) {
             return Err(why.clone());
         }
-        let outcome = self.offer(head.clone()).await;
-        if let Err(why) = &outcome {
-            tracing::error!(commit = head, why, "policies are not put out; the ones before stay in force");
-            self.refused = Some((head, why.clone()));
+        match self.offer(head.clone()).await {
+            Ok(()) => Ok(()),
+            Err(NotOffered::Now(why)) => Err(why),
+            Err(NotOffered::Unreadable(why)) => {
+                self.unreadable = Some((head, why.clone()));
+                Err(why)
+            }
         }
-        outcome
     }
 
-    async fn offer(&self, commit: String) -> Result<(), String> {
-        self.repository.check_signature(&commit).await.map_err(|error| error.to_string())?;
-        let files = self.repository.files(&commit).await.map_err(|error| error.to_string())?;
+    async fn offer(&self, commit: String) -> Result<(), NotOffered> {
+        let now = |error: &dyn std::error::Error| NotOffered::Now(error.to_string());
+        self.repository.check_signature(&commit).await.map_err(|error| now(&error))?;
+        let files = self.repository.files(&commit).await.map_err(|error| now(&error))?;
         let (of, trust_domain) = (commit.clone(), self.trust_domain.clone());
         // Ten thousand policies take seconds.
         let read = tokio::task::spawn_blocking(move || {
@@ -97,9 +113,10 @@ impl Follower {
             let policies = Policies::from_files(&files, Path::new(&short), Some(&of), &trust_domain);
             policies.map(|policies| (rings(policies.rings()), files)).map_err(|problems| said(&problems.0))
         });
-        let (rings, files) = read.await.map_err(|_| "reading it failed".to_owned())??;
+        let read = read.await.map_err(|_| NotOffered::Now("reading it failed".to_owned()))?;
+        let (rings, files) = read.map_err(NotOffered::Unreadable)?;
         let offer = PolicyOffer { commit, services: policy::slices(&files), rings };
-        self.control.offer_policies(offer).await.map(|_epoch| ()).map_err(|error| error.to_string())
+        self.control.offer_policies(offer).await.map(|_epoch| ()).map_err(|error| now(&error))
     }
 }
 
