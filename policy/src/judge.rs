@@ -85,6 +85,16 @@ impl<'a> Asked<'a> {
         }
     }
 
+    /// Who told each of these attributes, by the route.
+    pub(crate) fn told_by(&self, attributes: &BTreeMap<String, AttributeValue>) -> BTreeMap<String, String> {
+        let Some(mapped) = self.mapped else { return BTreeMap::new() };
+        let source = |name: &String| {
+            let (source, _) = mapped.route.attributes.get(name)?;
+            Some((name.clone(), source.to_string()))
+        };
+        attributes.keys().filter_map(source).collect()
+    }
+
     /// The attributes that the type declares, for the record, and what is wrong with them.
     pub(crate) fn gather(
         &self,
@@ -185,7 +195,8 @@ impl ServicePolicy {
                 return builtin("request.unknown", reason, recorded);
             };
             let (attributes, missing) = asked.gather(object, kind);
-            let mut entry = RecordedObject { attributes, ..bare_object(object) };
+            let told_by = asked.told_by(&attributes);
+            let mut entry = RecordedObject { attributes, told_by, ..bare_object(object) };
             if let Some(flaw) = missing {
                 replace(&mut recorded, seen, entry);
                 return builtin("attributes.missing", flaw, recorded);
@@ -251,7 +262,12 @@ impl ServicePolicy {
 
 /// An object of which nothing is known yet, for the record.
 pub(crate) fn bare_object(object: &ObjectRef) -> RecordedObject {
-    RecordedObject { object: cut(&object.to_string()), attributes: BTreeMap::new(), outcome: None }
+    RecordedObject {
+        object: cut(&object.to_string()),
+        attributes: BTreeMap::new(),
+        told_by: BTreeMap::new(),
+        outcome: None,
+    }
 }
 
 fn replace(recorded: &mut [RecordedObject], index: usize, entry: RecordedObject) {

@@ -59,6 +59,23 @@ pub(crate) enum Source {
     Response(String),
 }
 
+/// As maps write it.
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Request(Place::Path(name)) => write!(f, "path:{name}"),
+            Self::Request(Place::Query(name)) => write!(f, "query:{name}"),
+            Self::Request(Place::Body(name)) => write!(f, "body:/{name}"),
+            Self::Claim(Claim::Subject) => f.write_str("claim:sub"),
+            Self::Claim(Claim::Issuer) => f.write_str("claim:iss"),
+            Self::Claim(Claim::Client) => f.write_str("claim:client_id"),
+            Self::Relations => f.write_str("relations"),
+            Self::Entities => f.write_str("entities"),
+            Self::Response(pointer) => write!(f, "response:{pointer}"),
+        }
+    }
+}
+
 /// One resolved route.
 #[derive(Debug, Clone)]
 pub(crate) struct Route {

@@ -107,6 +107,9 @@ pub struct RecordedObject {
     /// Its attributes as far as they were known.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attributes: BTreeMap<String, AttributeValue>,
+    /// Who told each of them, as map.toml writes it: `entities`, `path:id`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub told_by: BTreeMap<String, String>,
     /// What was decided for this one; `None` if it did not come to that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Outcome>,

@@ -136,6 +136,9 @@ fn object_line(object: &RecordedObject) -> String {
     for (name, value) in &object.attributes {
         // Writing to a String cannot fail.
         write!(line, "  {name} = {value}").unwrap_or_default();
+        if let Some(source) = object.told_by.get(name) {
+            write!(line, " ({source})").unwrap_or_default();
+        }
     }
     match object.outcome {
         Some(Outcome::Permit) => line + "  (permitted)",

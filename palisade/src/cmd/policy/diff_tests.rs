@@ -59,6 +59,7 @@ pub(in crate::cmd::policy) fn read_account(user: &str, verdict: Outcome) -> Deci
         route: Some("GET /accounts/{id:int}".into()),
         action: Some("ReadAccount".into()),
         objects: vec![RecordedObject {
+            told_by: Default::default(),
             object: "Accounts::Account::\"17\"".into(),
             attributes: [("owner".to_owned(), AttributeValue::Text("alice".into()))].into(),
             outcome: None,
