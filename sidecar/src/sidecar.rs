@@ -74,8 +74,9 @@ pub struct SidecarConfig {
 }
 
 /// Concurrent streams of an HTTP/2 connection of the app beside us, which is no stranger: more than [`Limits`] gives
-/// those, since clients of gRPC let calls wait where a connection takes no more.
-const MAX_STREAMS_OF_THE_APP: u32 = 200;
+/// those, since clients of gRPC let calls wait where a connection takes no more. Each whose answer is not taken holds up to
+/// 90 KB, and all of a connection stay below 16 MB.
+const MAX_STREAMS_OF_THE_APP: u32 = 150;
 
 /// The app, and who may come to it.
 #[derive(Debug)]
