@@ -3,7 +3,7 @@
 //! What control signs is verified here and again by the workload, so an agent can withhold policies, not make them.
 //! The last ones that were in force are kept on disk: a host that starts while control is away starts with them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,8 +23,8 @@ use crate::backoff::Backoff;
 use crate::hex;
 use crate::pb::control as control_pb;
 use crate::pb::mesh as pb;
-use crate::random::SharedRandom;
-use crate::release::{Files, MAX_BYTES, Manifest, Release};
+use crate::random::{Random, SharedRandom};
+use crate::release::{Files, MAX_BYTES, Manifest, Release, ReleaseError};
 use crate::state;
 
 /// Waits between attempts to open the stream.
@@ -272,7 +272,7 @@ pub(super) async fn exchange(exchange: Exchange) {
             () = scope.draining() => return,
         }
         let ended = tokio::select! {
-            ended = taker.listen(&mut backoff, &mut heard) => ended,
+            ended = taker.listen(&mut backoff, &*random, &mut heard) => ended,
             changed = renewed.changed() => match changed {
                 Ok(()) => continue,
                 Err(_) => return,
@@ -293,6 +293,15 @@ pub(super) async fn exchange(exchange: Exchange) {
     }
 }
 
+/// Why a release is not taken. Control hears of a refusal, and takes the release back everywhere: what another attempt
+/// may mend is none.
+enum NotTaken {
+    /// It could not be had.
+    Later(String),
+    /// It cannot be used.
+    Refused(String),
+}
+
 /// Takes what control says, once it has been verified and is complete.
 struct Taker {
     policies: Policies,
@@ -308,7 +317,7 @@ struct Taker {
 
 impl Taker {
     /// One stream, to its end; returns why it ended.
-    async fn listen(&mut self, backoff: &mut Backoff, heard: &mut Duration) -> String {
+    async fn listen(&mut self, backoff: &mut Backoff, random: &dyn Random, heard: &mut Duration) -> String {
         let policies = self.policies.clone();
         let (mut here, mut wanted) = (policies.here.subscribe(), policies.wanted.subscribe());
         here.mark_changed();
@@ -319,14 +328,33 @@ impl Taker {
             Ok(stream) => stream.into_inner(),
             Err(status) => return describe(&status),
         };
-        while let Some(message) = stream.next().await {
-            let message = match message {
-                Ok(message) => message,
-                Err(status) => return describe(&status),
+        // What could not be had when it was said, and when it is asked for again unless something newer is said.
+        let mut unfinished = None;
+        loop {
+            let clock = Arc::clone(self.upstream.clock());
+            let again = async {
+                match unfinished.take() {
+                    Some((message, wait)) => {
+                        clock.sleep(wait).await;
+                        message
+                    }
+                    None => std::future::pending().await,
+                }
             };
-            *heard = self.upstream.clock().now();
-            self.take(message).await;
-            backoff.reset();
+            let message = tokio::select! {
+                message = stream.next() => match message {
+                    Some(Ok(message)) => message,
+                    Some(Err(status)) => return describe(&status),
+                    None => break,
+                },
+                message = again => message,
+            };
+            *heard = clock.now();
+            if self.take(&message).await {
+                backoff.reset();
+            } else {
+                unfinished = Some((message, backoff.wait(random)));
+            }
             // The stream itself says that control is there, up to its end.
             self.set_stale(false);
         }
@@ -346,10 +374,11 @@ impl Taker {
         })
     }
 
-    async fn take(&mut self, message: control_pb::PoliciesResponse) {
+    /// Takes what control says; `false` if something of it could not be had and is worth another attempt.
+    async fn take(&mut self, message: &control_pb::PoliciesResponse) -> bool {
         let now = self.upstream.clock().now();
         let before = self.policies.wanted.borrow().clone();
-        let mut refused = HashMap::new();
+        let (mut refused, mut later) = (HashMap::new(), HashSet::new());
         let mut held: HashMap<(String, u64), Arc<Held>> = before
             .orders
             .values()
@@ -357,9 +386,9 @@ impl Taker {
             .chain(before.kept.values())
             .map(|held| ((held.release.service.clone(), held.release.epoch), Arc::clone(held)))
             .collect();
-        let Some(identity) = self.source.current() else { return };
-        for text in message.releases {
-            let release = match Release::verify(&text, &self.trust_domain, &identity.bundles, now) {
+        let Some(identity) = self.source.current() else { return false };
+        for text in &message.releases {
+            let release = match Release::verify(text, &self.trust_domain, &identity.bundles, now) {
                 Ok(release) => release,
                 Err(error) => {
                     tracing::error!(%error, "control sent policies that are not taken");
@@ -367,12 +396,16 @@ impl Taker {
                 }
             };
             let key = (release.service.clone(), release.epoch);
-            if held.get(&key).is_some_and(|held| held.text == text) {
+            if held.get(&key).is_some_and(|held| &held.text == text) {
                 continue;
             }
-            match self.complete(release, text, &held).await {
+            match self.complete(release, text.clone(), &held).await {
                 Ok(one) => drop(held.insert(key, Arc::new(one))),
-                Err(why) => {
+                Err(NotTaken::Later(why)) => {
+                    tracing::warn!(service = key.0, epoch = key.1, why, "policies could not be had yet");
+                    later.insert(key);
+                }
+                Err(NotTaken::Refused(why)) => {
                     tracing::error!(service = key.0, epoch = key.1, why, "policies are not taken");
                     refused.insert(key, why);
                 }
@@ -380,13 +413,15 @@ impl Taker {
         }
         let orders: HashMap<String, Order> = message
             .orders
-            .into_iter()
+            .iter()
+            .cloned()
             .map(|control_pb::PolicyOrder { name, service, epoch, prepare }| {
                 let of = |epoch| held.get(&(service.clone(), epoch)).cloned();
                 for epoch in [epoch, prepare] {
-                    if epoch > 0 && of(epoch).is_none() {
+                    let key = (service.clone(), epoch);
+                    if epoch > 0 && of(epoch).is_none() && !later.contains(&key) {
                         let why = "its release did not come, or does not verify";
-                        refused.entry((service.clone(), epoch)).or_insert_with(|| why.to_owned());
+                        refused.entry(key).or_insert_with(|| why.to_owned());
                     }
                 }
                 // What is in force stays so where its successor is not to be had.
@@ -404,6 +439,7 @@ impl Taker {
         }
         self.keep(&kept).await;
         self.policies.wanted.send_replace(Arc::new(Wanted { orders, kept, refused, stale: before.stale }));
+        later.is_empty()
     }
 
     /// A release that may be used, with its files: those that are here already, and the others from control.
@@ -412,17 +448,19 @@ impl Taker {
         release: Release,
         text: String,
         held: &HashMap<(String, u64), Arc<Held>>,
-    ) -> Result<Held, String> {
+    ) -> Result<Held, NotTaken> {
+        let refused = |error: ReleaseError| NotTaken::Refused(error.to_string());
         let floor = self.floors.entry(release.service.clone()).or_default();
-        release.may_serve(&release.service, *floor).map_err(|error| error.to_string())?;
+        release.may_serve(&release.service, *floor).map_err(refused)?;
         *floor = (*floor).max(release.floor);
         let same = held.values().find(|held| held.release.manifest == release.manifest);
         if let Some(same) = same {
             return Ok(Held { release, text, files: same.files.clone() });
         }
         let manifest = self.fetch(vec![release.manifest.clone()]).await?.remove(&release.manifest);
-        let manifest = manifest.ok_or("control does not have its list of files")?;
-        let manifest = Manifest::parse(&manifest).map_err(|error| error.to_string())?;
+        let manifest = manifest
+            .ok_or_else(|| NotTaken::Refused("control does not have its list of files".to_owned()))?;
+        let manifest = Manifest::parse(&manifest).map_err(refused)?;
         let mut contents: HashMap<String, Vec<u8>> = HashMap::new();
         for known in held.values().filter(|held| held.release.service == release.service) {
             for (name, digest) in Manifest::of(&known.files).files() {
@@ -438,31 +476,35 @@ impl Taker {
             contents.extend(self.fetch(lacking).await?);
         }
         let file = |(name, digest): (&str, &str)| {
-            let content =
-                contents.get(digest).ok_or_else(|| format!("control does not have its file {name:?}"));
-            Ok::<_, String>((name.to_owned(), content?.clone()))
+            let content = contents.get(digest);
+            let lacks = || NotTaken::Refused(format!("control does not have its file {name:?}"));
+            Ok::<_, NotTaken>((name.to_owned(), content.ok_or_else(lacks)?.clone()))
         };
         let files = manifest.files().map(file).collect::<Result<Files, _>>()?;
-        release.check(&files).map_err(|error| error.to_string())?;
+        release.check(&files).map_err(refused)?;
         Ok(Held { release, text, files })
     }
 
     /// Contents by their digests, as many of them as control has.
-    async fn fetch(&self, digests: Vec<String>) -> Result<HashMap<String, Vec<u8>>, String> {
+    async fn fetch(&self, digests: Vec<String>) -> Result<HashMap<String, Vec<u8>>, NotTaken> {
+        let later = |status: Status| NotTaken::Later(describe(&status));
         let mut client = self.upstream.client();
         let asked = client.contents(control_pb::ContentsRequest { digests });
         let stream = within(self.upstream.clock(), FETCH_TIMEOUT, asked).await;
-        let mut stream = stream.map_err(|status| describe(&status))?.into_inner();
+        let mut stream = stream.map_err(later)?.into_inner();
         let (mut found, mut bytes) = (HashMap::new(), 0);
         loop {
             let message = tokio::select! {
-                message = stream.message() => message.map_err(|status| describe(&status))?,
-                () = self.upstream.clock().sleep(FETCH_TIMEOUT) => return Err("no contents in time".to_owned()),
+                message = stream.message() => message.map_err(later)?,
+                () = self.upstream.clock().sleep(FETCH_TIMEOUT) => {
+                    return Err(NotTaken::Later("no contents in time".to_owned()));
+                }
             };
             let Some(control_pb::ContentsResponse { digest, content }) = message else { return Ok(found) };
             bytes += content.len();
             if bytes > MAX_BYTES || hex::sha256(&content) != digest {
-                return Err("control sent contents that are too large, or not what was asked for".to_owned());
+                let why = "control sent contents that are too large, or not what was asked for";
+                return Err(NotTaken::Refused(why.to_owned()));
             }
             found.insert(digest, content);
         }

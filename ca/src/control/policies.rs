@@ -108,6 +108,9 @@ pub(super) struct Policies {
     services: HashMap<SpiffeId, String>,
     replayer: Option<Arc<dyn Replayer>>,
     rollout: Mutex<Rollout>,
+    /// Held by whoever changes epochs and writes them down: no two take the same number, and none writes what another
+    /// one has overtaken.
+    writing: tokio::sync::Mutex<()>,
     /// The newest stream of each host.
     streams: Mutex<HashMap<String, u64>>,
     news: Notify,
@@ -131,6 +134,7 @@ impl Policies {
             services: config.services,
             replayer: config.replayer,
             rollout: Mutex::new(Rollout::restored(epochs, now)),
+            writing: tokio::sync::Mutex::default(),
             streams: Mutex::default(),
             news: Notify::new(),
             told: watch::Sender::default(),
@@ -222,6 +226,7 @@ impl ControlHandle {
             contents.insert(manifest.digest(), text.into_bytes());
             services.insert(service, manifest.digest());
         }
+        let _one = policies.writing.lock().await;
         let epoch = self.epoch(offer.commit, services, offer.rings).await?;
         *policies.source_problem.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let head = epoch.commit.clone();
@@ -232,6 +237,7 @@ impl ControlHandle {
     /// that were in force before the ones of now. Nothing newer comes until the repository has another commit.
     pub async fn roll_back_policies(&self, commit: Option<&str>) -> Result<u64, OfferError> {
         let policies = self.policies()?;
+        let _one = policies.writing.lock().await;
         let epochs = self.0.store.run(|store| store.epochs()).await?;
         let now = {
             let rollout = policies.rollout();
@@ -293,8 +299,7 @@ impl ControlHandle {
         self.0.store.run(move |store| store.put_epochs(&[stored], &contents, head.as_deref())).await?;
         tracing::info!(commit = epoch.commit, epoch = number, "policies are put out");
         let given_up = policies.rollout().offer(epoch, withdraws, self.0.clock.now());
-        if let Some(given_up) = given_up {
-            let over = Epoch { state: EpochState::Over, ..given_up };
+        if let Some(over) = given_up {
             self.0.store.run(move |store| store.put_epochs(&[over], &[], None)).await?;
         }
         policies.news.notify_one();
@@ -340,6 +345,7 @@ pub(super) async fn keep(inner: Arc<Inner>) {
 
 /// Takes the steps that are due, and writes them down.
 async fn advance(inner: &Inner, policies: &Policies, now: Duration) -> Result<(), OfferError> {
+    let _one = policies.writing.lock().await;
     let wanted = policies.rollout().wants_replay().map(|(before, after)| (before.clone(), after.clone()));
     if let Some((before, after)) = wanted {
         let outcome = replay(inner, policies, &before, &after).await?;

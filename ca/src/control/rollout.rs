@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 /// Below so many decisions a share says nothing.
 const MIN_DECISIONS: u64 = 50;
+/// After a start of control nothing is concluded from who says nothing: agents are only coming back.
+const AGENTS_COME_BACK: Duration = Duration::from_secs(15);
 
 /// Through which rings a new epoch goes, and what stops it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,7 +101,24 @@ pub(super) struct Counts {
     pub(super) denied: u64,
 }
 
+/// Decisions of each service, and of all together: a service that is asked little is not to be lost among the others.
+type CountsOf = BTreeMap<Whose, Counts>;
+
+/// In the order in which they are looked at: what can be said of a service says more.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Whose {
+    Of(String),
+    All,
+}
+
 impl Counts {
+    fn and(self, other: Self) -> Self {
+        Self {
+            decided: self.decided.saturating_add(other.decided),
+            denied: self.denied.saturating_add(other.denied),
+        }
+    }
+
     /// The share of denied ones, if there are enough to speak of one.
     fn share(self) -> Option<f64> {
         #[expect(clippy::cast_precision_loss, reason = "a share")]
@@ -130,6 +149,8 @@ struct Candidate {
     epoch: Epoch,
     ring: usize,
     since: Duration,
+    /// Before this moment the ring is not at its end.
+    held_until: Duration,
     /// What recorded requests made of it, where that is asked.
     replay: Replay,
     /// It takes another one back: nothing would be won by stopping it.
@@ -139,7 +160,7 @@ struct Candidate {
 /// Whether a shadow's recorded requests have been decided again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Replay {
-    /// Not yet.
+    /// They are still to be asked for.
     Wanted,
     /// Nothing is held against the candidate.
     Passed,
@@ -154,8 +175,10 @@ pub(super) struct Rollout {
     candidate: Option<Candidate>,
     instances: BTreeMap<Key, Instance>,
     /// What those in force before the candidate had decided when it came.
-    before: Counts,
+    before: CountsOf,
     stopped: Option<Epoch>,
+    /// Those after the one in force that were given up for a newer one: who has one keeps it until the newer one comes.
+    given_up: Vec<Epoch>,
 }
 
 impl Rollout {
@@ -164,10 +187,13 @@ impl Rollout {
         let mut rollout = Self::default();
         for epoch in epochs {
             match epoch.state {
-                EpochState::InForce => rollout.in_force = Some(epoch),
+                EpochState::InForce => {
+                    rollout.in_force = Some(epoch);
+                    rollout.given_up.clear();
+                }
                 EpochState::Rolling(ring) => rollout.begin(epoch, ring, false, now),
                 EpochState::Stopped(_) => rollout.stopped = Some(epoch),
-                EpochState::Over => {}
+                EpochState::Over => rollout.given_up.push(epoch),
             }
         }
         // One that was in force before another came into force would have been marked so.
@@ -176,16 +202,21 @@ impl Rollout {
         {
             rollout.candidate = None;
         }
+        if let Some(candidate) = &mut rollout.candidate {
+            candidate.held_until = candidate.held_until.max(now.saturating_add(AGENTS_COME_BACK));
+        }
         rollout
     }
 
     /// A new epoch sets out; the one that was on its way is given up. Returns that.
     pub(super) fn offer(&mut self, epoch: Epoch, withdraws: bool, now: Duration) -> Option<Epoch> {
-        let given_up = self.candidate.take().map(|candidate| candidate.epoch);
+        let given_up =
+            self.candidate.take().map(|given_up| Epoch { state: EpochState::Over, ..given_up.epoch });
+        self.given_up.extend(given_up.clone());
         if !withdraws {
             self.stopped = None;
         }
-        self.before = self.counts(self.in_force.as_ref().map_or(0, |epoch| epoch.epoch));
+        self.before = self.counts(self.floor());
         self.begin(epoch, 0, withdraws, now);
         given_up
     }
@@ -195,7 +226,8 @@ impl Rollout {
         let ring = if self.in_force.is_none() { epoch.rings.rings.len().saturating_sub(1) } else { ring };
         let shadow = epoch.rings.rings.get(ring) == Some(&Ring::Shadow);
         let replay = if shadow { Replay::Wanted } else { Replay::Passed };
-        self.candidate = Some(Candidate { epoch, ring, since: now, replay, withdraws });
+        let held_until = now.saturating_add(epoch.rings.hold);
+        self.candidate = Some(Candidate { epoch, ring, since: now, held_until, replay, withdraws });
     }
 
     /// The candidate, if its recorded requests are to be decided again.
@@ -228,7 +260,7 @@ impl Rollout {
 
     /// What everybody is to have.
     pub(super) fn orders(&self) -> BTreeMap<Key, Order> {
-        let base = self.in_force.as_ref().map_or(0, |epoch| epoch.epoch);
+        let base = self.floor();
         let chosen = self.chosen();
         let orders = self.instances.iter().map(|(key, instance)| {
             let offered = self.candidate.as_ref().map_or(0, |candidate| candidate.epoch.epoch);
@@ -271,12 +303,15 @@ impl Rollout {
     }
 
     /// Decisions of those that have an epoch.
-    fn counts(&self, epoch: u64) -> Counts {
-        let having = self.instances.values().filter(|instance| instance.epoch == epoch);
-        having.fold(Counts::default(), |sum, instance| Counts {
-            decided: sum.decided.saturating_add(instance.counts.decided),
-            denied: sum.denied.saturating_add(instance.counts.denied),
-        })
+    fn counts(&self, epoch: u64) -> CountsOf {
+        let mut counts = CountsOf::new();
+        for instance in self.instances.values().filter(|instance| instance.epoch == epoch) {
+            for whose in [Whose::Of(instance.service.clone()), Whose::All] {
+                let sum = counts.entry(whose).or_default();
+                *sum = sum.and(instance.counts);
+            }
+        }
+        counts
     }
 
     /// Goes on, if it is time. To be called until it says nothing more.
@@ -287,6 +322,7 @@ impl Rollout {
                 if let Some(candidate) = &mut self.candidate {
                     candidate.ring += 1;
                     candidate.since = now;
+                    candidate.held_until = now.saturating_add(candidate.epoch.rings.hold);
                     candidate.epoch.state = EpochState::Rolling(candidate.ring);
                 }
             }
@@ -294,6 +330,7 @@ impl Rollout {
                 if let Some(Candidate { mut epoch, .. }) = self.candidate.take() {
                     epoch.state = EpochState::InForce;
                     self.in_force = Some(epoch);
+                    self.given_up.clear();
                 }
             }
             Step::Stop(reason) => {
@@ -311,7 +348,7 @@ impl Rollout {
         if let Some(reason) = self.held_against(candidate) {
             return Some(Step::Stop(reason));
         }
-        let Rings { rings, hold, .. } = &candidate.epoch.rings;
+        let rings = &candidate.epoch.rings.rings;
         let epoch = candidate.epoch.epoch;
         let acknowledged = match rings.get(candidate.ring) {
             Some(Ring::Shadow) => {
@@ -320,7 +357,7 @@ impl Rollout {
             }
             _ => self.chosen().values().all(|instance| instance.epoch >= epoch),
         };
-        if !acknowledged || now < candidate.since.saturating_add(*hold) {
+        if !acknowledged || now < candidate.held_until {
             return None;
         }
         Some(if candidate.ring + 1 < rings.len() { Step::Ring } else { Step::Done })
@@ -342,23 +379,26 @@ impl Rollout {
         if let Replay::Failed(why) = &candidate.replay {
             return Some(why.clone());
         }
-        let in_force = self.counts(self.in_force.as_ref().map_or(0, |epoch| epoch.epoch));
-        let before = if in_force.decided > self.before.decided { in_force } else { self.before };
-        let after = self.counts(epoch);
-        let (was, is) = (before.share()?, after.share()?);
-        (is > was + candidate.epoch.rings.max_denied).then(|| {
-            format!(
-                "of {} requests {:.1} % were denied, and before {:.1} %",
-                after.decided,
-                is * 100.0,
-                was * 100.0
-            )
+        let in_force = self.counts(self.floor());
+        self.counts(epoch).into_iter().find_map(|(whose, after)| {
+            let of = |counts: &CountsOf| counts.get(&whose).copied().unwrap_or_default();
+            let (then, now) = (of(&self.before), of(&in_force));
+            let before = if now.decided > then.decided { now } else { then };
+            let (was, is) = (before.share()?, after.share()?);
+            let to = match &whose {
+                Whose::Of(service) => format!(" to {service}"),
+                Whose::All => String::new(),
+            };
+            (is > was + candidate.epoch.rings.max_denied).then(|| {
+                let (decided, is, was) = (after.decided, is * 100.0, was * 100.0);
+                format!("of {decided} requests{to} {is:.1} % were denied, and before {was:.1} %")
+            })
         })
     }
 
     /// When to look again although nothing was said.
     pub(super) fn next_look(&self) -> Option<Duration> {
-        self.candidate.as_ref().map(|candidate| candidate.since.saturating_add(candidate.epoch.rings.hold))
+        self.candidate.as_ref().map(|candidate| candidate.held_until)
     }
 
     /// No release below this may be used.
@@ -368,7 +408,9 @@ impl Rollout {
 
     /// The epochs that somebody may be told to have, the newest last.
     pub(super) fn current(&self) -> impl Iterator<Item = &Epoch> {
-        self.in_force.iter().chain(self.candidate.iter().map(|candidate| &candidate.epoch))
+        let kept = |epoch: &&Epoch| self.instances.values().any(|instance| instance.epoch == epoch.epoch);
+        let given_up = self.given_up.iter().filter(kept);
+        self.in_force.iter().chain(given_up).chain(self.candidate.iter().map(|candidate| &candidate.epoch))
     }
 
     pub(super) fn in_force(&self) -> Option<&Epoch> {
@@ -544,13 +586,31 @@ mod tests {
         assert_eq!(world.rollout.step(START), None, "6 % is within 2 % and 5 %");
         world.decide(2, 100, 8);
         let Some(Step::Stop(why)) = world.rollout.step(START) else { panic!("went on") };
-        assert_eq!(why, "of 300 requests 8.0 % were denied, and before 2.0 %");
+        assert_eq!(why, "of 300 requests to web 8.0 % were denied, and before 2.0 %");
         // Taken back by a new epoch, which nothing stops and which no sidecar that has the bad one lacks.
         world.rollout.offer(epoch(3, &[Ring::Share(1.0)]), true, START);
         assert!(world.rollout.stopped().is_some(), "still to be seen");
         world.obey();
         world.decide(3, 1_000, 1_000);
         assert_eq!((world.having(3), world.rollout.step(START + HOLD)), (10, Some(Step::Done)));
+
+        // A service that is asked little, beside one that is asked much.
+        let mut world = World::new(10);
+        world.hosts.get_mut("h0").unwrap().service = "rare".into();
+        world.decide(1, 1_000, 0);
+        world.rollout.offer(epoch(2, &[Ring::Share(0.01), Ring::Share(1.0)]), false, START);
+        world.obey();
+        for instance in world.hosts.values_mut().filter(|instance| instance.epoch == 2) {
+            let rare = instance.service == "rare";
+            instance.counts = if rare {
+                Counts { decided: 60, denied: 60 }
+            } else {
+                Counts { decided: 100_000, denied: 0 }
+            };
+        }
+        world.say();
+        let stop = Step::Stop("of 60 requests to rare 100.0 % were denied, and before 0.0 %".into());
+        assert_eq!(world.rollout.step(START), Some(stop));
 
         let mut world = World::new(1);
         world.rollout.offer(epoch(2, &ALL), false, START);
@@ -568,10 +628,17 @@ mod tests {
         assert_eq!(world.rollout.offer(epoch(3, &ALL), false, START).unwrap().epoch, 2);
         world.obey();
         assert_eq!(world.having(2), 2, "kept: an epoch never falls");
+        let signed = |world: &World| world.rollout.current().map(|epoch| epoch.epoch).collect::<Vec<_>>();
+        assert_eq!(signed(&world), [1, 2, 3], "or it would expire where it is kept");
         world.rollout.replayed(3, Replay::Passed);
         assert_eq!(world.rollout.step(START + HOLD), Some(Step::Ring));
         world.obey();
         assert!(world.hosts[&early[0]].epoch == 3 || world.hosts[&early[1]].epoch == 3);
+        for host in early {
+            world.hosts.get_mut(&host).unwrap().epoch = 3;
+        }
+        world.say();
+        assert_eq!(signed(&world), [1, 3]);
     }
 
     #[test]
@@ -592,6 +659,14 @@ mod tests {
         let withdrawn = Rollout::restored(left, START).to_withdraw();
         assert!(withdrawn.is_some_and(|(good, stopped)| (good.epoch, stopped) == (1, 2)));
         assert!(Rollout::restored([], START).orders().is_empty());
+
+        // Nobody has come back yet, which is nobody's consent.
+        let at_once = Rings { hold: Duration::ZERO, ..epoch(2, &ALL).rings };
+        let rolling = Epoch { rings: at_once, ..stored(2, EpochState::Rolling(1)) };
+        let mut rollout = Rollout::restored([stored(1, EpochState::InForce), rolling], START);
+        assert_eq!(rollout.step(START), None);
+        assert_eq!(rollout.next_look(), Some(START + AGENTS_COME_BACK));
+        assert_eq!(rollout.step(START + AGENTS_COME_BACK), Some(Step::Ring));
     }
 
     proptest! {
