@@ -636,3 +636,75 @@ fn read_all(directory: &Path) -> Vec<(PathBuf, Result<Kept, String>)> {
     };
     json.map(read).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use identity::SystemClock;
+    use identity::testing::TestAuthority;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_could_not_be_had_is_asked_for_again_and_is_no_refusal() {
+        let authority = TestAuthority::new("bank.example");
+        let trust_domain = TrustDomain::new("bank.example").unwrap();
+        let (source, clock) = (authority.source("/palisade/agent/h1"), SystemClock::shared());
+        // Nobody is there to give contents.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let control = trust_domain.workload("/palisade/control").unwrap();
+        let upstream = Upstream::new(address, source.clone(), control, Arc::clone(&clock)).unwrap();
+        let (policies, folder) = (Policies::default(), tempfile::tempdir().unwrap());
+        let id = trust_domain.workload("/service/web").unwrap();
+        let said = Said { id, state: pb::PoliciesRequest::default() };
+        policies.here.send_modify(|here| drop(here.insert("service/web#1".into(), said)));
+        let mut taker = Taker {
+            policies: policies.clone(),
+            upstream: Arc::new(upstream),
+            source,
+            trust_domain: trust_domain.clone(),
+            directory: folder.path().to_owned(),
+            floors: HashMap::new(),
+            written: HashMap::new(),
+        };
+        let files = Files::from([("web.cedar".to_owned(), b"permit".to_vec())]);
+        let signer = authority.issue("/palisade/policy");
+        let release = Release {
+            service: "web".into(),
+            epoch: 7,
+            floor: 0,
+            commit: "c".repeat(40),
+            signed: Duration::from_secs(clock.now_seconds()),
+            manifest: Manifest::of(&files).digest(),
+        };
+        let order = control_pb::PolicyOrder {
+            name: "service/web#1".into(),
+            service: "web".into(),
+            epoch: 7,
+            prepare: 0,
+        };
+        let message = control_pb::PoliciesResponse {
+            orders: vec![order],
+            releases: vec![release.sign(&signer).unwrap()],
+        };
+        assert!(!taker.take(&message).await, "worth another attempt");
+        assert_eq!(policies.request().holders[0].refused, 0);
+
+        // It is here in another way: nothing needs to be fetched.
+        let held = Held { release: release.clone(), text: String::new(), files };
+        policies.wanted.send_modify(|wanted| {
+            let kept = HashMap::from([(trust_domain.workload("/service/other").unwrap(), Arc::new(held))]);
+            *wanted = Arc::new(Wanted { kept, ..Wanted::default() });
+        });
+        assert!(taker.take(&message).await);
+        assert!(policies.wanted.borrow().orders["service/web#1"].in_force.is_some());
+
+        // A release that does not come, or that nobody may have any more, stays a refusal.
+        let without = control_pb::PoliciesResponse { releases: Vec::new(), ..message.clone() };
+        policies.wanted.send_replace(Arc::default());
+        assert!(taker.take(&without).await);
+        assert_eq!(policies.request().holders[0].refused, 7);
+        taker.floors.insert("web".into(), 8);
+        assert!(taker.take(&message).await);
+        assert!(policies.request().holders[0].refusal.contains("none below 8"));
+    }
+}

@@ -16,7 +16,9 @@ use tonic::{Status, Streaming};
 use identity::id::IdError;
 use identity::{SpiffeId, X509Svid};
 
-use super::rollout::{Counts, Epoch, EpochState, Instance, Order, Replay, Rings, Rollout, Step};
+use super::rollout::{
+    Counts, Epoch, EpochState, Instance, MIN_DECISIONS, Order, Replay, Rings, Rollout, Step,
+};
 use super::{ControlHandle, Inner, MAX_NAP, NODE_SVID_TTL, OwnIdentityError, StoreError};
 use crate::hex;
 use crate::model::{
@@ -48,7 +50,8 @@ pub struct PoliciesConfig {
 
 /// Decides recorded requests again.
 pub trait Replayer: fmt::Debug + Send + Sync {
-    /// What becomes of the requests of `decisions` by the policies `after` that were put out after `before`. Blocks.
+    /// What becomes of the requests of `decisions` by the policies `after` that were put out after `before`, by the
+    /// services that were asked. Blocks.
     ///
     /// # Errors
     /// Policies that cannot be read, in words.
@@ -57,10 +60,10 @@ pub trait Replayer: fmt::Debug + Send + Sync {
         decisions: &[StoredDecision],
         before: &BTreeMap<String, Files>,
         after: &BTreeMap<String, Files>,
-    ) -> Result<Replayed, String>;
+    ) -> Result<BTreeMap<String, Replayed>, String>;
 }
 
-/// What became of recorded requests.
+/// What became of recorded requests to one service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Replayed {
     /// How many were decided again.
@@ -69,6 +72,16 @@ pub struct Replayed {
     pub newly_denied: u64,
     /// One of them, in words.
     pub example: Option<String>,
+}
+
+impl Replayed {
+    fn and(self, other: Self) -> Self {
+        Self {
+            decided: self.decided.saturating_add(other.decided),
+            newly_denied: self.newly_denied.saturating_add(other.newly_denied),
+            example: self.example.or(other.example),
+        }
+    }
 }
 
 /// Policies to be put out.
@@ -411,7 +424,7 @@ async fn replay(
     let Some(replayer) = policies.replayer.clone() else { return Ok(Replay::Passed) };
     let (before, after) = (before.clone(), after.clone());
     let max_denied = after.rings.max_denied;
-    let outcome = inner
+    let replayed = inner
         .store
         .run(move |store| {
             let query = DecisionQuery { limit: Some(MAX_DECISIONS), ..DecisionQuery::default() };
@@ -420,22 +433,26 @@ async fn replay(
             Ok(replayer.replay(&decisions, &before, &after))
         })
         .await?;
-    Ok(match outcome {
-        Err(why) => Replay::Failed(why),
+    let replayed = match replayed {
+        Ok(replayed) => replayed,
+        Err(why) => return Ok(Replay::Failed(why)),
+    };
+    let all = replayed.values().cloned().reduce(Replayed::and).unwrap_or_default();
+    // A few requests to one service say little of it; all that were recorded are what there is to go by.
+    let enough = replayed.iter().filter(|(_, replayed)| replayed.decided >= MIN_DECISIONS);
+    let of_each = enough.map(|(service, replayed)| (format!(" to {service}"), replayed));
+    for (to, replayed) in of_each.chain([(String::new(), &all)]) {
+        let Replayed { decided, newly_denied, example } = replayed;
         #[expect(clippy::cast_precision_loss, reason = "a share")]
-        Ok(Replayed { decided, newly_denied, example })
-            if newly_denied > 0 && newly_denied as f64 / decided as f64 > max_denied =>
-        {
-            let example = example.map(|example| format!(": {example}")).unwrap_or_default();
-            Replay::Failed(format!(
-                "of {decided} recorded requests {newly_denied} would be newly denied{example}"
-            ))
+        if *newly_denied as f64 > max_denied * *decided as f64 {
+            let example = example.as_ref().map(|example| format!(": {example}")).unwrap_or_default();
+            return Ok(Replay::Failed(format!(
+                "of {decided} recorded requests{to} {newly_denied} would be newly denied{example}"
+            )));
         }
-        Ok(Replayed { decided, newly_denied, .. }) => {
-            tracing::info!(decided, newly_denied, "recorded requests were decided again");
-            Replay::Passed
-        }
-    })
+    }
+    tracing::info!(all.decided, all.newly_denied, "recorded requests were decided again");
+    Ok(Replay::Passed)
 }
 
 /// The files of all services of an epoch.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// Below so many decisions a share says nothing.
-const MIN_DECISIONS: u64 = 50;
+pub(super) const MIN_DECISIONS: u64 = 50;
 /// After a start of control nothing is concluded from who says nothing: agents are only coming back.
 const AGENTS_COME_BACK: Duration = Duration::from_secs(15);
 

@@ -100,9 +100,12 @@ impl Replayer for Denies {
         _decisions: &[StoredDecision],
         before: &BTreeMap<String, Files>,
         after: &BTreeMap<String, Files>,
-    ) -> Result<Replayed, String> {
+    ) -> Result<BTreeMap<String, Replayed>, String> {
         assert_ne!(before["web"], after["web"]);
-        Ok(Replayed { decided: 100, newly_denied: self.0, example: Some("web may not".into()) })
+        // Beside one that is asked much more.
+        let web = Replayed { decided: 100, newly_denied: self.0, example: Some("web may not".into()) };
+        let busy = Replayed { decided: 100_000, ..Replayed::default() };
+        Ok([("web".to_owned(), web), ("busy".to_owned(), busy)].into())
     }
 }
 
@@ -204,7 +207,7 @@ async fn a_shadow_asks_what_would_have_been_denied() {
     let shadow = |max| rings(&[Ring::Shadow, Ring::Share(1.0)], max);
     handle.offer_policies(offer("c2", "two", shadow(0.04))).await.unwrap();
     let stopped = says(&control, |status| status.stopped.is_some()).await.stopped.unwrap();
-    assert_eq!(stopped.reason, "of 100 recorded requests 5 would be newly denied: web may not");
+    assert_eq!(stopped.reason, "of 100 recorded requests to web 5 would be newly denied: web may not");
     says(&control, in_force("c1")).await;
     handle.offer_policies(offer("c3", "three", shadow(0.05))).await.unwrap();
     web.has("c3", "three").await;

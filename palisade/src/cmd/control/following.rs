@@ -163,9 +163,9 @@ impl Replayer for Replay {
         decisions: &[StoredDecision],
         before: &BTreeMap<String, Files>,
         after: &BTreeMap<String, Files>,
-    ) -> Result<Replayed, String> {
+    ) -> Result<BTreeMap<String, Replayed>, String> {
         let (before, after) = (self.policies(before)?, self.policies(after)?);
-        let mut replayed = Replayed::default();
+        let mut services: BTreeMap<String, Replayed> = BTreeMap::new();
         for decision in decisions {
             // What another version has recorded, and this one cannot read, is left out.
             let Ok(record) = serde_json::from_value::<DecisionRecord>(decision.json.clone()) else {
@@ -173,6 +173,7 @@ impl Replayer for Replay {
             };
             let by = |policies: &Policies| policies.service(&record.service)?.replay(&record);
             let (Some(then), Some(now)) = (by(&before), by(&after)) else { continue };
+            let replayed = services.entry(record.service.to_string()).or_default();
             replayed.decided += 1;
             if (then.outcome, now.outcome) != (Outcome::Permit, Outcome::Deny) {
                 continue;
@@ -187,6 +188,6 @@ impl Replayer for Replay {
                 ));
             }
         }
-        Ok(replayed)
+        Ok(services)
     }
 }
