@@ -138,8 +138,11 @@ impl Repository {
             command.arg("--git-dir").arg(&self.mirror);
         }
         command.args(["-c", "core.hooksPath=/dev/null"]).args(args);
-        // Nobody is there to be asked for a password.
-        command.env("GIT_TERMINAL_PROMPT", "0").env("GIT_SSH_COMMAND", "ssh -o BatchMode=yes");
+        // Nobody is there to be asked for a password. Who names a program for SSH, with a key of the repository's, knows.
+        command.env("GIT_TERMINAL_PROMPT", "0");
+        if std::env::var_os("GIT_SSH_COMMAND").is_none() {
+            command.env("GIT_SSH_COMMAND", "ssh -o BatchMode=yes");
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(RepositoryError::Start)?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());

@@ -5,8 +5,10 @@ use serde_json::{Map as JsonMap, Value as Json};
 
 use crate::body::MAX_JUDGED_BODY_BYTES;
 use crate::decide::ServicePolicy;
+use crate::judge::Asked;
 use crate::map::List;
 use crate::object::{AttributeValue, Attributes, ObjectRef, exact_integer};
+use crate::record::Mode;
 use crate::request::{Mapped, Refusal};
 use crate::template::is_plain_id;
 use crate::verdict::{Caller, Occasion, Verdict};
@@ -68,8 +70,10 @@ impl ServicePolicy {
         }
         let all = items.len();
         let mut kept = Vec::with_capacity(all);
+        let mut denied = false;
         for item in items {
-            if self.may_see(caller, list, &item, occasion).map_err(|why| wrong(why.to_owned()))? {
+            let seen = self.may_see(caller, list, &item, occasion, &mut denied);
+            if seen.map_err(|why| wrong(why.to_owned()))? {
                 kept.push(item);
             }
         }
@@ -87,6 +91,7 @@ impl ServicePolicy {
         list: &List,
         item: &Json,
         occasion: &Occasion<'_>,
+        denied: &mut bool,
     ) -> Result<bool, &'static str> {
         let id = match item.pointer(&list.id) {
             Some(Json::String(text)) if is_plain_id(text) => text.clone(),
@@ -101,9 +106,18 @@ impl ServicePolicy {
                 attributes.insert(object.clone(), name.clone(), value);
             }
         }
+        // The first denial of an answer is held against Cedar's; ten thousand of them would take a second.
+        let objects = std::slice::from_ref(&object);
+        let asked = Asked { caller, action: &list.action, objects, attributes: &attributes, mapped: None };
+        if *denied && self.denies_swiftly(&asked, occasion.now) {
+            return Ok(self.mode(occasion.now) == Mode::Audit);
+        }
         Ok(match self.decide_object(caller, &list.action, &object, &attributes, occasion) {
             Verdict::Permit(_) => true,
-            Verdict::Deny(denial) => denial.audited().is_ok(),
+            Verdict::Deny(denial) => {
+                *denied = true;
+                denial.audited().is_ok()
+            }
         })
     }
 }

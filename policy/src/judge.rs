@@ -143,6 +143,27 @@ impl ServicePolicy {
         verdict
     }
 
+    /// Whether one object is denied, if the engine can say so by itself and without a word about why: of a list of many,
+    /// nobody reads that, and Cedar's words take a hundred times as long.
+    pub(crate) fn denies_swiftly(&self, asked: &Asked<'_>, now: Duration) -> bool {
+        let ([object], true, None) =
+            (asked.objects, self.check_trust_domain(asked.caller).is_ok(), self.withheld())
+        else {
+            return false;
+        };
+        let types = &self.shared().schema;
+        let (Some(action), Some(kind)) = (types.actions.get(asked.action), types.types.get(object.kind()))
+        else {
+            return false;
+        };
+        let ruling = self.rule_swiftly(asked, action, object, kind, now);
+        let denied = matches!(ruling, Some(Ruling::Forbidden(_) | Ruling::Unpermitted));
+        if denied {
+            in_force::decided(true);
+        }
+        denied
+    }
+
     /// The policy that permits the first object, if the engine can say that every object is permitted. Allocates
     /// nothing.
     fn permits(&self, asked: &Asked<'_>, now: Duration) -> Option<usize> {

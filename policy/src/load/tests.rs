@@ -600,13 +600,13 @@ fn what_a_list_lacks_is_said_where_it_stands() {
         let told = problem(&change).unwrap_or_else(|| panic!("taken: {change}"));
         assert!(told.contains(why), "{change}: {told}");
     }
-    let posted = load(&[(
-        "services/shop/map.toml",
-        Some(&format!(
-            "[[route]]\nmatch = \"POST /orders\"\naction = \"View\"\nobject = 'Page::\"all\"'\n[route.list]\n{good}\n"
-        )),
-    )]);
-    assert!(posted.0.unwrap_err().0[0].to_string().contains("only GET and HEAD are filtered"));
+    for method in ["POST", "HEAD"] {
+        let map = format!(
+            "[[route]]\nmatch = \"{method} /orders\"\naction = \"View\"\nobject = 'Page::\"all\"'\n[route.list]\n{good}\n"
+        );
+        let told = load(&[("services/shop/map.toml", Some(&map))]).0.unwrap_err();
+        assert!(told.0[0].to_string().contains("is not filtered; only that of a GET is"), "{method}");
+    }
     for (body, why) in [
         ("object = ['Page::\"{body:/a}/{body:/b}\"']\nbody = { a = \"[id]\", b = \"[id]\" }", "by one list"),
         ("object = 'Page::\"{body:/a}\"'\nbody = { a = \"[id]?\" }", "not optional"),
@@ -617,6 +617,52 @@ fn what_a_list_lacks_is_said_where_it_stands() {
         let told = load(&[("services/shop/map.toml", Some(&map))]).0.unwrap_err().0;
         assert!(told.iter().any(|problem| problem.to_string().contains(why)), "{body}: {told:?}");
     }
+}
+
+fn web() -> crate::Caller {
+    crate::Caller {
+        principal: crate::Principal::Workload(SpiffeId::new("spiffe://bank.example/service/web").unwrap()),
+        user: None,
+        chain: Arc::from([]),
+        address: None,
+    }
+}
+
+fn occasion() -> crate::Occasion<'static> {
+    crate::Occasion {
+        receipt: crate::Receipt::generate(&*identity::random::system()).unwrap(),
+        now: std::time::Duration::from_secs(1),
+        layer: crate::Layer::Sidecar,
+        method: "GET",
+        target: "/",
+        transaction: None,
+        trace_id: None,
+    }
+}
+
+#[test]
+fn a_list_keeps_what_would_be_permitted_alone_however_much_of_it_is_denied() {
+    let list = "[route.list]\naction = \"Read\"\nobject = 'Order::\"{/id}\"'\nattributes = { owner = \"/owner\", tags = \"/tags\" }";
+    let map =
+        format!("[[route]]\nmatch = \"GET /orders\"\naction = \"View\"\nobject = 'Page::\"all\"'\n{list}\n");
+    let (loaded, _dir) = load(&[("services/shop/map.toml", Some(&map))]);
+    let shop = loaded.unwrap().service("shop").unwrap();
+    let (parts, ()) = http::Request::get("/orders").body(()).unwrap().into_parts();
+    let mapped = shop.map(&parts).unwrap();
+    let order = |id: usize| match id % 5 {
+        0 => serde_json::json!({ "id": id, "owner": "x", "tags": ["a"] }),
+        1 => serde_json::json!({ "id": id, "tags": ["a"] }),
+        _ => serde_json::json!({ "id": id, "owner": "y", "tags": ["a"] }),
+    };
+    let body = serde_json::to_vec(&(0..500).map(order).collect::<Vec<_>>()).unwrap();
+    let ids = |policy: &ServicePolicy| {
+        let filtered = policy.filter(&web(), &mapped, &body, &occasion()).unwrap();
+        let left: Vec<serde_json::Value> = serde_json::from_slice(&filtered.body).unwrap();
+        left.iter().map(|order| usize::try_from(order["id"].as_u64().unwrap()).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&shop), (0..500).step_by(5).collect::<Vec<_>>());
+    assert_eq!(ids(&shop.with_mode(crate::Mode::Audit)), (0..500).collect::<Vec<_>>());
+    assert!(ids(&shop.withhold(crate::Withheld::Expired)).is_empty());
 }
 
 #[test]
@@ -630,25 +676,7 @@ fn relations_tell_attributes_from_the_policies_own_directory() {
         let (parts, ()) = http::Request::get(format!("/orders/{id}")).body(()).unwrap().into_parts();
         let mapped = shop.map(&parts).unwrap();
         assert_eq!(mapped.attributes_from(), crate::AttributeSource::Known);
-        let caller = crate::Caller {
-            principal: crate::Principal::Workload(
-                SpiffeId::new("spiffe://bank.example/service/web").unwrap(),
-            ),
-            user: None,
-            chain: Arc::from([]),
-            address: None,
-        };
-        let receipt = crate::Receipt::generate(&*identity::random::system()).unwrap();
-        let occasion = crate::Occasion {
-            receipt,
-            now: std::time::Duration::from_secs(1),
-            layer: crate::Layer::Sidecar,
-            method: "GET",
-            target: "/",
-            transaction: None,
-            trace_id: None,
-        };
-        match shop.decide(&caller, &mapped, &crate::Attributes::none(), &occasion) {
+        match shop.decide(&web(), &mapped, &crate::Attributes::none(), &occasion()) {
             crate::Verdict::Permit(permit) => permit.rule().name().to_owned(),
             crate::Verdict::Deny(denial) => denial.rule().name().to_owned(),
         }

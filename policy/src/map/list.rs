@@ -80,11 +80,9 @@ impl Reader<'_> {
     ) -> Option<List> {
         let draft = route.list.as_ref()?;
         let span = || draft.span.clone();
-        if !matches!(method, "GET" | "HEAD") {
-            self.say(
-                span(),
-                format!("what a {method} answers is done already; only GET and HEAD are filtered"),
-            );
+        // A HEAD's answer has no list, and says how long the whole one is.
+        if method != "GET" {
+            self.say(span(), format!("the answer of a {method} is not filtered; only that of a GET is"));
         }
         if source == AttributeSource::Response {
             self.say(span(), "the route's own object takes no attributes from an answer that is filtered")
