@@ -21,7 +21,6 @@ use crate::problem::{Problem, Problems, suggest};
 use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
-use crate::rings::duration;
 use crate::schema::{ObjectType, ServiceSchema};
 use list::DraftList;
 pub(crate) use list::List;
@@ -318,7 +317,11 @@ impl Reader<'_> {
 
     /// A time that control is sure to sign within, and not so long that nobody would notice.
     fn max_age(&mut self, value: &Spanned<DeValue<'_>>) -> Duration {
-        let read = value.get_ref().as_str().and_then(duration).filter(|age| MAX_AGES.contains(age));
+        let read = value
+            .get_ref()
+            .as_str()
+            .and_then(|text| humantime::parse_duration(text).ok())
+            .filter(|age| MAX_AGES.contains(age));
         read.unwrap_or_else(|| {
             self.say(value.span(), "`max_age` is a time from 2h to 30d").hint("max_age = \"24h\"");
             DEFAULT_MAX_AGE

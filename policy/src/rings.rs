@@ -7,6 +7,9 @@ use toml::Spanned;
 
 use crate::problem::{Problem, Problems};
 
+/// `M` is a month, and most who write it mean minutes.
+const MAX_HOLD: Duration = Duration::from_secs(30 * 86_400);
+
 /// Through which rings a new commit goes, and what stops it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rings {
@@ -83,9 +86,9 @@ impl Rings {
         }
         let mut hold = Duration::ZERO;
         if let Some(written) = written.hold {
-            match duration(written.get_ref()) {
-                Some(read) => hold = read,
-                None => say(written.span(), "`hold` is a time", "write 90s, 5m or 1h"),
+            match humantime::parse_duration(written.get_ref()) {
+                Ok(read) if read <= MAX_HOLD => hold = read,
+                _ => say(written.span(), "`hold` is a time of at most 30 days", "write 90s, 5m or 1h"),
             }
         }
         let mut max_denied = 1.0;
@@ -105,29 +108,6 @@ fn percent(text: &str) -> Option<f64> {
     let plain = number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     let share: f64 = number.parse().ok().filter(|_| plain)?;
     (share <= 100.0).then_some(share / 100.0)
-}
-
-/// `90s`, `5m`, `1h30m`, `7d`.
-pub(crate) fn duration(text: &str) -> Option<Duration> {
-    let (mut rest, mut seconds, mut least) = (text, 0u64, u64::MAX);
-    while !rest.is_empty() {
-        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, unit) = rest.split_at_checked(digits)?;
-        let size = match unit.bytes().next()? {
-            b's' => 1,
-            b'm' => 60,
-            b'h' => 3_600,
-            b'd' => 86_400,
-            _ => return None,
-        };
-        // From the largest to the smallest, each once.
-        if size >= std::mem::replace(&mut least, size) {
-            return None;
-        }
-        seconds = seconds.checked_add(number.parse::<u64>().ok()?.checked_mul(size)?)?;
-        rest = unit.get(1..)?;
-    }
-    (least != u64::MAX).then(|| Duration::from_secs(seconds))
 }
 
 #[cfg(test)]
@@ -159,21 +139,12 @@ mod tests {
             ("rings = [\"101%\"]", "shadow or a share"),
             ("rings = [\"-1%\", \"100%\"]", "shadow or a share"),
             ("rings = [\"100%\"]\nhold = \"5\"", "`hold` is a time"),
+            ("rings = [\"100%\"]\nhold = \"5M\"", "`hold` is a time"),
             ("rings = [\"100%\"]\nmax_denied = \"1\"", "`max_denied` is a share"),
             ("rings = [\"100%\"]\nholds = \"5m\"", "unknown field `holds`"),
         ] {
             let told = read(bad).unwrap_err();
             assert!(told.contains(why), "{bad}: {told}");
         }
-    }
-
-    #[test]
-    fn times() {
-        let seconds = |text| duration(text).map(|time| time.as_secs());
-        assert_eq!(["90s", "5m", "1h30m", "7d", "0s"].map(seconds), [90, 300, 5400, 604_800, 0].map(Some));
-        assert_eq!(
-            ["", "5", "s", "1m1h", "1m1m", "-1s", "1.5h", "1w", "9999999999999999999d"].map(seconds),
-            [None; 9]
-        );
     }
 }
