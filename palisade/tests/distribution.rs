@@ -122,13 +122,21 @@ async fn what_is_committed_is_in_force_everywhere_and_what_is_wrong_nowhere() {
     .await;
     let waited = about(&demo, &["policy", "wait", &broken, "--timeout", "1s"]);
     assert_eq!(waited.status.code(), Some(1));
+    let waited = about(&demo, &["policy", "wait", &closed, "--json"]);
+    let told: serde_json::Value = serde_json::from_slice(&waited.stdout).unwrap();
+    assert_eq!((&told["state"], &told["holders"]), (&"in_force".into(), &5.into()), "{told}");
+    let waited = about(&demo, &["policy", "wait", &broken, "--json"]);
+    let told: serde_json::Value = serde_json::from_slice(&waited.stdout).unwrap();
+    assert_eq!((waited.status.code(), &told["state"]), (Some(1), &"refused".into()), "{told}");
     let status = said(&about(&demo, &["status"]));
     assert!(status.contains("services/accounts/accounts.cedar:"), "{status}");
     assert_eq!(answer(&token).await.0, 403, "what was in force stays");
 
     // Back, without the repository.
-    let back = about(&demo, &["policy", "roll-back", &first[..12]]);
+    let back = about(&demo, &["policy", "roll-back", &first[..12], "--json"]);
     assert!(back.status.success(), "{}", said(&back));
+    let told: serde_json::Value = serde_json::from_slice(&back.stdout).unwrap();
+    assert!(told["epoch"].as_u64().is_some(), "{told}");
     assert!(wait(&first).status.success());
     assert_eq!(answer(&token).await.0, 200);
 

@@ -22,12 +22,18 @@ pub(super) struct WaitArgs {
     /// How long to wait, such as 30s or 10m.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
     timeout: Duration,
+    /// Print where it is as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RollBackArgs {
     /// The commit whose policies are to be in force again; by default the one before.
     commit: Option<String>,
+    /// Print the new epoch as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Where a commit is.
@@ -45,24 +51,40 @@ pub(super) fn wait(args: &WaitArgs, global: &Global, printer: &Printer) -> Resul
     check(&args.commit)?;
     let clock = SystemClock::shared();
     let end = clock.now() + args.timeout;
-    loop {
-        let place = place(&status(global)?, &args.commit);
-        match place {
-            Place::Everywhere(holders) => {
-                printer.data(&format!("{} is in force in {holders} of {holders}\n", args.commit))?;
-                return Ok(Exit::Ok);
-            }
-            Place::Refused(why) => {
-                return Err(Failure::new(format!("{} is not in force: {why}", args.commit)));
-            }
-            Place::Coming(how) if clock.now() >= end => {
-                let waited = humantime::format_duration(args.timeout);
-                let failure =
-                    Failure::new(format!("{} is not in force everywhere after {waited}: {how}", args.commit));
-                return Err(failure.hint("`palisade status` says who has which"));
-            }
-            Place::Coming(_) => std::thread::sleep(EVERY),
+    let place = loop {
+        match place(&status(global)?, &args.commit) {
+            Place::Coming(_) if clock.now() < end => std::thread::sleep(EVERY),
+            place => break place,
         }
+    };
+    if args.json {
+        printer.data(&format!("{:#}\n", place.json(&args.commit)))?;
+    }
+    match place {
+        Place::Everywhere(holders) => {
+            if !args.json {
+                printer.data(&format!("{} is in force in {holders} of {holders}\n", args.commit))?;
+            }
+            Ok(Exit::Ok)
+        }
+        Place::Refused(why) => Err(Failure::new(format!("{} is not in force: {why}", args.commit))),
+        Place::Coming(how) => {
+            let waited = humantime::format_duration(args.timeout);
+            let failure =
+                Failure::new(format!("{} is not in force everywhere after {waited}: {how}", args.commit));
+            Err(failure.hint("`palisade status` says who has which"))
+        }
+    }
+}
+
+impl Place {
+    fn json(&self, commit: &str) -> serde_json::Value {
+        let (state, holders, reason) = match self {
+            Self::Everywhere(holders) => ("in_force", Some(*holders), None),
+            Self::Coming(how) => ("coming", None, Some(how)),
+            Self::Refused(why) => ("refused", None, Some(why)),
+        };
+        serde_json::json!({ "version": 1, "commit": commit, "state": state, "holders": holders, "reason": reason })
     }
 }
 
@@ -72,7 +94,11 @@ pub(super) fn roll_back(args: &RollBackArgs, global: &Global, printer: &Printer)
     }
     let commit = args.commit.clone();
     let epoch = admin::ask(global, async move |client| client.roll_back_policies(commit.as_deref()).await)?;
-    printer.data(&format!("rolled back, by the epoch {epoch}\n"))?;
+    if args.json {
+        printer.data(&format!("{:#}\n", serde_json::json!({ "version": 1, "epoch": epoch })))?;
+    } else {
+        printer.data(&format!("rolled back, by the epoch {epoch}\n"))?;
+    }
     printer
         .warning("the repository's newest commit stays out until there is a newer one: revert it there, too");
     Ok(Exit::Ok)
@@ -156,6 +182,8 @@ mod tests {
         assert_eq!(place(&status, "bbbbbbb"), Place::Refused("web says no".into()));
         status.source_problem = Some("the commit ccccccccc is not signed".into());
         assert!(matches!(place(&status, "ccccccc"), Place::Refused(why) if why.contains("not signed")));
+        let told = Place::Coming("1 of 2 have it".into()).json("aaaaaaa");
+        assert_eq!((&told["state"], &told["reason"]), (&"coming".into(), &"1 of 2 have it".into()));
         assert!(check("main").is_err() && check("abc123").is_err() && check("abc1234").is_ok());
     }
 }
