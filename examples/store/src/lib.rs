@@ -7,11 +7,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod engine;
 pub mod group;
 pub mod keys;
 pub mod lease;
 pub mod locks;
 pub mod mvcc;
+pub mod node;
 pub mod safe_time;
 pub mod truetime;
 pub mod txn;
