@@ -142,6 +142,23 @@ pub struct Replica {
     size: (u64, u64),
 }
 
+impl Default for Replica {
+    fn default() -> Self {
+        let engine = Memory::default();
+        Self {
+            rows: Mvcc::new(Arc::new(engine.clone()), SplitId(0), Timestamp::ZERO),
+            engine,
+            safe: SafeTime::default(),
+            lease: Lease::default(),
+            prepared: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            unsettled: BTreeMap::new(),
+            newest: Timestamp::ZERO,
+            term: 0,
+        }
+    }
+}
+
 impl Replica {
     /// The replica that `state` was saved of, with the rows that the engine has for it.
     ///
