@@ -444,9 +444,8 @@ impl Leader {
     }
 
     fn check_lease(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
-        let serves = replica.term == self.me.term
-            && replica.retired().is_none()
-            && replica.lease.serves(self.me, now);
+        let serves =
+            replica.term == self.me.term && replica.retired().is_none() && replica.lease.serves(self.me, now);
         if serves { Ok(()) } else { Err(Refusal::NotServing) }
     }
 

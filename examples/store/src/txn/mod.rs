@@ -29,6 +29,7 @@ use crate::{
 
 pub use coordinator::{Coordinator, Verdict};
 pub use leader::{IDLE, Leader, Refusal, Snapshot};
+pub(crate) use replica::FIRST_TERM;
 pub use replica::{Applied, Prepared, Replica, ReplicaError, State};
 
 /// One attempt of a transaction. The client makes it, so that it can ask how a commit ended whose answer was lost.

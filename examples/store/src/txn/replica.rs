@@ -5,10 +5,10 @@ use bytes::Bytes;
 use super::{Command, Entry, Outcome, SplitId, TxnId, spans_of};
 use crate::{
     engine::{Batch, Engine, EngineError},
-    keys::Range,
+    keys::{Key, Range},
     lease::{Lease, LeaseError, Tenure},
     locks::Age,
-    mvcc::{Mutation, Mvcc, MvccError},
+    mvcc::{Mutation, Mvcc, MvccError, Version},
     safe_time::SafeTime,
     truetime::Timestamp,
 };
@@ -142,23 +142,6 @@ pub struct Replica {
     size: (u64, u64),
 }
 
-impl Default for Replica {
-    fn default() -> Self {
-        let engine = Memory::default();
-        Self {
-            rows: Mvcc::new(Arc::new(engine.clone()), SplitId(0), Timestamp::ZERO),
-            engine,
-            safe: SafeTime::default(),
-            lease: Lease::default(),
-            prepared: BTreeMap::new(),
-            outcomes: BTreeMap::new(),
-            unsettled: BTreeMap::new(),
-            newest: Timestamp::ZERO,
-            term: 0,
-        }
-    }
-}
-
 impl Replica {
     /// The replica that `state` was saved of, with the rows that the engine has for it.
     ///
@@ -243,6 +226,8 @@ impl Replica {
             Command::Collect { horizon, outcomes } => self.collect(&mut batch, horizon, outcomes)?,
             Command::Retire { into } => {
                 self.retired = Some(into);
+                // Its leader made the entry under its own lease, and serves no more.
+                self.lease.yield_at(entry.closed);
                 Applied::Retired
             }
         };
@@ -254,8 +239,8 @@ impl Replica {
         Ok(applied)
     }
 
-    /// What [`Replica::apply`] is for other commands, for [`Command::Split`]. All that is written goes into `batch`,
-    /// for the caller to write together with checkpoints of both.
+    /// What [`Replica::apply`] is for other commands, for [`Command::Split`]. What is written of this one goes into
+    /// `batch` and what is written of the other into `half_batch`, for the caller to write together with checkpoints.
     ///
     /// # Errors
     ///
@@ -265,6 +250,7 @@ impl Replica {
         entry: &Entry,
         term: u64,
         batch: &mut Batch,
+        half_batch: &mut Batch,
     ) -> Result<Option<Self>, ReplicaError> {
         self.begin(entry, term)?;
         self.safe.close(entry.closed);
@@ -296,7 +282,7 @@ impl Replica {
             retired: None,
             size: (0, 0),
         };
-        half.take_from(self, batch)?;
+        half.take_from(self, half_batch)?;
         self.rows.clear(batch, &half.range)?;
         self.range = left_range;
         Ok(Some(half))
@@ -323,6 +309,25 @@ impl Replica {
         self.generation = self.generation.max(right.generation) + 1;
         self.safe.close(entry.closed);
         right.erase(batch)
+    }
+
+    /// Puts rows and outcomes of a split into the engine, for [`Replica::restore`].
+    pub(crate) fn fill(
+        split: SplitId,
+        engine: &Arc<dyn Engine>,
+        batch: &mut Batch,
+        versions: &[(Key, Version)],
+        outcomes: &[(TxnId, Outcome)],
+        kept_since: Timestamp,
+    ) {
+        let rows = Mvcc::new(Arc::clone(engine), split, kept_since);
+        for (key, version) in versions {
+            rows.put_version(batch, key, version);
+        }
+        for (txn, outcome) in outcomes {
+            put_outcome(batch, split, *txn, *outcome);
+        }
+        batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
     }
 
     /// Removes everything that the engine has of this split.
@@ -476,12 +481,7 @@ impl Replica {
         Ok(Applied::Prepared(txn, at))
     }
 
-    fn resolve(
-        &mut self,
-        batch: &mut Batch,
-        txn: TxnId,
-        outcome: Outcome,
-    ) -> Result<Applied, ReplicaError> {
+    fn resolve(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) -> Result<Applied, ReplicaError> {
         if let Some(outcome) = self.outcome(txn) {
             // When the log is applied again, the promise may be older than the engine's outcome.
             self.prepared.remove(&txn);
@@ -544,11 +544,7 @@ impl Replica {
 
     fn note(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) {
         self.outcomes.insert(txn, outcome);
-        let at = match outcome {
-            Outcome::Committed(at) => at.0,
-            Outcome::Aborted => 0,
-        };
-        batch.put(outcome_key(self.split, txn), at.to_be_bytes().to_vec());
+        put_outcome(batch, self.split, txn, outcome);
     }
 
     fn again(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
@@ -578,7 +574,10 @@ impl Replica {
 
 impl std::fmt::Debug for Replica {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Replica").field("split", &self.split).field("state", &self.state()).finish_non_exhaustive()
+        f.debug_struct("Replica")
+            .field("split", &self.split)
+            .field("state", &self.state())
+            .finish_non_exhaustive()
     }
 }
 
@@ -597,6 +596,14 @@ fn outcome_key(split: SplitId, txn: TxnId) -> Vec<u8> {
     key.extend_from_slice(&txn.started.0.to_be_bytes());
     key.extend_from_slice(&txn.random.to_be_bytes());
     key
+}
+
+fn put_outcome(batch: &mut Batch, split: SplitId, txn: TxnId, outcome: Outcome) {
+    let at = match outcome {
+        Outcome::Committed(at) => at.0,
+        Outcome::Aborted => 0,
+    };
+    batch.put(outcome_key(split, txn), at.to_be_bytes().to_vec());
 }
 
 fn read_outcomes(engine: &dyn Engine, split: SplitId) -> Result<BTreeMap<TxnId, Outcome>, EngineError> {

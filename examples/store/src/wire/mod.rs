@@ -5,7 +5,6 @@ mod checkpoint;
 mod pb;
 mod peer;
 
-use bytes::Bytes;
 use prost::Message as _;
 use raft::eraftpb;
 
@@ -64,10 +63,9 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
             pb::Command::Settled(pb::Settled { txns: txns.iter().map(Into::into).collect() })
         }
         Command::Prepare { txn, prepared } => pb::Command::Prepare(promise(*txn, prepared)),
-        Command::Resolve { txn, outcome } => pb::Command::Resolve(pb::Resolve {
-            txn: Some(txn.into()),
-            committed: committed(*outcome),
-        }),
+        Command::Resolve { txn, outcome } => {
+            pb::Command::Resolve(pb::Resolve { txn: Some(txn.into()), committed: committed(*outcome) })
+        }
         Command::Collect { horizon, outcomes } => {
             pb::Command::Collect(pb::Collect { horizon: horizon.0, outcomes: outcomes.0 })
         }
@@ -106,14 +104,12 @@ pub fn decode_entry(bytes: &[u8]) -> Result<Entry, WireError> {
             let (txn, prepared) = promised(prepare)?;
             Command::Prepare { txn, prepared }
         }
-        pb::Command::Resolve(resolve) => Command::Resolve {
-            txn: txn(resolve.txn)?,
-            outcome: outcome(resolve.committed),
-        },
-        pb::Command::Collect(collect) => Command::Collect {
-            horizon: Timestamp(collect.horizon),
-            outcomes: Timestamp(collect.outcomes),
-        },
+        pb::Command::Resolve(resolve) => {
+            Command::Resolve { txn: txn(resolve.txn)?, outcome: outcome(resolve.committed) }
+        }
+        pb::Command::Collect(collect) => {
+            Command::Collect { horizon: Timestamp(collect.horizon), outcomes: Timestamp(collect.outcomes) }
+        }
         pb::Command::Yield(_) => Command::Yield,
         pb::Command::Split(split) => Command::Split {
             at: Key::decode(split.at)?,
@@ -169,15 +165,17 @@ pub fn encode_message(message: &eraftpb::Message) -> Vec<u8> {
         context: message.context.clone(),
         request_snapshot: message.request_snapshot,
         priority: message.priority,
-        snapshot: message.snapshot.as_ref().filter(|snapshot| snapshot.get_metadata().index > 0).map(|snapshot| {
-            let metadata = snapshot.get_metadata();
-            pb::RaftSnapshot {
-                image: snapshot.data.clone(),
-                index: metadata.index,
-                term: metadata.term,
-                conf: Some(metadata.get_conf_state().into()),
-            }
-        }),
+        snapshot: message.snapshot.as_ref().filter(|snapshot| snapshot.get_metadata().index > 0).map(
+            |snapshot| {
+                let metadata = snapshot.get_metadata();
+                pb::RaftSnapshot {
+                    image: snapshot.data.clone(),
+                    index: metadata.index,
+                    term: metadata.term,
+                    conf: Some(metadata.get_conf_state().into()),
+                }
+            },
+        ),
     }
     .encode_to_vec()
 }
@@ -209,6 +207,38 @@ pub fn decode_message(bytes: &[u8]) -> Result<eraftpb::Message, WireError> {
         message.set_snapshot(raft_snapshot(wire.image, wire.index, wire.term, checkpoint::conf(wire.conf)));
     }
     Ok(message)
+}
+
+/// A change of a group's nodes of its bytes in the log. Empty is the end of a change in two steps.
+///
+/// # Errors
+///
+/// When they are none.
+pub(crate) fn decode_conf_change(bytes: &[u8]) -> Result<eraftpb::ConfChangeV2, WireError> {
+    let wire = pb::ConfChange::decode(bytes)?;
+    let mut changes = Vec::new();
+    for single in wire.changes {
+        let kinds = [
+            eraftpb::ConfChangeType::AddNode,
+            eraftpb::ConfChangeType::RemoveNode,
+            eraftpb::ConfChangeType::AddLearnerNode,
+        ];
+        let kind = kinds.into_iter().find(|kind| *kind as i32 == single.kind);
+        let mut change = eraftpb::ConfChangeSingle::default();
+        change.set_change_type(kind.ok_or(WireError::Field("change of nodes"))?);
+        change.node_id = single.node;
+        changes.push(change);
+    }
+    let transitions = [
+        eraftpb::ConfChangeTransition::Auto,
+        eraftpb::ConfChangeTransition::Implicit,
+        eraftpb::ConfChangeTransition::Explicit,
+    ];
+    let transition = transitions.into_iter().find(|transition| *transition as i32 == wire.transition);
+    let mut change = eraftpb::ConfChangeV2::default();
+    change.set_transition(transition.ok_or(WireError::Field("transition"))?);
+    change.set_changes(changes.into());
+    Ok(change)
 }
 
 const BETWEEN_NODES: [eraftpb::MessageType; 10] = {

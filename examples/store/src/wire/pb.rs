@@ -426,3 +426,21 @@ pub(in crate::wire) struct Peer {
     #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub(in crate::wire) said: Option<Said>,
 }
+
+/// As consensus itself writes it: `ConfChangeSingle` of `eraftpb.proto`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct ConfChangeSingle {
+    #[prost(int32, tag = "1")]
+    pub(in crate::wire) kind: i32,
+    #[prost(uint64, tag = "2")]
+    pub(in crate::wire) node: u64,
+}
+
+/// As consensus itself writes it: `ConfChangeV2` of `eraftpb.proto`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct ConfChange {
+    #[prost(int32, tag = "1")]
+    pub(in crate::wire) transition: i32,
+    #[prost(message, repeated, tag = "2")]
+    pub(in crate::wire) changes: Vec<ConfChangeSingle>,
+}

@@ -204,9 +204,7 @@ pub fn decode_peer(bytes: Bytes) -> Result<PeerMessage, WireError> {
         Said::Close(pair) => PeerMessage::Close { split: SplitId(pair.split), at: Timestamp(pair.number) },
         Said::Routes(routes) => PeerMessage::Routes(each(routes.routes)?),
         Said::Gone(pair) => PeerMessage::Gone { split: SplitId(pair.split), conf_index: pair.number },
-        Said::Retire(pair) => {
-            PeerMessage::Retire { split: SplitId(pair.split), into: SplitId(pair.number) }
-        }
+        Said::Retire(pair) => PeerMessage::Retire { split: SplitId(pair.split), into: SplitId(pair.number) },
     })
 }
 
@@ -257,8 +255,8 @@ mod tests {
     use crate::{keys::Key, locks::Age};
 
     fn said() -> impl Strategy<Value = PeerMessage> {
-        let txn = (any::<u64>(), any::<u64>())
-            .prop_map(|(at, random)| TxnId { started: Timestamp(at), random });
+        let txn =
+            (any::<u64>(), any::<u64>()).prop_map(|(at, random)| TxnId { started: Timestamp(at), random });
         let id = || any::<u64>().prop_map(SplitId);
         let time = || any::<u64>().prop_map(Timestamp);
         (id(), txn, id(), time(), any::<Option<u64>>(), 0..11).prop_map(
