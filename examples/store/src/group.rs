@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use raft::{
-    Config, RawNode, Ready, StateRole,
+    Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
     eraftpb::{
         ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry as RaftEntry,
         EntryType, Message, MessageType,
@@ -52,6 +52,8 @@ pub const FIRST_SPLIT: SplitId = SplitId(1);
 const FIRST_ENTRY: (u64, u64) = (1, 1);
 /// A replica that waits for the one beside it so many ticks asks for a snapshot instead.
 const STALL_TICKS: u32 = 200;
+/// A snapshot of which nothing is heard for so many ticks is sent again.
+const SNAPSHOT_TICKS: u32 = 300;
 
 /// In the engine, what begins with this is where a split's replica is: split.
 const CHECKPOINTS: u8 = b'c';
@@ -425,15 +427,21 @@ impl<D: Disk> Groups<D> {
     /// Applies a change of nodes. True if this node is none of them any more.
     fn change_nodes(&mut self, split: SplitId) -> Result<bool, NodeError> {
         let Some(group) = self.groups.get_mut(&split) else { return Ok(false) };
-        let Some(entry) = group.pop() else { return Ok(false) };
-        let change = wire::decode_conf_change(&entry.data)?;
+        let Some(entry) = group.backlog.front() else { return Ok(false) };
+        let (index, change) = (entry.index, wire::decode_conf_change(&entry.data)?);
+        // Two leaders may have asked for the end of one change.
+        if change.changes.is_empty() && !group.is_joint() {
+            group.pop();
+            return Ok(false);
+        }
         let conf = group.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(split, error))?;
         let stays = [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
             .iter()
             .any(|nodes| nodes.contains(&self.me.0));
         group.raft.mut_store().set_conf_state(conf);
-        group.conf_index = entry.index;
+        group.conf_index = index;
         group.replica.change_nodes();
+        group.pop();
         Ok(!stays)
     }
 
@@ -543,6 +551,8 @@ pub struct Group {
     /// The entry that made the split's nodes what they are.
     conf_index: u64,
     stalled_ticks: u32,
+    /// Ticks since each node was sent a snapshot that it has not answered to.
+    snapshot_ticks: BTreeMap<u64, u32>,
 }
 
 impl Group {
@@ -585,6 +595,7 @@ impl Group {
             checkpoint_index: index,
             conf_index,
             stalled_ticks: 0,
+            snapshot_ticks: BTreeMap::new(),
         })
     }
 
@@ -633,7 +644,7 @@ impl Group {
         };
         change.set_changes(changes.iter().map(single).collect::<Vec<_>>().into());
         if changes.len() > 1 {
-            change.set_transition(ConfChangeTransition::Implicit);
+            change.set_transition(ConfChangeTransition::Explicit);
         }
         Ok(self.raft.propose_conf_change(Vec::new(), change)?)
     }
@@ -652,13 +663,24 @@ impl Group {
 
     /// Whether its nodes are being changed.
     pub fn changes_nodes(&self) -> bool {
-        !self.raft.store().conf_state().voters_outgoing.is_empty() || self.raft.raft.has_pending_conf()
+        self.is_joint() || self.raft.raft.has_pending_conf()
+    }
+
+    /// Whether it is between the nodes that it had and those that it will have.
+    fn is_joint(&self) -> bool {
+        !self.raft.store().conf_state().voters_outgoing.is_empty()
     }
 
     /// Whether `node` has nearly all of the log, as its leader knows.
     pub fn has_caught_up(&self, node: NodeId) -> bool {
         let last = self.raft.raft.raft_log.last_index();
-        self.raft.raft.prs().get(node.0).is_some_and(|progress| progress.matched + CAUGHT_UP_ENTRIES >= last)
+        self
+            .raft
+            .raft
+            .prs()
+            .get(node.0)
+            // Nothing matches before there has been a snapshot, however short the log is.
+            .is_some_and(|progress| progress.matched > 0 && progress.matched + CAUGHT_UP_ENTRIES >= last)
     }
 
     /// Walks over all rows to know how many there are.
@@ -700,6 +722,12 @@ impl Group {
         if !self.backlog.is_empty() {
             self.stalled_ticks += 1;
         }
+        let leads = self.raft.raft.state == StateRole::Leader;
+        if leads && self.is_joint() && !self.raft.raft.has_pending_conf() {
+            // What is refused now is asked for again at the next tick.
+            self.raft.propose_conf_change(Vec::new(), ConfChangeV2::default()).ok();
+        }
+        self.repeat_snapshots();
         // A split that was cut off is led where the whole was led, under the lease that it brought with it.
         let inherits = self
             .replica
@@ -712,12 +740,35 @@ impl Group {
         }
     }
 
+    /// A snapshot that was lost is not missed by consensus, which sends nothing else until it hears of it.
+    fn repeat_snapshots(&mut self) {
+        let prs = self.raft.raft.prs();
+        let sent: Vec<u64> = prs
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(id, _)| *id)
+            .collect();
+        self.snapshot_ticks.retain(|node, _| sent.contains(node));
+        for node in sent {
+            let ticks = self.snapshot_ticks.entry(node).or_default();
+            *ticks += 1;
+            if *ticks > SNAPSHOT_TICKS {
+                self.snapshot_ticks.remove(&node);
+                self.raft.report_snapshot(node, SnapshotStatus::Failure);
+            }
+        }
+    }
+
     fn step(&mut self, message: Message) -> Result<(), Dropped> {
         let stranger = Dropped::Stranger { from: message.from, to: message.to, conf_index: self.conf_index };
         if message.to != self.me.0 {
             return Err(stranger);
         }
         let kind = message.get_msg_type();
+        let last = self.raft.raft.raft_log.last_index();
+        if kind == MessageType::MsgHeartbeat && message.commit > last {
+            return Err(Dropped::Forgot { acknowledged: message.commit, last });
+        }
         if !self.is_filled() {
             // It has promised nothing to anybody yet, so it does not vote either.
             let vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
@@ -729,10 +780,6 @@ impl Group {
             matches!(kind, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
         if !known && !leads {
             return Err(stranger);
-        }
-        let last = self.raft.raft.raft_log.last_index();
-        if kind == MessageType::MsgHeartbeat && message.commit > last {
-            return Err(Dropped::Forgot { acknowledged: message.commit, last });
         }
         Ok(self.raft.step(message)?)
     }
@@ -943,6 +990,14 @@ fn remember(
     record: Record,
     checkpoint: &Checkpoint,
 ) -> Result<(), NodeError> {
+    // A replica without a snapshot has nothing: the records are of one that was here before.
+    if checkpoint.index == 0 {
+        if let Some(hard_state) = record.hard_state {
+            log.set_hard_state(hard_state);
+        }
+        log.clamp_commit();
+        return Ok(());
+    }
     if record.restart.is_some() {
         log.restart(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone());
     }

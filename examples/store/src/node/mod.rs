@@ -559,9 +559,7 @@ impl<D: Disk> Node<D> {
         let me = self.config.me;
         let told: Vec<_> =
             self.routes.iter().filter(|route| all || route.leader == Some(me)).cloned().collect();
-        if told.is_empty() {
-            return;
-        }
+        // Who has nothing to tell is there all the same.
         let others: Vec<_> = self.heard.keys().copied().filter(|node| *node != me).collect();
         for node in others {
             self.say(node, PeerMessage::Routes(told.clone()));
