@@ -106,8 +106,6 @@ pub enum Dropped {
         from: u64,
         /// Whom it is for.
         to: u64,
-        /// The entry that made the split's nodes what they are, as far as is known here.
-        conf_index: u64,
     },
     /// The others remember this node to have more than it has.
     #[error(
@@ -191,7 +189,9 @@ impl<D: Disk> Groups<D> {
         for (split, mut log) in logs {
             log.clamp_commit();
             let checkpoint = checkpoints.remove(&split).unwrap_or_default();
-            groups.insert(split, Group::new(me, split, log, checkpoint, Arc::clone(&engine))?);
+            let is_new = !gone.contains_key(&split);
+            let group = Group::new(me, split, log, checkpoint, Arc::clone(&engine), is_new)?;
+            groups.insert(split, group);
         }
         Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0 })
     }
@@ -310,17 +310,18 @@ impl<D: Disk> Groups<D> {
         Ok(())
     }
 
-    /// Removes this node's replica of a split whose nodes are others since the entry `conf_index`.
+    /// Removes this node's replica of a split, whose leader of `term` said that it is none of the split's nodes when its
+    /// own log ended at `last`. What came later may be of a time when it is one again.
     ///
     /// # Errors
     ///
     /// When the node must stop.
-    pub fn leave(&mut self, split: SplitId, conf_index: u64) -> Result<bool, NodeError> {
-        let leaves = self.groups.get(&split).is_some_and(|group| group.conf_index < conf_index);
-        if leaves {
-            self.destroy(split)?;
-        }
-        Ok(leaves)
+    pub fn leave(&mut self, split: SplitId, term: u64, last: u64) -> Result<(), NodeError> {
+        let leaves = self
+            .groups
+            .get(&split)
+            .is_some_and(|group| group.term() <= term && group.raft.raft.raft_log.last_index() <= last);
+        if leaves { self.destroy(split, term) } else { Ok(()) }
     }
 
     /// One of the splits.
@@ -368,14 +369,15 @@ impl<D: Disk> Groups<D> {
         Ok(())
     }
 
-    /// A leader speaks of a split that this node does not have: it was given a replica, which a snapshot will fill.
+    /// Somebody speaks of a split that this node does not have: it was given a replica, which a snapshot will fill, or
+    /// was to cut it off from another and is not so far yet.
     fn admit(&mut self, split: SplitId, message: &Message) -> Result<(), Dropped> {
-        let leads = matches!(
-            message.get_msg_type(),
-            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
-        );
+        let is_new = !self.gone.contains_key(&split);
+        let votes =
+            matches!(message.get_msg_type(), MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+        let wanted = leads(message) || (votes && is_new);
         let late = self.gone.get(&split).is_some_and(|term| message.term < *term);
-        if !leads || late || message.to != self.me.0 {
+        if !wanted || late || message.to != self.me.0 {
             return Err(Dropped::Unknown(split));
         }
         let nothing = Range::between(Bytes::new(), Some(Bytes::new())).ok();
@@ -386,9 +388,9 @@ impl<D: Disk> Groups<D> {
         let made = self.engine.write(batch).and_then(|()| self.engine.sync());
         let log = RaftLog::after(0, 0, ConfState::default());
         // A disk that fails here fails at the next turn too, which stops the node.
-        let group = made
-            .ok()
-            .and_then(|()| Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine)).ok());
+        let group = made.ok().and_then(|()| {
+            Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine), is_new).ok()
+        });
         self.groups.insert(split, group.ok_or(Dropped::Unknown(split))?);
         Ok(())
     }
@@ -398,10 +400,7 @@ impl<D: Disk> Groups<D> {
             let Some(group) = self.groups.get_mut(&split) else { return Ok(()) };
             let Some(entry) = group.backlog.front() else { return Ok(()) };
             if entry.get_entry_type() != EntryType::EntryNormal {
-                if self.change_nodes(split)? {
-                    self.destroy(split)?;
-                    return Ok(());
-                }
+                group.change_nodes()?;
                 continue;
             }
             if entry.data.is_empty() {
@@ -424,31 +423,10 @@ impl<D: Disk> Groups<D> {
         }
     }
 
-    /// Applies a change of nodes. True if this node is none of them any more.
-    fn change_nodes(&mut self, split: SplitId) -> Result<bool, NodeError> {
-        let Some(group) = self.groups.get_mut(&split) else { return Ok(false) };
-        let Some(entry) = group.backlog.front() else { return Ok(false) };
-        let (index, change) = (entry.index, wire::decode_conf_change(&entry.data)?);
-        // Two leaders may have asked for the end of one change.
-        if change.changes.is_empty() && !group.is_joint() {
-            group.pop();
-            return Ok(false);
-        }
-        let conf = group.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(split, error))?;
-        let stays = [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
-            .iter()
-            .any(|nodes| nodes.contains(&self.me.0));
-        group.raft.mut_store().set_conf_state(conf);
-        group.conf_index = index;
-        group.replica.change_nodes();
-        group.pop();
-        Ok(!stays)
-    }
-
-    fn destroy(&mut self, split: SplitId) -> Result<(), NodeError> {
+    fn destroy(&mut self, split: SplitId, term: u64) -> Result<(), NodeError> {
         let Some(group) = self.groups.remove(&split) else { return Ok(()) };
         let mut batch = Batch::default();
-        self.note_gone(split, group.raft.raft.term, &mut batch);
+        self.note_gone(split, term, &mut batch);
         group.replica.erase(&mut batch).map_err(|error| NodeError::Replica(split, error))?;
         self.engine.write(batch)?;
         Ok(self.engine.sync()?)
@@ -492,7 +470,8 @@ impl<D: Disk> Groups<D> {
             if let Some(met) = met.filter(|met| met.term > FIRST_ENTRY.1) {
                 log.set_hard_state(met);
             }
-            self.groups.insert(right, Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine))?);
+            let group = Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine), true)?;
+            self.groups.insert(right, group);
         } else {
             self.engine.write(batch)?;
             self.engine.sync()?;
@@ -551,6 +530,8 @@ pub struct Group {
     /// The entry that made the split's nodes what they are.
     conf_index: u64,
     stalled_ticks: u32,
+    /// This node has never had another replica of the split, and so has never promised anything of it.
+    is_new: bool,
     /// Ticks since each node was sent a snapshot that it has not answered to.
     snapshot_ticks: BTreeMap<u64, u32>,
 }
@@ -562,6 +543,7 @@ impl Group {
         log: RaftLog,
         checkpoint: Checkpoint,
         engine: Arc<dyn Engine>,
+        is_new: bool,
     ) -> Result<Self, NodeError> {
         let place = usize::try_from(me.0 % ELECTION_PLACES).unwrap_or_default();
         let patience = ELECTION_TICKS + place * ELECTION_APART_TICKS;
@@ -595,6 +577,7 @@ impl Group {
             checkpoint_index: index,
             conf_index,
             stalled_ticks: 0,
+            is_new,
             snapshot_ticks: BTreeMap::new(),
         })
     }
@@ -674,8 +657,7 @@ impl Group {
     /// Whether `node` has nearly all of the log, as its leader knows.
     pub fn has_caught_up(&self, node: NodeId) -> bool {
         let last = self.raft.raft.raft_log.last_index();
-        self
-            .raft
+        self.raft
             .raft
             .prs()
             .get(node.0)
@@ -692,9 +674,19 @@ impl Group {
         self.replica.measure().map_err(|error| NodeError::Replica(self.split, error))
     }
 
-    /// The entry that made the split's nodes what they are.
-    pub fn conf_index(&self) -> u64 {
-        self.conf_index
+    /// Whether this node is one of the split's, as far as its own replica knows.
+    pub fn is_member(&self) -> bool {
+        let conf = self.raft.store().conf_state();
+        [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
+            .iter()
+            .any(|nodes| nodes.contains(&self.me.0))
+    }
+
+    /// What a node that is none of this split's is told by its leader: the term, and where the log ends.
+    pub fn farewell(&self, node: NodeId) -> Option<(u64, u64)> {
+        let raft = &self.raft.raft;
+        let gone = raft.state == StateRole::Leader && raft.prs().get(node.0).is_none();
+        gone.then(|| (raft.term, raft.raft_log.last_index()))
     }
 
     /// Who leads, as far as this node knows.
@@ -760,7 +752,7 @@ impl Group {
     }
 
     fn step(&mut self, message: Message) -> Result<(), Dropped> {
-        let stranger = Dropped::Stranger { from: message.from, to: message.to, conf_index: self.conf_index };
+        let stranger = Dropped::Stranger { from: message.from, to: message.to };
         if message.to != self.me.0 {
             return Err(stranger);
         }
@@ -770,15 +762,14 @@ impl Group {
             return Err(Dropped::Forgot { acknowledged: message.commit, last });
         }
         if !self.is_filled() {
-            // It has promised nothing to anybody yet, so it does not vote either.
-            let vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+            // Of a replica that was here before, the promises are forgotten.
+            let vote =
+                !self.is_new && matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
             return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
         }
         // A leader may have nodes in the split that this replica has not heard of; others may not.
         let known = self.raft.raft.prs().get(message.from).is_some();
-        let leads =
-            matches!(kind, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
-        if !known && !leads {
+        if !known && !leads(&message) {
             return Err(stranger);
         }
         Ok(self.raft.step(message)?)
@@ -891,6 +882,23 @@ impl Group {
         }
     }
 
+    /// A node that is none of the split's any more keeps its replica until the leader says so: further on in the log it
+    /// may be one again, and what it has acknowledged it must have.
+    fn change_nodes(&mut self) -> Result<(), NodeError> {
+        let Some(entry) = self.backlog.front() else { return Ok(()) };
+        let (index, change) = (entry.index, wire::decode_conf_change(&entry.data)?);
+        // Two leaders may have asked for the end of one change.
+        if !change.changes.is_empty() || self.is_joint() {
+            let conf =
+                self.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(self.split, error))?;
+            self.raft.mut_store().set_conf_state(conf);
+            self.conf_index = index;
+            self.replica.change_nodes();
+        }
+        self.pop();
+        Ok(())
+    }
+
     fn apply_front(&mut self, entry: Entry) -> Result<Applied, NodeError> {
         let term = self.front_term();
         let applied = self.replica.apply(entry, term);
@@ -967,6 +975,12 @@ impl Group {
         self.raft.mut_store().offer(snapshot);
         Ok(())
     }
+}
+
+/// Whether only a leader says so.
+fn leads(message: &Message) -> bool {
+    use MessageType::{MsgAppend, MsgHeartbeat, MsgSnapshot};
+    matches!(message.get_msg_type(), MsgAppend | MsgHeartbeat | MsgSnapshot)
 }
 
 /// What a node becomes to a split.

@@ -102,8 +102,7 @@ impl Run {
                     return Err(format!("over at {end} with {at}, begun at {start} with {later}"));
                 }
             }
-            let missed =
-                self.shown.iter().find(|shown| shown.fresh && *end < shown.start && shown.at < *at);
+            let missed = self.shown.iter().find(|shown| shown.fresh && *end < shown.start && shown.at < *at);
             if let Some(shown) = missed {
                 return Err(format!("{shown:?} does not show what was over with {at} at {end}"));
             }

@@ -204,9 +204,7 @@ impl Client {
             writes: vec![],
             committing: false,
         };
-        let some = |world: &mut World| {
-            key(TABLES[world.rng.below(2) as usize], world.rng.below(ROWS))
-        };
+        let some = |world: &mut World| key(TABLES[world.rng.below(2) as usize], world.rng.below(ROWS));
         match world.rng.below(8) {
             0 => {
                 transaction.work = Work::Count;

@@ -177,4 +177,3 @@ fn clocks_beyond_their_bound_are_noticed() {
     let noticed = (1..=12).filter(|seed| run(*seed, faults).and_then(|run| run.check()).is_err()).count();
     assert!(noticed > 0, "nobody noticed clocks that were off by far more than their bound");
 }
-
