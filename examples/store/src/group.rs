@@ -233,6 +233,7 @@ impl<D: Disk> Groups<D> {
     /// When the node must stop.
     pub fn turn(&mut self, post: &mut dyn Post) -> Result<Vec<(SplitId, Applied)>, NodeError> {
         let mut readies = Vec::new();
+        let mut restarted = false;
         if self.wal.begins_segment() {
             self.say_hard_states_again()?;
         }
@@ -244,6 +245,7 @@ impl<D: Disk> Groups<D> {
                 // These rest on nothing that is not on disk yet: followers write while this node does.
                 group.say(ready.take_messages(), post);
                 let restart = group.install(&ready, &self.engine)?;
+                restarted |= restart.is_some();
                 let record = Record {
                     split: split.0,
                     hard_state: ready.hs().cloned(),
@@ -269,6 +271,9 @@ impl<D: Disk> Groups<D> {
         }
         for group in self.groups.values_mut() {
             group.serve_snapshot()?;
+        }
+        if restarted {
+            self.drop_absorbed()?;
         }
         Ok(applied)
     }
@@ -421,6 +426,23 @@ impl<D: Disk> Groups<D> {
             }
             applied.push((split, came_to));
         }
+    }
+
+    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already.
+    fn drop_absorbed(&mut self) -> Result<(), NodeError> {
+        let absorbed: Vec<_> = self
+            .groups
+            .iter()
+            .filter(|(_, half)| {
+                let into = half.replica.retired().and_then(|into| self.groups.get(&into));
+                into.is_some_and(|into| {
+                    into.replica.generation() > half.replica.generation()
+                        && into.replica.range().covers(half.replica.range())
+                })
+            })
+            .map(|(split, _)| *split)
+            .collect();
+        absorbed.into_iter().try_for_each(|split| self.destroy(split, u64::MAX))
     }
 
     fn destroy(&mut self, split: SplitId, term: u64) -> Result<(), NodeError> {
@@ -894,6 +916,11 @@ impl Group {
             self.raft.mut_store().set_conf_state(conf);
             self.conf_index = index;
             self.replica.change_nodes();
+            // Consensus takes nothing from a leader that is none of the nodes, and elects no other while it is heard.
+            if self.raft.raft.state == StateRole::Leader && !self.is_member() {
+                let term = self.raft.raft.term;
+                self.raft.raft.become_follower(term, 0);
+            }
         }
         self.pop();
         Ok(())

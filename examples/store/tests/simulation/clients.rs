@@ -126,6 +126,8 @@ pub(crate) struct Client {
     doing: Doing,
     /// Token of what was asked last, and when.
     asked: Option<(u64, u64)>,
+    /// The last refusals.
+    heard: Vec<Refused>,
     not_before: u64,
     /// Ends what it is at and begins nothing.
     pub(crate) rests: bool,
@@ -141,11 +143,23 @@ impl Client {
             made: 0,
             doing: Doing::Nothing,
             asked: None,
+            heard: vec![],
             not_before: 0,
             rests: false,
             records: vec![],
             shown: vec![],
         }
+    }
+
+    pub(crate) fn tell(&self) -> String {
+        let doing = match &self.doing {
+            Doing::Nothing => "nothing".to_owned(),
+            Doing::Snapshot(snapshot) => format!("a snapshot of {:?}", snapshot.todo),
+            Doing::Transaction(txn) => {
+                format!("{:?} {:?} {:?} {:?} since {}", txn.attempt, txn.work, txn.keys, txn.range, txn.start)
+            }
+        };
+        format!("client {} is at {doing}, heard {:?}", self.number, self.heard)
     }
 
     pub(crate) fn step(&mut self, world: &mut World) {
@@ -254,6 +268,10 @@ impl Client {
     }
 
     fn hear(&mut self, world: &mut World, answer: Result<Answer, Refused>) {
+        if let Err(refused) = &answer {
+            self.heard.truncate(8);
+            self.heard.insert(0, refused.clone());
+        }
         match std::mem::replace(&mut self.doing, Doing::Nothing) {
             Doing::Nothing => {}
             Doing::Snapshot(snapshot) => self.hear_snapshot(world, snapshot, answer),

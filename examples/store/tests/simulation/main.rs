@@ -65,7 +65,8 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
         let late =
             client.records.iter().any(|record| record.start > calm_since && record.committed.is_some());
         if !late {
-            return Err(format!("a client gets nowhere though nothing is wrong: {}", world.tell()));
+            let (tell, client) = (world.tell(), client.tell());
+            return Err(format!("a client gets nowhere though nothing is wrong: {client}{tell}"));
         }
         run.records.extend(client.records);
         run.shown.extend(client.shown);
