@@ -789,9 +789,9 @@ impl Group {
                 !self.is_new && matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
             return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
         }
-        // A leader may have nodes in the split that this replica has not heard of; others may not.
-        let known = self.raft.raft.prs().get(message.from).is_some();
-        if !known && !leads(&message) {
+        // Others may know of nodes that this replica has not heard of yet; its leader knows them all.
+        let stray = self.raft.raft.state == StateRole::Leader && self.farewell(NodeId(message.from)).is_some();
+        if stray && !leads(&message) {
             return Err(stranger);
         }
         Ok(self.raft.step(message)?)
@@ -950,9 +950,18 @@ impl Group {
 
     /// The split beside it may never come to where it is waited for, since the others are past that.
     fn stall(&mut self) {
-        if self.stalled_ticks >= STALL_TICKS {
-            self.stalled_ticks = 0;
+        if self.stalled_ticks < STALL_TICKS {
+            return;
+        }
+        self.stalled_ticks = 0;
+        let others: Vec<_> = self.nodes().0.into_iter().filter(|node| *node != self.me).collect();
+        if self.raft.raft.state != StateRole::Leader {
+            // What is refused now is asked for again when it has stalled as long again.
             self.raft.request_snapshot().ok();
+        } else if let Some(turn) = self.term().checked_rem(others.len() as u64) {
+            // Nobody gives a leader a snapshot: one who is past this leads instead.
+            let other = others.into_iter().nth(usize::try_from(turn).unwrap_or_default());
+            other.into_iter().for_each(|other| self.transfer(other));
         }
     }
 
