@@ -463,6 +463,7 @@ impl<D: Disk> Node<D> {
         if self.ticks.is_multiple_of(ASK_TICKS) {
             self.log_aborts(now);
             self.settle();
+            self.wound_promises();
         }
         if self.ticks.is_multiple_of(TELL_TICKS) {
             self.tell_again(now);
@@ -551,6 +552,30 @@ impl<D: Disk> Node<D> {
             if heard.is_none_or(|heard| !heard.contains(&part)) {
                 self.say_to_leader(part, PeerMessage::Decided { split: part, txn, coordinator, outcome });
             }
+        }
+    }
+
+    /// An older transaction waits for a promise of this one at another split: if it waits itself, it ends.
+    pub(super) fn wounded(&mut self, txn: TxnId) {
+        let Some(commit) = self.commits.get(&txn) else { return };
+        let undecided = matches!(commit.stage, Stage::Locking | Stage::Locked);
+        let waits = commit.stage == Stage::Locking || commit.votes.missing().next().is_some();
+        if undecided && waits {
+            self.status.wounded += 1;
+            self.abort(txn, &Refused::Aborted);
+        }
+    }
+
+    /// What is promised is nobody's to end but its coordinator's.
+    fn wound_promises(&mut self) {
+        let mut wounds = Vec::new();
+        for (split, group) in self.groups.iter_mut() {
+            let Some((leader, replica)) = group.leader() else { continue };
+            let promises = leader.promises_in_the_way(replica);
+            wounds.extend(promises.into_iter().map(|(txn, coordinator)| (split, txn, coordinator)));
+        }
+        for (split, txn, coordinator) in wounds {
+            self.say_to_leader(coordinator, PeerMessage::Wound { split, txn, coordinator });
         }
     }
 

@@ -355,6 +355,7 @@ impl<D: Disk> Node<D> {
             PeerMessage::Ask { split, txn, coordinator } => {
                 self.asked_for_decision(from, split, txn, coordinator, now);
             }
+            PeerMessage::Wound { txn, .. } => self.wounded(txn),
             PeerMessage::Close { split, at } => self.close(split, at, now),
             PeerMessage::Routes(routes) => {
                 for route in routes {

@@ -402,6 +402,12 @@ impl Leader {
         changes
     }
 
+    /// Promises that older transactions wait for, with who decides about them.
+    pub fn promises_in_the_way(&self, replica: &Replica) -> Vec<(TxnId, SplitId)> {
+        let promised = |txn: TxnId| Some((txn, replica.prepared.get(&txn)?.coordinator));
+        self.locks.prepared_in_the_way().into_iter().filter_map(promised).collect()
+    }
+
     /// Whether the transaction holds locks here or waits for some.
     pub fn knows(&self, txn: TxnId) -> bool {
         self.locks.knows(txn)

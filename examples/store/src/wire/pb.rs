@@ -431,11 +431,13 @@ pub(in crate::wire) enum Said {
     Retire(Pair),
     #[prost(message, tag = "11")]
     Leaving(Pair),
+    #[prost(message, tag = "12")]
+    Wound(About),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in crate::wire) struct Peer {
-    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub(in crate::wire) said: Option<Said>,
 }
 

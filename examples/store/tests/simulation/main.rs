@@ -85,7 +85,10 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
         }
         end = replica.range().end().cloned();
         if replica.in_doubt().next().is_some() || replica.unsettled().next().is_some() {
-            return Err(format!("a transaction stays in doubt in {:?}", replica.split()));
+            let doubts: Vec<_> = replica.in_doubt().collect();
+            let unsettled: Vec<_> = replica.unsettled().collect();
+            let (split, tell) = (replica.split(), world.tell());
+            return Err(format!("a transaction stays in doubt in {split:?}: {doubts:?} {unsettled:?}{tell}"));
         }
         let found = replica.rows().scan(&Range::all(), store::truetime::Timestamp::MAX, usize::MAX).unwrap();
         let versions = |replica: &store::txn::Replica| {
