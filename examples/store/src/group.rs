@@ -289,6 +289,7 @@ impl<D: Disk> Groups<D> {
     ///
     /// When the node must stop.
     pub fn checkpoint(&mut self) -> Result<(), NodeError> {
+        self.drop_absorbed()?;
         let mut batch = Batch::default();
         for group in self.groups.values() {
             group.save(&mut batch);
@@ -428,19 +429,22 @@ impl<D: Disk> Groups<D> {
         }
     }
 
-    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already.
+    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already. A split
+    /// never loses where it begins, so one that another covers, of a higher generation, is no more.
     fn drop_absorbed(&mut self) -> Result<(), NodeError> {
+        let filled = |group: &&Group| group.is_filled();
         let absorbed: Vec<_> = self
             .groups
-            .iter()
-            .filter(|(_, half)| {
-                let into = half.replica.retired().and_then(|into| self.groups.get(&into));
-                into.is_some_and(|into| {
-                    into.replica.generation() > half.replica.generation()
+            .values()
+            .filter(filled)
+            .filter(|half| {
+                self.groups.values().filter(filled).any(|into| {
+                    into.split != half.split
+                        && into.replica.generation() > half.replica.generation()
                         && into.replica.range().covers(half.replica.range())
                 })
             })
-            .map(|(split, _)| *split)
+            .map(|half| half.split)
             .collect();
         absorbed.into_iter().try_for_each(|split| self.destroy(split, u64::MAX))
     }

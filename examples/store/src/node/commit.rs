@@ -438,7 +438,9 @@ impl<D: Disk> Node<D> {
         if self.commits.contains_key(&txn) {
             return;
         }
-        let Some((leader, replica)) = self.led(coordinator) else { return };
+        let speaker = self.groups.iter().find(|(_, group)| group.replica().speaks_for(coordinator));
+        let Some(speaker) = speaker.map(|(split, _)| split) else { return };
+        let Some((leader, replica)) = self.led(speaker) else { return };
         match replica.outcome(txn) {
             Some(outcome) => {
                 let passed = told(outcome).is_none_or(|at| now.is_after(at));
@@ -448,8 +450,8 @@ impl<D: Disk> Node<D> {
             }
             None => {
                 let Ok(entry) = leader.resolve(replica, txn, Outcome::Aborted, now) else { return };
-                if self.propose(coordinator, &entry) {
-                    self.aborts.entry((coordinator, txn)).or_default().insert(split);
+                if self.propose(speaker, &entry) {
+                    self.aborts.entry((speaker, txn)).or_default().insert(split);
                 }
             }
         }
@@ -591,7 +593,12 @@ impl<D: Disk> Node<D> {
             );
         }
         for (split, txn, coordinator) in asked {
-            self.say_to_leader(coordinator, PeerMessage::Ask { split, txn, coordinator });
+            let ask = PeerMessage::Ask { split, txn, coordinator };
+            match self.leader_of(coordinator) {
+                Some(leader) => self.say(leader, ask),
+                // It has become part of another: somebody leads that.
+                None => self.say_to_all(&ask),
+            }
         }
     }
 }

@@ -447,6 +447,12 @@ impl<D: Disk> Node<D> {
         }
     }
 
+    fn say_to_all(&mut self, message: &PeerMessage) {
+        for node in self.heard.keys().copied().chain([self.config.me]).collect::<BTreeSet<_>>() {
+            self.say(node, message.clone());
+        }
+    }
+
     /// What locks have come free for, and who has lost theirs.
     fn absorb(&mut self, split: SplitId, changes: Changes) {
         self.status.wounded += changes.wounded.len() as u64;

@@ -398,6 +398,10 @@ impl Leader {
             let Changes { granted, wounded } = self.abandon(replica, txn);
             changes.granted.extend(granted);
             changes.wounded.extend(wounded);
+            // It may wait for something: it has to hear that it does so in vain.
+            if !self.locks.knows(txn) {
+                changes.wounded.push(txn);
+            }
         }
         changes
     }

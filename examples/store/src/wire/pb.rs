@@ -243,6 +243,8 @@ pub(in crate::wire) struct Checkpoint {
     pub(in crate::wire) outcomes_since: u64,
     #[prost(uint64, optional, tag = "14")]
     pub(in crate::wire) retired: Option<u64>,
+    #[prost(uint64, repeated, tag = "15")]
+    pub(in crate::wire) absorbed: Vec<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -65,7 +65,13 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
         let late =
             client.records.iter().any(|record| record.start > calm_since && record.committed.is_some());
         if !late {
-            let (tell, client) = (world.tell(), client.tell());
+            let late: Vec<_> = client.records.iter().filter(|record| record.start > calm_since).collect();
+            let late = late.iter().map(|record| {
+                let took = (record.end - record.start) / MS;
+                format!("\n  {took} ms: {:?} {:?}", record.committed, record.writes)
+            });
+            let late: String = late.collect();
+            let (tell, client) = (world.tell(), client.tell() + &late);
             return Err(format!("a client gets nowhere though nothing is wrong: {client}{tell}"));
         }
         run.records.extend(client.records);
