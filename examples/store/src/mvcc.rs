@@ -162,7 +162,7 @@ impl Mvcc {
         self.check_kept(at)?;
         let mut found = Scanned::default();
         let mut room = SCAN_BYTES_MAX;
-        self.walk_shown(range, at, &mut |row, at, value| {
+        self.walk_shown(range, at, |row, at, value| {
             let Some(value) = value else {
                 found.newest = found.newest.max(at);
                 return Ok(ControlFlow::Continue(()));
@@ -192,7 +192,7 @@ impl Mvcc {
         }
         let mut gone = Vec::new();
         let mut row_shown = Vec::new();
-        self.walk(&Range::all(), &mut |whole, row, at, value| {
+        self.walk(&Range::all(), |whole, row, at, value| {
             if at > horizon {
                 return Ok(ControlFlow::Continue(()));
             }
@@ -231,7 +231,7 @@ impl Mvcc {
     ///
     /// When the engine fails.
     pub fn versions(&self, range: &Range, each: &mut dyn FnMut(Key, Version)) -> Result<(), MvccError> {
-        self.walk(range, &mut |_, row, at, value| {
+        self.walk(range, |_, row, at, value| {
             each(decode_row(row)?, Version { at, value: value.map(Bytes::copy_from_slice) });
             Ok(ControlFlow::Continue(()))
         })?;
@@ -244,7 +244,7 @@ impl Mvcc {
     ///
     /// When the engine fails.
     pub fn clear(&self, batch: &mut Batch, range: &Range) -> Result<(), MvccError> {
-        self.walk(range, &mut |whole, _, _, _| {
+        self.walk(range, |whole, _, _, _| {
             batch.delete(Bytes::copy_from_slice(whole));
             Ok(ControlFlow::Continue(()))
         })?;
@@ -259,7 +259,7 @@ impl Mvcc {
     /// When the engine fails.
     pub fn size(&self, range: &Range) -> Result<(u64, u64), MvccError> {
         let (mut rows, mut bytes) = (0, 0);
-        self.walk_rows(range, &mut |_, size| {
+        self.walk_rows(range, |_, size| {
             rows += 1;
             bytes += size;
             Ok(())
@@ -278,7 +278,7 @@ impl Mvcc {
         let mut before = 0;
         let mut smaller_half = 0;
         let mut middle = None;
-        self.walk_rows(range, &mut |row, size| {
+        self.walk_rows(range, |row, size| {
             let smaller = before.min(total.saturating_sub(before));
             if smaller > smaller_half {
                 smaller_half = smaller;
@@ -301,9 +301,9 @@ impl Mvcc {
     fn walk_rows(
         &self,
         range: &Range,
-        visit: &mut dyn FnMut(&[u8], u64) -> Result<(), EngineError>,
+        mut visit: impl FnMut(&[u8], u64) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
-        self.walk_shown(range, Timestamp::MAX, &mut |row, _, value| {
+        self.walk_shown(range, Timestamp::MAX, |row, _, value| {
             if let Some(value) = value {
                 visit(row, (row.len() + value.len()) as u64)?;
             }
@@ -316,10 +316,10 @@ impl Mvcc {
         &self,
         range: &Range,
         at: Timestamp,
-        visit: &mut dyn FnMut(&[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>,
+        mut visit: impl FnMut(&[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>,
     ) -> Result<(), EngineError> {
         let mut last = Vec::new();
-        self.walk(range, &mut |_, row, version_at, value| {
+        self.walk(range, |_, row, version_at, value| {
             if version_at > at || last == row {
                 return Ok(ControlFlow::Continue(()));
             }
@@ -330,7 +330,11 @@ impl Mvcc {
     }
 
     /// Every version of `range`: its whole key, the row as it is in there, its timestamp and its value.
-    fn walk(&self, range: &Range, visit: VisitVersion<'_>) -> Result<(), EngineError> {
+    fn walk(
+        &self,
+        range: &Range,
+        mut visit: impl FnMut(&[u8], &[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>,
+    ) -> Result<(), EngineError> {
         let from = self.row(range.start());
         let to = range.end().map_or_else(|| Self::span(self.split).1, |end| self.row(end).into());
         let mut failed = None;
@@ -358,9 +362,6 @@ impl Mvcc {
         bytes
     }
 }
-
-type VisitVersion<'a> =
-    &'a mut dyn FnMut(&[u8], &[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>;
 
 fn head(split: SplitId) -> Vec<u8> {
     let mut bytes = vec![ROWS];
