@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// A commit that is not decided by then is aborted.
-const DECIDE_WITHIN: Duration = Duration::from_secs(10);
+const DECIDE_WITHIN: Duration = Duration::from_secs(4);
 /// Ticks between asking again for promises that have not come.
 const ASK_TICKS: u64 = 5;
 /// Ticks between telling participants again what was decided.
