@@ -1,16 +1,18 @@
-//! Where rows are kept: a sorted map of bytes on disk, made by others (an LSM tree), or in memory for the
-//! simulation ([`Memory`]).
+//! Where rows are kept: a sorted map of bytes on disk, made by others ([`Lsm`]), or in memory for the simulation
+//! ([`Memory`]).
 //!
 //! What is written is not safe before [`Engine::sync`]: until then a crash leaves some prefix of the batches, each whole
 //! or not at all. That is enough, since the write-ahead log has everything from the last sync on, and writing a version
 //! of a row again changes nothing.
 
+mod lsm;
 mod memory;
 
 use std::{ops::ControlFlow, sync::Arc};
 
 use bytes::Bytes;
 
+pub use lsm::Lsm;
 pub use memory::Memory;
 
 /// The disk, or what the engine makes of it, fails. The node must stop.
@@ -54,7 +56,7 @@ impl Batch {
 /// What to do with each key and value of a walk.
 pub type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>;
 
-/// A sorted map of bytes.
+/// A sorted map of bytes. Keys are of 1 to 65,535.
 pub trait Engine: Send + Sync {
     /// What `key` holds.
     ///

@@ -1,7 +1,8 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Command, Entry, Outcome, SplitId, TxnId, spans_of};
 use crate::{
+    engine::{Batch, Engine, EngineError, Memory},
     keys::Range,
     lease::{Lease, LeaseError},
     locks::Age,
@@ -60,14 +61,18 @@ pub enum ReplicaError {
     /// A commit that nothing was prepared for.
     #[error("transaction {0:?} committed without a promise here")]
     Unprepared(TxnId),
-    /// A commit of an older version than the row has.
-    #[error("a commit out of order")]
-    Order(#[from] MvccError),
+    /// The rows cannot be read.
+    #[error("the split's rows")]
+    Rows(#[from] MvccError),
+    /// The rows cannot be written.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
 }
 
 /// The replicated state of one split: a function of its log.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Replica {
+    engine: Memory,
     pub(crate) rows: Mvcc,
     pub(crate) safe: SafeTime,
     pub(crate) lease: Lease,
@@ -78,6 +83,23 @@ pub struct Replica {
     /// The latest commit, of a transaction that only read here too.
     pub(crate) newest: Timestamp,
     pub(crate) term: u64,
+}
+
+impl Default for Replica {
+    fn default() -> Self {
+        let engine = Memory::default();
+        Self {
+            rows: Mvcc::new(Arc::new(engine.clone()), SplitId(0), Timestamp::ZERO),
+            engine,
+            safe: SafeTime::default(),
+            lease: Lease::default(),
+            prepared: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            unsettled: BTreeMap::new(),
+            newest: Timestamp::ZERO,
+            term: 0,
+        }
+    }
 }
 
 impl Replica {
@@ -109,7 +131,9 @@ impl Replica {
             Command::Prepare { txn, prepared } => self.prepare(txn, prepared, closed)?,
             Command::Resolve { txn, outcome } => self.resolve(txn, outcome)?,
             Command::Collect { horizon } => {
-                self.rows.collect(horizon);
+                let mut batch = Batch::default();
+                self.rows.collect(&mut batch, horizon)?;
+                self.engine.write(batch)?;
                 self.outcomes.retain(|txn, _| txn.started >= horizon || self.unsettled.contains_key(txn));
                 Applied::Nothing
             }
@@ -173,7 +197,7 @@ impl Replica {
         if at <= closed {
             return Err(ReplicaError::Closed { at, closed });
         }
-        self.rows.apply(writes, at)?;
+        self.write(writes, at)?;
         Ok(self.end(txn, Outcome::Committed(at)))
     }
 
@@ -206,10 +230,16 @@ impl Replica {
         if let Outcome::Committed(at) = outcome {
             let promised =
                 promised.filter(|promised| promised.at <= at).ok_or(ReplicaError::Unprepared(txn))?;
-            self.rows.apply(&promised.writes, at)?;
+            self.write(&promised.writes, at)?;
         }
         self.safe.resolve(txn);
         Ok(self.end(txn, outcome))
+    }
+
+    fn write(&self, writes: &[Mutation], at: Timestamp) -> Result<(), ReplicaError> {
+        let mut batch = Batch::default();
+        self.rows.apply(&mut batch, writes, at);
+        Ok(self.engine.write(batch)?)
     }
 
     fn end(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
