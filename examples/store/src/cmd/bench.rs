@@ -148,7 +148,7 @@ async fn turn(
     if let Some(postgres) = &systems.postgres
         && let Some(measured) = tokio::task::block_in_place(|| postgres.measure(work, clients, time))?
     {
-        report.add(work, clients, &postgres.version, measured);
+        report.add(work, clients, &format!("PostgreSQL {}", postgres.version), measured);
     }
     Ok(())
 }

@@ -54,7 +54,8 @@ impl Postgres {
         // An immediate shutdown: what is in it is not needed again.
         let server = Guarded::ended_by(child, Signal::QUIT);
         let version = run(program("postgres")?.arg("--version"))?;
-        let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
+        let version = String::from_utf8_lossy(&version.stdout).into_owned();
+        let version = version.split(' ').nth(2).unwrap_or_default().trim().to_owned();
         let postgres = Self { directory, version, _server: server };
         postgres.load()?;
         Ok(postgres)
