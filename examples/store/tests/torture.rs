@@ -1,5 +1,6 @@
 //! Nodes as processes that die, stop and hand over their splits, and whether what clients saw can be: a short run of
 //! what `palisade-store torture` does for as long as one likes, with a check that needs nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test may panic")]
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -51,7 +52,7 @@ impl History {
         Self(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
     }
 
-    fn of(&self, outcome: &str) -> impl Iterator<Item = &Value> {
+    fn of<'a>(&'a self, outcome: &'a str) -> impl DoubleEndedIterator<Item = &'a Value> {
         self.0.iter().filter(move |attempt| attempt["outcome"] == outcome)
     }
 

@@ -29,11 +29,12 @@ pub(crate) const REGISTERS: u64 = 40;
 const FIRST: u64 = 100;
 
 /// A table and what its keys are made of: true for a number, false for text.
-pub(crate) const TABLES: [(&str, &[bool]); 5] = [
+pub(crate) const TABLES: [(&str, &[bool]); 6] = [
     ("acct", &[true]),
     ("list", &[true, true]),
     ("pair", &[true, false]),
     ("item", &[true]),
+    ("mark", &[true]),
     ("reg", &[true]),
 ];
 
@@ -60,6 +61,12 @@ pub(crate) fn pair(number: u64, side: char) -> String {
 /// A row that comes and goes.
 pub(crate) fn item(number: u64) -> String {
     numbered("item", number % ITEMS)
+}
+
+/// Who wrote or deleted an item last. A deleted row does not say by whom it was, and a deletion that nobody knows the
+/// end of would look like a row that was lost.
+pub(crate) fn mark(item: &str) -> String {
+    item.replace("item/", "mark/")
 }
 
 /// A row that is only written.

@@ -215,9 +215,12 @@ async fn phantom(tx: &mut Tx<'_>, shared: &Shared, first: u64) -> Result<(), Sto
     let found = tx.scan(&span).await?;
     let first = first % (rows::ITEMS - rows::ITEMS_SCANNED);
     let row = rows::item(first + tx.random().below(rows::ITEMS_SCANNED));
+    let mark = rows::mark(&row);
+    tx.read(std::slice::from_ref(&mark)).await?;
     // About half of the rows are there at a time, whatever the chances were so far.
     let value = if found.contains_key(&row) { None } else { Some(shared.unique()) };
     tx.write(&row, value);
+    tx.write(&mark, Some(shared.unique()));
     Ok(())
 }
 

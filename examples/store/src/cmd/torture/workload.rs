@@ -247,7 +247,7 @@ pub(crate) async fn read_everything(session: &Session, shared: &Shared) -> anyho
     let mut names = rows::accounts();
     names.extend(shared.lists.all());
     names.extend((0..rows::PAIRS).flat_map(|pair| ['a', 'b'].map(|side| rows::pair(pair, side))));
-    names.extend((0..rows::ITEMS).map(rows::item));
+    names.extend((0..rows::ITEMS).map(rows::item).flat_map(|item| [rows::mark(&item), item]));
     names.extend((0..rows::REGISTERS).map(rows::register));
     let everything = Plan::Snapshot { moment: Moment::Now, names };
     let items = Plan::SnapshotScan { moment: Moment::Now, span: Span::table("item") };
