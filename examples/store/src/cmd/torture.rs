@@ -101,7 +101,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("{} cannot be written", args.history.display()))?;
     let setting = Setting::prepare(&args)?;
     let cluster = Arc::new(Cluster::new(setting.places(), args.epsilon)?);
-    cluster.start_all()?;
+    cluster.start_first()?;
     let shared = Arc::new(Shared::new(history, clock));
     let session = Session::connect(&cluster.addresses(), args.seed)?;
     begin(&session, &shared, &cluster).await?;
@@ -138,6 +138,10 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Waits for the nodes, declares the tables, writes the first rows, and cuts them apart.
 async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow::Result<()> {
     wait_until_all_serve(session, cluster).await?;
+    if cluster.has_others() {
+        cluster.start_others()?;
+        wait_until_all_serve(session, cluster).await?;
+    }
     let began = Instant::now();
     for (table, parts) in rows::TABLES {
         let kind = |number: &bool| if *number { store_client::Kind::Int } else { store_client::Kind::Text };
@@ -160,7 +164,7 @@ async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow:
 
 async fn wait_until_all_serve(session: &Session, cluster: &Cluster) -> anyhow::Result<()> {
     let began = Instant::now();
-    for address in cluster.addresses() {
+    for address in cluster.started() {
         while let Err(error) = session.client().status(&address).await {
             if began.elapsed() > SERVE {
                 return Err(error).with_context(|| format!("the node at {address} does not serve"));

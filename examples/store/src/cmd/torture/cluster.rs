@@ -5,7 +5,10 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -58,7 +61,8 @@ struct Node {
 pub(crate) struct Cluster {
     program: PathBuf,
     epsilon: Duration,
-    members: String,
+    /// Whether nodes that were not there at first are.
+    joined: AtomicBool,
     nodes: Vec<Mutex<Node>>,
 }
 
@@ -79,30 +83,54 @@ impl Cluster {
     /// When it is not known which program this is.
     pub(crate) fn new(places: Vec<Place>, epsilon: Duration) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("which program this is")?;
-        let members: Vec<_> = places
-            .iter()
-            .filter(|place| place.first)
-            .map(|place| format!("{}={}", place.id, place.address))
-            .collect();
         let node = |place: Place| {
             let log = place.state.with_extension("log");
             Mutex::new(Node { place, log, child: None, doing: Doing::Killed })
         };
-        Ok(Self {
-            program,
-            epsilon,
-            members: members.join(","),
-            nodes: places.into_iter().map(node).collect(),
-        })
+        let nodes = places.into_iter().map(node).collect();
+        Ok(Self { program, epsilon, joined: AtomicBool::new(false), nodes })
     }
 
-    /// Starts all.
+    /// Starts those that are there at first.
     ///
     /// # Errors
     ///
     /// When one cannot be started.
-    pub(crate) fn start_all(&self) -> anyhow::Result<()> {
-        self.ids().into_iter().try_for_each(|id| self.start(id))
+    pub(crate) fn start_first(&self) -> anyhow::Result<()> {
+        let first = self.places().into_iter().filter(|place| place.first);
+        first.map(|place| place.id).try_for_each(|id| self.start(id))
+    }
+
+    /// Starts the others, once those that are there know each other: they hear of the others as they start again.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be started.
+    pub(crate) fn start_others(&self) -> anyhow::Result<()> {
+        self.joined.store(true, Ordering::Relaxed);
+        for place in self.places() {
+            if place.first {
+                self.kill(place.id)?;
+            }
+            self.start(place.id)?;
+        }
+        Ok(())
+    }
+
+    /// Whether some are not there at first.
+    pub(crate) fn has_others(&self) -> bool {
+        self.places().iter().any(|place| !place.first)
+    }
+
+    fn places(&self) -> Vec<Place> {
+        self.nodes.iter().map(|node| lock(node).place.clone()).collect()
+    }
+
+    /// The nodes that each is told of.
+    fn members(&self) -> String {
+        let joined = self.joined.load(Ordering::Relaxed);
+        let told = self.places().into_iter().filter(|place| place.first || joined);
+        told.map(|place| format!("{}={}", place.id, place.address)).collect::<Vec<_>>().join(",")
     }
 
     /// Starts a node that does not run.
@@ -111,17 +139,19 @@ impl Cluster {
     ///
     /// When its process cannot be started.
     pub(crate) fn start(&self, id: u64) -> anyhow::Result<()> {
+        let members = self.members();
         let mut node = self.node(id)?;
         if node.child.is_some() {
             return Ok(());
         }
-        let child = self.command(&node)?.spawn().with_context(|| format!("node {id} cannot be started"))?;
+        let child =
+            self.command(&node, &members)?.spawn().with_context(|| format!("node {id} cannot be started"))?;
         node.child = Some(child);
         node.doing = Doing::Running;
         Ok(())
     }
 
-    fn command(&self, node: &Node) -> anyhow::Result<Command> {
+    fn command(&self, node: &Node, members: &str) -> anyhow::Result<Command> {
         let place = &node.place;
         let mut command = match &place.namespace {
             None => Command::new(&self.program),
@@ -133,7 +163,7 @@ impl Cluster {
         };
         command
             .arg("node")
-            .args(["--id", &place.id.to_string(), "--nodes", &self.members])
+            .args(["--id", &place.id.to_string(), "--nodes", members])
             .args(["--listen", &place.address.to_string()])
             .args(["--epsilon", &format!("{}us", self.epsilon.as_micros())])
             .arg("--state")
@@ -201,12 +231,18 @@ impl Cluster {
 
     /// All numbers.
     pub(crate) fn ids(&self) -> Vec<u64> {
-        self.nodes.iter().map(|node| lock(node).place.id).collect()
+        self.places().into_iter().map(|place| place.id).collect()
     }
 
     /// Where each can be asked.
     pub(crate) fn addresses(&self) -> Vec<String> {
-        self.nodes.iter().map(|node| lock(node).place.address.to_string()).collect()
+        self.places().into_iter().map(|place| place.address.to_string()).collect()
+    }
+
+    /// Where those can be asked that were started.
+    pub(crate) fn started(&self) -> Vec<String> {
+        let running = |node: &&Mutex<Node>| lock(node).child.is_some();
+        self.nodes.iter().filter(running).map(|node| lock(node).place.address.to_string()).collect()
     }
 
     fn node(&self, id: u64) -> anyhow::Result<MutexGuard<'_, Node>> {
