@@ -15,6 +15,8 @@ pub mod locks;
 pub mod mvcc;
 pub mod node;
 pub mod safe_time;
+pub mod schema;
+pub mod serve;
 pub mod truetime;
 pub mod txn;
 pub mod wal;
