@@ -14,6 +14,7 @@ pub mod lease;
 pub mod locks;
 pub mod mvcc;
 pub mod node;
+mod raft_log;
 pub mod safe_time;
 pub mod schema;
 pub mod serve;
