@@ -1,20 +1,33 @@
 //! Consensus: every split's log is one group of the `raft` crate, which does no I/O. One turn of a node's loop takes
 //! what all of its groups have to write, syncs it once, and only then says and applies what rests on it.
+//!
+//! On disk a group is its records in the node's log, and a checkpoint in the engine: where in the log the replica is
+//! that the engine has. What stands before a checkpoint is dropped from the log.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::ControlFlow,
+    sync::Arc,
+};
 
+use bytes::Bytes;
 use raft::{
-    Config, RawNode, Ready, StateRole, Storage as _,
-    eraftpb::{EntryType, Message, MessageType},
-    storage::MemStorage,
+    Config, RawNode, Ready, StateRole,
+    eraftpb::{
+        ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry as RaftEntry,
+        EntryType, Message, MessageType,
+    },
 };
 
 use crate::{
+    engine::{Batch, Engine, EngineError},
+    keys::Range,
     lease::NodeId,
+    raft_log::RaftLog,
     truetime::Interval,
-    txn::{Applied, Entry, Leader, Replica, ReplicaError, SplitId},
+    txn::{Applied, Command, Entry, FIRST_TERM, Leader, Replica, ReplicaError, SplitId, State},
     wal::{Disk, Wal, WalError},
-    wire::{self, Record, WireError},
+    wire::{self, Checkpoint, Image, Record, WireError},
 };
 
 /// A heartbeat each so many ticks.
@@ -23,10 +36,27 @@ pub const HEARTBEAT_TICKS: usize = 2;
 pub const ELECTION_TICKS: usize = 10;
 /// Nodes campaign this many ticks apart instead of at random: they do not split votes, and a seed replays exactly.
 const ELECTION_APART_TICKS: usize = 3;
+/// So many different patiences: more nodes than a split has.
+const ELECTION_PLACES: u64 = 7;
 /// Of entries in one message, so that a follower far behind does not hold up heartbeats.
 const APPEND_BYTES_MAX: u64 = 1 << 20;
 /// Appends on the way to one follower.
 const APPENDS_IN_FLIGHT: usize = 256;
+/// Entries before a checkpoint that are kept at hand, for followers a little behind.
+const TAIL_ENTRIES: u64 = 1_000;
+/// More than this at hand, and followers behind it get a snapshot.
+const TAIL_BYTES_MAX: usize = 16 << 20;
+/// The split that a universe begins with.
+pub const FIRST_SPLIT: SplitId = SplitId(1);
+/// Where the logs of splits begin: index and term of an entry that nobody has.
+const FIRST_ENTRY: (u64, u64) = (1, 1);
+/// A replica that waits for the one beside it so many ticks asks for a snapshot instead.
+const STALL_TICKS: u32 = 200;
+
+/// In the engine, what begins with this is where a split's replica is: split.
+const CHECKPOINTS: u8 = b'c';
+/// In the engine, splits that are gone from here: split; up to which term messages about it are of no use any more.
+const GONE: u8 = b'g';
 
 /// Why a node cannot go on with its groups.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +64,9 @@ pub enum NodeError {
     /// The log on disk fails.
     #[error(transparent)]
     Wal(#[from] WalError),
+    /// The rows on disk fail.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     /// The log on disk, or a log that consensus agreed on, holds what is none of ours.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -53,9 +86,6 @@ pub enum NodeError {
         /// The first entry after it.
         found: u64,
     },
-    /// Membership does not change yet.
-    #[error("split {0:?} has a change of members in its log, which this version knows nothing of")]
-    Members(SplitId),
 }
 
 /// Why a message or a proposal goes nowhere. The node goes on.
@@ -74,6 +104,8 @@ pub enum Dropped {
         from: u64,
         /// Whom it is for.
         to: u64,
+        /// The entry that made the split's nodes what they are, as far as is known here.
+        conf_index: u64,
     },
     /// The others remember this node to have more than it has.
     #[error(
@@ -93,55 +125,79 @@ pub enum Dropped {
     Raft(#[from] raft::Error),
 }
 
-/// What a turn has to be told to others.
-#[derive(Debug, Default)]
-pub struct Turn {
-    /// To be sent, in order, to whom. What is lost is said again.
-    pub messages: Vec<(SplitId, NodeId, Vec<u8>)>,
-    /// What entries came to on this node.
-    pub applied: Vec<(SplitId, Applied)>,
+/// Who carries messages to the other nodes of a split.
+pub trait Post {
+    /// To be sent, in order. What is lost is said again.
+    fn post(&mut self, split: SplitId, to: NodeId, message: Vec<u8>);
 }
 
-/// All splits of one node, on its one log.
+/// All splits of one node, on its one log and one engine.
 pub struct Groups<D> {
+    me: NodeId,
     wal: Wal<D>,
+    engine: Arc<dyn Engine>,
     groups: BTreeMap<SplitId, Group>,
+    gone: BTreeMap<SplitId, u64>,
+    /// The last entry of each split in each segment of the log.
+    segments: BTreeMap<u64, BTreeMap<SplitId, u64>>,
+    syncs: u64,
 }
 
 impl<D: Disk> Groups<D> {
-    /// The node `me` as its log remembers it, with `splits` and the nodes of each.
+    /// The node `me` as its disk remembers it. Where it remembers nothing, and `first` are nodes, they begin a universe
+    /// with one split.
     ///
     /// # Errors
     ///
-    /// When the log cannot be used.
-    pub fn open(me: NodeId, splits: &BTreeMap<SplitId, Vec<NodeId>>, disk: D) -> Result<Self, NodeError> {
+    /// When the log or the engine cannot be used.
+    pub fn open(me: NodeId, first: &[NodeId], disk: D, engine: Arc<dyn Engine>) -> Result<Self, NodeError> {
         let (wal, records) = Wal::open(disk)?;
-        let storages: BTreeMap<_, _> = splits
+        let gone = read_numbered(&*engine, GONE, |bytes| Ok(read_u64(bytes).unwrap_or(u64::MAX)))?;
+        let mut checkpoints = read_numbered(&*engine, CHECKPOINTS, wire::decode_checkpoint)?;
+        if checkpoints.is_empty() && gone.is_empty() && records.is_empty() && !first.is_empty() {
+            let voters: Vec<u64> = first.iter().map(|node| node.0).collect();
+            let checkpoint = Checkpoint {
+                index: FIRST_ENTRY.0,
+                index_term: FIRST_ENTRY.1,
+                conf: ConfState::from((voters, vec![])),
+                conf_index: FIRST_ENTRY.0,
+                state: State { generation: 1, ..State::default() },
+            };
+            let mut batch = Batch::default();
+            batch.put(numbered(CHECKPOINTS, FIRST_SPLIT), wire::encode_checkpoint(&checkpoint));
+            engine.write(batch)?;
+            engine.sync()?;
+            checkpoints.insert(FIRST_SPLIT, checkpoint);
+        }
+        let mut logs: BTreeMap<_, _> = checkpoints
             .iter()
-            .map(|(split, nodes)| {
-                let voters: Vec<u64> = nodes.iter().map(|node| node.0).collect();
-                (*split, MemStorage::new_with_conf_state((voters, vec![])))
+            .map(|(split, checkpoint)| {
+                (*split, RaftLog::after(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone()))
             })
             .collect();
-        for record in records {
+        let mut segments: BTreeMap<u64, BTreeMap<SplitId, u64>> = BTreeMap::new();
+        for (segment, record) in records {
             let record = wire::decode_record(&record)?;
             let split = SplitId(record.split);
+            note_segment(&mut segments, segment, &record);
             // A split that has left this node leaves its records behind.
-            if let Some(storage) = storages.get(&split) {
-                remember(split, storage, &record)?;
+            if let (Some(log), Some(checkpoint)) = (logs.get_mut(&split), checkpoints.get(&split)) {
+                remember(split, log, record, checkpoint)?;
             }
         }
-        let groups = storages.into_iter().map(|(split, storage)| {
-            let nodes = splits.get(&split).cloned().unwrap_or_default();
-            Ok((split, Group::new(split, me, nodes, storage)?))
-        });
-        Ok(Self { wal, groups: groups.collect::<Result<_, NodeError>>()? })
+        let mut groups = BTreeMap::new();
+        for (split, mut log) in logs {
+            log.clamp_commit();
+            let checkpoint = checkpoints.remove(&split).unwrap_or_default();
+            groups.insert(split, Group::new(me, split, log, checkpoint, Arc::clone(&engine))?);
+        }
+        Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0 })
     }
 
     /// Time goes on: elections and heartbeats.
     pub fn tick(&mut self) {
         for group in self.groups.values_mut() {
-            group.raft.tick();
+            group.tick();
         }
     }
 
@@ -152,6 +208,9 @@ impl<D: Disk> Groups<D> {
     /// When it is of no use here.
     pub fn step(&mut self, split: SplitId, bytes: &[u8]) -> Result<(), Dropped> {
         let message = wire::decode_message(bytes)?;
+        if !self.groups.contains_key(&split) {
+            self.admit(split, &message)?;
+        }
         self.groups.get_mut(&split).ok_or(Dropped::Unknown(split))?.step(message)
     }
 
@@ -164,37 +223,102 @@ impl<D: Disk> Groups<D> {
         self.groups.values_mut().try_for_each(|group| group.renew(now))
     }
 
-    /// One turn: writes and syncs what all groups want remembered, applies what is agreed on.
+    /// One turn: writes and syncs what all groups want remembered, says and applies what is agreed on. Gives what
+    /// entries came to on this node.
     ///
     /// # Errors
     ///
     /// When the node must stop.
-    pub fn turn(&mut self) -> Result<Turn, NodeError> {
-        let mut turn = Turn::default();
+    pub fn turn(&mut self, post: &mut dyn Post) -> Result<Vec<(SplitId, Applied)>, NodeError> {
         let mut readies = Vec::new();
+        if self.wal.begins_segment() {
+            self.say_hard_states_again()?;
+        }
+        let segment = self.wal.next_segment();
         for (split, group) in &mut self.groups {
             group.follow_role();
             if group.raft.has_ready() {
                 let mut ready = group.raft.ready();
-                group.say(ready.take_messages(), &mut turn);
+                // These rest on nothing that is not on disk yet: followers write while this node does.
+                group.say(ready.take_messages(), post);
+                let restart = group.install(&ready, &self.engine)?;
                 let record = Record {
                     split: split.0,
                     hard_state: ready.hs().cloned(),
                     entries: ready.entries().clone(),
+                    restart,
                 };
-                if record.hard_state.is_some() || !record.entries.is_empty() {
+                if record.hard_state.is_some() || !record.entries.is_empty() || restart.is_some() {
+                    note_segment(&mut self.segments, segment, &record);
                     self.wal.gather(&wire::encode_record(&record))?;
                 }
                 readies.push((*split, ready, record));
             }
         }
-        self.wal.commit()?;
+        self.syncs += u64::from(self.wal.commit()?);
         for (split, ready, record) in readies {
             if let Some(group) = self.groups.get_mut(&split) {
-                group.persisted(ready, &record, &mut turn)?;
+                group.persisted(ready, &record, post)?;
             }
         }
-        Ok(turn)
+        let mut applied = Vec::new();
+        for split in self.groups.keys().copied().collect::<Vec<_>>() {
+            self.apply(split, &mut applied)?;
+        }
+        for group in self.groups.values_mut() {
+            group.serve_snapshot()?;
+        }
+        Ok(applied)
+    }
+
+    /// Whether another turn has something to do.
+    pub fn has_ready(&self) -> bool {
+        self.groups.values().any(|group| group.raft.has_ready())
+    }
+
+    /// Saves where all replicas are, so that the log from before it can be dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the node must stop.
+    pub fn checkpoint(&mut self) -> Result<(), NodeError> {
+        let mut batch = Batch::default();
+        for group in self.groups.values() {
+            group.save(&mut batch);
+        }
+        self.engine.write(batch)?;
+        self.engine.sync()?;
+        for group in self.groups.values_mut() {
+            group.saved();
+        }
+        let groups = &self.groups;
+        let needed = |split: &SplitId, last: &u64| {
+            groups.get(split).is_some_and(|group| group.checkpoint_index < *last)
+        };
+        let segments = &mut self.segments;
+        self.wal.drop_segments(|segment| {
+            let keep = segments
+                .get(&segment)
+                .is_some_and(|splits| splits.iter().any(|(split, last)| needed(split, last)));
+            if !keep {
+                segments.remove(&segment);
+            }
+            keep
+        })?;
+        Ok(())
+    }
+
+    /// Removes this node's replica of a split whose nodes are others since the entry `conf_index`.
+    ///
+    /// # Errors
+    ///
+    /// When the node must stop.
+    pub fn leave(&mut self, split: SplitId, conf_index: u64) -> Result<bool, NodeError> {
+        let leaves = self.groups.get(&split).is_some_and(|group| group.conf_index < conf_index);
+        if leaves {
+            self.destroy(split)?;
+        }
+        Ok(leaves)
     }
 
     /// One of the splits.
@@ -207,9 +331,199 @@ impl<D: Disk> Groups<D> {
         self.groups.get_mut(&split)
     }
 
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (SplitId, &Group)> {
+        self.groups.iter().map(|(split, group)| (*split, group))
+    }
+
+    /// All of them, to lead them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (SplitId, &mut Group)> {
+        self.groups.iter_mut().map(|(split, group)| (*split, group))
+    }
+
+    /// Synced writes of the log since it was opened.
+    pub fn syncs(&self) -> u64 {
+        self.syncs
+    }
+
+    /// Bytes of the log that are kept.
+    pub fn log_bytes(&self) -> u64 {
+        self.wal.bytes()
+    }
+
     /// The disk, to be opened again.
     pub fn into_disk(self) -> D {
         self.wal.into_disk()
+    }
+
+    /// Hard states are in the log alone, so each segment begins with all of them.
+    fn say_hard_states_again(&mut self) -> Result<(), NodeError> {
+        for (split, group) in &self.groups {
+            let hard_state = Some(group.raft.store().hard_state().clone());
+            let record = Record { split: split.0, hard_state, ..Record::default() };
+            self.wal.gather(&wire::encode_record(&record))?;
+        }
+        Ok(())
+    }
+
+    /// A leader speaks of a split that this node does not have: it was given a replica, which a snapshot will fill.
+    fn admit(&mut self, split: SplitId, message: &Message) -> Result<(), Dropped> {
+        let leads = matches!(
+            message.get_msg_type(),
+            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
+        );
+        let late = self.gone.get(&split).is_some_and(|term| message.term < *term);
+        if !leads || late || message.to != self.me.0 {
+            return Err(Dropped::Unknown(split));
+        }
+        let nothing = Range::between(Bytes::new(), Some(Bytes::new())).ok();
+        let checkpoint =
+            Checkpoint { state: State { range: nothing, ..State::default() }, ..Checkpoint::default() };
+        let mut batch = Batch::default();
+        batch.put(numbered(CHECKPOINTS, split), wire::encode_checkpoint(&checkpoint));
+        let made = self.engine.write(batch).and_then(|()| self.engine.sync());
+        let log = RaftLog::after(0, 0, ConfState::default());
+        // A disk that fails here fails at the next turn too, which stops the node.
+        let group = made
+            .ok()
+            .and_then(|()| Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine)).ok());
+        self.groups.insert(split, group.ok_or(Dropped::Unknown(split))?);
+        Ok(())
+    }
+
+    fn apply(&mut self, split: SplitId, applied: &mut Vec<(SplitId, Applied)>) -> Result<(), NodeError> {
+        loop {
+            let Some(group) = self.groups.get_mut(&split) else { return Ok(()) };
+            let Some(entry) = group.backlog.front() else { return Ok(()) };
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                if self.change_nodes(split)? {
+                    self.destroy(split)?;
+                    return Ok(());
+                }
+                continue;
+            }
+            if entry.data.is_empty() {
+                group.begin_term();
+                continue;
+            }
+            let command = wire::decode_entry(&entry.data)?;
+            let came_to = match &command.command {
+                Command::Split { right, .. } => self.divide(split, &command, *right)?,
+                Command::Absorb { right, .. } => match self.absorb(split, &command, *right)? {
+                    Some(came_to) => came_to,
+                    None => return Ok(()),
+                },
+                _ => group.apply_front(command)?,
+            };
+            if let Some(group) = self.groups.get_mut(&split) {
+                group.came_to(&came_to);
+            }
+            applied.push((split, came_to));
+        }
+    }
+
+    /// Applies a change of nodes. True if this node is none of them any more.
+    fn change_nodes(&mut self, split: SplitId) -> Result<bool, NodeError> {
+        let Some(group) = self.groups.get_mut(&split) else { return Ok(false) };
+        let Some(entry) = group.pop() else { return Ok(false) };
+        let change = wire::decode_conf_change(&entry.data)?;
+        let conf = group.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(split, error))?;
+        let stays = [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
+            .iter()
+            .any(|nodes| nodes.contains(&self.me.0));
+        group.raft.mut_store().set_conf_state(conf);
+        group.conf_index = entry.index;
+        group.replica.change_nodes();
+        Ok(!stays)
+    }
+
+    fn destroy(&mut self, split: SplitId) -> Result<(), NodeError> {
+        let Some(group) = self.groups.remove(&split) else { return Ok(()) };
+        let mut batch = Batch::default();
+        self.note_gone(split, group.raft.raft.term, &mut batch);
+        group.replica.erase(&mut batch).map_err(|error| NodeError::Replica(split, error))?;
+        self.engine.write(batch)?;
+        Ok(self.engine.sync()?)
+    }
+
+    fn note_gone(&mut self, split: SplitId, term: u64, batch: &mut Batch) {
+        self.gone.insert(split, term);
+        batch.put(numbered(GONE, split), term.to_be_bytes().to_vec());
+        batch.delete(numbered(CHECKPOINTS, split));
+    }
+
+    fn divide(&mut self, split: SplitId, entry: &Entry, right: SplitId) -> Result<Applied, NodeError> {
+        let on = |error| NodeError::Replica(split, error);
+        // It is here already if its leader was faster than this log.
+        let known = self.gone.contains_key(&right) || self.groups.get(&right).is_some_and(Group::is_filled);
+        let met = self.groups.get(&right).map(|group| group.raft.store().hard_state().clone());
+        let Some(group) = self.groups.get_mut(&split) else { return Ok(Applied::Nothing) };
+        let term = group.front_term();
+        let (mut batch, mut half_batch) = (Batch::default(), Batch::default());
+        let half = group.replica.divide(entry, term, &mut batch, &mut half_batch).map_err(on)?;
+        group.pop();
+        group.save(&mut batch);
+        let Some(half) = half else {
+            self.engine.write(batch)?;
+            return Ok(Applied::Split(None));
+        };
+        if !known {
+            let checkpoint = Checkpoint {
+                index: FIRST_ENTRY.0,
+                index_term: FIRST_ENTRY.1,
+                conf: group.raft.store().conf_state().clone(),
+                conf_index: FIRST_ENTRY.0,
+                state: half.state(),
+            };
+            batch.writes.append(&mut half_batch.writes);
+            batch.put(numbered(CHECKPOINTS, right), wire::encode_checkpoint(&checkpoint));
+            self.engine.write(batch)?;
+            self.engine.sync()?;
+            let mut log = RaftLog::after(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone());
+            // It may have heard of a later term already: what it said then it must not forget.
+            if let Some(met) = met.filter(|met| met.term > FIRST_ENTRY.1) {
+                log.set_hard_state(met);
+            }
+            self.groups.insert(right, Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine))?);
+        } else {
+            self.engine.write(batch)?;
+            self.engine.sync()?;
+        }
+        if let Some(group) = self.groups.get_mut(&split) {
+            group.saved();
+            group.replica.measure().map_err(on)?;
+        }
+        Ok(Applied::Split(Some(right)))
+    }
+
+    /// Nothing as long as the right half is not there, or has not retired yet on this node.
+    fn absorb(
+        &mut self,
+        split: SplitId,
+        entry: &Entry,
+        right: SplitId,
+    ) -> Result<Option<Applied>, NodeError> {
+        let on = |error| NodeError::Replica(split, error);
+        let ready = self.groups.get(&right).is_some_and(|group| group.replica.retired() == Some(split));
+        if !ready {
+            if let Some(group) = self.groups.get_mut(&split) {
+                group.stall();
+            }
+            return Ok(None);
+        }
+        let Some(half) = self.groups.remove(&right) else { return Ok(None) };
+        let mut batch = Batch::default();
+        self.note_gone(right, u64::MAX, &mut batch);
+        let Some(group) = self.groups.get_mut(&split) else { return Ok(None) };
+        let term = group.front_term();
+        group.replica.absorb(entry, term, &half.replica, &mut batch).map_err(on)?;
+        group.pop();
+        group.save(&mut batch);
+        self.engine.write(batch)?;
+        self.engine.sync()?;
+        group.saved();
+        group.replica.measure().map_err(on)?;
+        Ok(Some(Applied::Absorbed(right)))
     }
 }
 
@@ -217,19 +531,33 @@ impl<D: Disk> Groups<D> {
 pub struct Group {
     split: SplitId,
     me: NodeId,
-    nodes: Vec<NodeId>,
-    raft: RawNode<MemStorage>,
+    raft: RawNode<RaftLog>,
     replica: Replica,
     leader: Option<Leader>,
     lease_asked: bool,
+    /// Agreed on and not applied yet.
+    backlog: VecDeque<RaftEntry>,
+    /// Index and term of the last entry applied.
+    applied: (u64, u64),
+    checkpoint_index: u64,
+    /// The entry that made the split's nodes what they are.
+    conf_index: u64,
+    stalled_ticks: u32,
 }
 
 impl Group {
-    fn new(split: SplitId, me: NodeId, nodes: Vec<NodeId>, storage: MemStorage) -> Result<Self, NodeError> {
-        let place = nodes.iter().position(|node| *node == me).unwrap_or_default();
+    fn new(
+        me: NodeId,
+        split: SplitId,
+        log: RaftLog,
+        checkpoint: Checkpoint,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Self, NodeError> {
+        let place = usize::try_from(me.0 % ELECTION_PLACES).unwrap_or_default();
         let patience = ELECTION_TICKS + place * ELECTION_APART_TICKS;
         let config = Config {
             id: me.0,
+            applied: checkpoint.index,
             election_tick: ELECTION_TICKS,
             heartbeat_tick: HEARTBEAT_TICKS,
             min_election_tick: patience,
@@ -241,8 +569,23 @@ impl Group {
             ..Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
-        let raft = RawNode::new(&config, storage, &logger).map_err(|error| NodeError::Raft(split, error))?;
-        Ok(Self { split, me, nodes, raft, replica: Replica::default(), leader: None, lease_asked: false })
+        let raft = RawNode::new(&config, log, &logger).map_err(|error| NodeError::Raft(split, error))?;
+        let Checkpoint { index, index_term, conf_index, state, .. } = checkpoint;
+        let replica =
+            Replica::restore(engine, split, state).map_err(|error| NodeError::Replica(split, error))?;
+        Ok(Self {
+            split,
+            me,
+            raft,
+            replica,
+            leader: None,
+            lease_asked: false,
+            backlog: VecDeque::new(),
+            applied: (index, index_term),
+            checkpoint_index: index,
+            conf_index,
+            stalled_ticks: 0,
+        })
     }
 
     /// What this node knows of the split.
@@ -262,25 +605,133 @@ impl Group {
     ///
     /// When this node does not lead in the entry's term.
     pub fn propose(&mut self, entry: &Entry) -> Result<(), Dropped> {
-        let leads = self.raft.raft.state == StateRole::Leader && self.raft.raft.term == entry.term;
-        if !leads {
+        if !self.leads_in(entry.term) {
             return Err(Dropped::NotLeading);
         }
         Ok(self.raft.propose(Vec::new(), wire::encode_entry(entry))?)
     }
 
+    /// Asks for other nodes: those added learn first, and vote when they have caught up.
+    ///
+    /// # Errors
+    ///
+    /// When this node does not lead, or another change is under way.
+    pub fn propose_nodes(&mut self, changes: &[(NodeChange, NodeId)]) -> Result<(), Dropped> {
+        if self.raft.raft.state != StateRole::Leader {
+            return Err(Dropped::NotLeading);
+        }
+        let mut change = ConfChangeV2::default();
+        let single = |(kind, node): &(NodeChange, NodeId)| {
+            let mut single = ConfChangeSingle::default();
+            single.set_change_type(match kind {
+                NodeChange::Learn => ConfChangeType::AddLearnerNode,
+                NodeChange::Vote => ConfChangeType::AddNode,
+                NodeChange::Remove => ConfChangeType::RemoveNode,
+            });
+            single.node_id = node.0;
+            single
+        };
+        change.set_changes(changes.iter().map(single).collect::<Vec<_>>().into());
+        if changes.len() > 1 {
+            change.set_transition(ConfChangeTransition::Implicit);
+        }
+        Ok(self.raft.propose_conf_change(Vec::new(), change)?)
+    }
+
+    /// Asks another node of the split to lead it.
+    pub fn transfer(&mut self, to: NodeId) {
+        self.raft.transfer_leader(to.0);
+    }
+
+    /// The nodes of the split: those that vote, and those that learn.
+    pub fn nodes(&self) -> (Vec<NodeId>, Vec<NodeId>) {
+        let conf = self.raft.store().conf_state();
+        let ids = |nodes: &[u64]| nodes.iter().copied().map(NodeId).collect();
+        (ids(&conf.voters), ids(&conf.learners))
+    }
+
+    /// Whether its nodes are being changed.
+    pub fn changes_nodes(&self) -> bool {
+        !self.raft.store().conf_state().voters_outgoing.is_empty() || self.raft.raft.has_pending_conf()
+    }
+
+    /// Whether `node` has nearly all of the log, as its leader knows.
+    pub fn has_caught_up(&self, node: NodeId) -> bool {
+        let last = self.raft.raft.raft_log.last_index();
+        self.raft.raft.prs().get(node.0).is_some_and(|progress| progress.matched + CAUGHT_UP_ENTRIES >= last)
+    }
+
+    /// Walks over all rows to know how many there are.
+    ///
+    /// # Errors
+    ///
+    /// When the engine fails.
+    pub fn measure(&mut self) -> Result<(), NodeError> {
+        self.replica.measure().map_err(|error| NodeError::Replica(self.split, error))
+    }
+
+    /// The entry that made the split's nodes what they are.
+    pub fn conf_index(&self) -> u64 {
+        self.conf_index
+    }
+
+    /// Who leads, as far as this node knows.
+    pub fn led_by(&self) -> Option<NodeId> {
+        Some(self.raft.raft.leader_id).filter(|leader| *leader != 0).map(NodeId)
+    }
+
+    /// The term that this node is in.
+    pub fn term(&self) -> u64 {
+        self.raft.raft.term
+    }
+
     /// How far this node has applied the log.
     pub fn applied(&self) -> u64 {
-        self.raft.raft.raft_log.applied
+        self.applied.0
+    }
+
+    /// Whether there is more than a name: a new replica is empty until a snapshot comes.
+    pub fn is_filled(&self) -> bool {
+        self.raft.store().conf_state() != &ConfState::default()
+    }
+
+    fn tick(&mut self) {
+        self.raft.tick();
+        if !self.backlog.is_empty() {
+            self.stalled_ticks += 1;
+        }
+        // A split that was cut off is led where the whole was led, under the lease that it brought with it.
+        let inherits = self
+            .replica
+            .lease()
+            .granted()
+            .is_some_and(|grant| grant.holder.node == self.me && grant.holder.term == FIRST_TERM);
+        if inherits && self.raft.raft.term < FIRST_TERM {
+            // Who else has it already hears this; the others will.
+            self.raft.campaign().ok();
+        }
     }
 
     fn step(&mut self, message: Message) -> Result<(), Dropped> {
-        let known = self.nodes.contains(&NodeId(message.from)) && message.to == self.me.0;
-        if !known {
-            return Err(Dropped::Stranger { from: message.from, to: message.to });
+        let stranger = Dropped::Stranger { from: message.from, to: message.to, conf_index: self.conf_index };
+        if message.to != self.me.0 {
+            return Err(stranger);
+        }
+        let kind = message.get_msg_type();
+        if !self.is_filled() {
+            // It has promised nothing to anybody yet, so it does not vote either.
+            let vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+            return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
+        }
+        // A leader may have nodes in the split that this replica has not heard of; others may not.
+        let known = self.raft.raft.prs().get(message.from).is_some();
+        let leads =
+            matches!(kind, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
+        if !known && !leads {
+            return Err(stranger);
         }
         let last = self.raft.raft.raft_log.last_index();
-        if message.get_msg_type() == MessageType::MsgHeartbeat && message.commit > last {
+        if kind == MessageType::MsgHeartbeat && message.commit > last {
             return Err(Dropped::Forgot { acknowledged: message.commit, last });
         }
         Ok(self.raft.step(message)?)
@@ -289,7 +740,8 @@ impl Group {
     fn renew(&mut self, now: Interval) -> Result<(), Dropped> {
         self.follow_role();
         let Some(leader) = &self.leader else { return Ok(()) };
-        if self.lease_asked || self.replica.term() != leader.term() {
+        let waits = self.lease_asked || leader.is_frozen() || self.replica.retired().is_some();
+        if waits || self.replica.term() != leader.term() {
             return Ok(());
         }
         let Some(grant) = self.replica.lease().wanted(leader.tenure(), now) else { return Ok(()) };
@@ -309,65 +761,238 @@ impl Group {
         }
     }
 
-    fn persisted(&mut self, mut ready: Ready, record: &Record, turn: &mut Turn) -> Result<(), NodeError> {
-        remember(self.split, self.raft.store(), record)?;
-        self.say(ready.take_persisted_messages(), turn);
-        self.apply(ready.take_committed_entries(), turn)?;
-        let mut light = self.raft.advance(ready);
-        if let Some(commit) = light.commit_index() {
-            self.raft.store().wl().mut_hard_state().commit = commit;
+    fn leads_in(&self, term: u64) -> bool {
+        self.raft.raft.state == StateRole::Leader && self.raft.raft.term == term
+    }
+
+    /// Puts a snapshot of another node's in the place of everything here, and gives its index.
+    fn install(&mut self, ready: &Ready, engine: &Arc<dyn Engine>) -> Result<Option<u64>, NodeError> {
+        let on = |error| NodeError::Replica(self.split, error);
+        let snapshot = ready.snapshot();
+        let (index, term) = (snapshot.get_metadata().index, snapshot.get_metadata().term);
+        if index == 0 {
+            return Ok(None);
         }
-        self.say(light.take_messages(), turn);
-        self.apply(light.take_committed_entries(), turn)?;
-        self.raft.advance_apply();
+        let Image { mut checkpoint, rows, outcomes, kept_since } = wire::decode_image(snapshot.data.clone())?;
+        checkpoint.index = index;
+        checkpoint.index_term = term;
+        let mut batch = Batch::default();
+        self.replica.erase(&mut batch).map_err(on)?;
+        Replica::fill(self.split, engine, &mut batch, &rows, &outcomes, kept_since);
+        batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&checkpoint));
+        engine.write(batch)?;
+        engine.sync()?;
+        let conf = checkpoint.conf.clone();
+        self.replica = Replica::restore(Arc::clone(engine), self.split, checkpoint.state).map_err(on)?;
+        self.backlog.clear();
+        self.stalled_ticks = 0;
+        self.applied = (index, term);
+        self.checkpoint_index = index;
+        self.conf_index = checkpoint.conf_index;
+        self.raft.mut_store().restart(index, term, conf);
+        Ok(Some(index))
+    }
+
+    fn persisted(&mut self, mut ready: Ready, record: &Record, post: &mut dyn Post) -> Result<(), NodeError> {
+        let log = self.raft.mut_store();
+        if !log.append(&record.entries) {
+            let found = record.entries.first().map_or(0, |entry| entry.index);
+            return Err(NodeError::Hole { split: self.split, last: log.last(), found });
+        }
+        if let Some(hard_state) = &record.hard_state {
+            log.set_hard_state(hard_state.clone());
+        }
+        self.say(ready.take_persisted_messages(), post);
+        self.backlog.extend(ready.take_committed_entries());
+        let mut light = self.raft.advance_append(ready);
+        if let Some(commit) = light.commit_index() {
+            self.raft.mut_store().set_commit(commit);
+        }
+        if record.restart.is_some() {
+            self.raft.advance_apply_to(self.applied.0);
+        }
+        self.say(light.take_messages(), post);
+        self.backlog.extend(light.take_committed_entries());
         Ok(())
     }
 
-    fn say(&self, messages: Vec<Message>, turn: &mut Turn) {
-        turn.messages.extend(
-            messages.iter().map(|message| (self.split, NodeId(message.to), wire::encode_message(message))),
-        );
+    fn say(&self, messages: Vec<Message>, post: &mut dyn Post) {
+        for message in messages {
+            post.post(self.split, NodeId(message.to), wire::encode_message(&message));
+        }
     }
 
-    fn apply(&mut self, entries: Vec<raft::eraftpb::Entry>, turn: &mut Turn) -> Result<(), NodeError> {
-        for entry in entries {
-            if entry.get_entry_type() != EntryType::EntryNormal {
-                return Err(NodeError::Members(self.split));
-            }
-            if entry.data.is_empty() {
-                // Each leader logs an empty entry first: what stands before it is all that leaders before it logged.
-                self.replica.begin_term(entry.term);
-                if let Some(leader) = self.leader.as_mut().filter(|leader| leader.term() == entry.term) {
-                    leader.inherit(&self.replica);
-                }
-                continue;
-            }
-            let command = wire::decode_entry(&entry.data)?;
-            let applied = self.replica.apply(command, entry.term);
-            let applied = applied.map_err(|error| NodeError::Replica(self.split, error))?;
-            if let Some(leader) = &mut self.leader {
-                leader.applied(&applied);
-            }
-            if matches!(applied, Applied::Lease(_)) {
-                self.lease_asked = false;
-            }
-            turn.applied.push((self.split, applied));
+    fn front_term(&self) -> u64 {
+        self.backlog.front().map_or(0, |entry| entry.term)
+    }
+
+    /// The entry at the front is applied.
+    fn pop(&mut self) -> Option<RaftEntry> {
+        let entry = self.backlog.pop_front()?;
+        self.applied = (entry.index, entry.term);
+        self.raft.advance_apply_to(entry.index);
+        self.stalled_ticks = 0;
+        Some(entry)
+    }
+
+    /// Each leader logs an empty entry first: what stands before it is all that leaders before it logged.
+    fn begin_term(&mut self) {
+        let Some(entry) = self.pop() else { return };
+        self.replica.begin_term(entry.term);
+        if let Some(leader) = self.leader.as_mut().filter(|leader| leader.term() == entry.term) {
+            leader.inherit(&self.replica);
         }
+    }
+
+    fn apply_front(&mut self, entry: Entry) -> Result<Applied, NodeError> {
+        let term = self.front_term();
+        let applied = self.replica.apply(entry, term);
+        self.pop();
+        applied.map_err(|error| NodeError::Replica(self.split, error))
+    }
+
+    fn came_to(&mut self, applied: &Applied) {
+        if let Some(leader) = &mut self.leader {
+            leader.applied(applied);
+            if matches!(applied, Applied::Split(Some(_))) {
+                leader.forget_locks();
+            }
+            if matches!(applied, Applied::Split(_)) {
+                leader.thaw();
+            }
+        }
+        if matches!(applied, Applied::Lease(_)) {
+            self.lease_asked = false;
+        }
+    }
+
+    /// The split beside it may never come to where it is waited for, since the others are past that.
+    fn stall(&mut self) {
+        if self.stalled_ticks >= STALL_TICKS {
+            self.stalled_ticks = 0;
+            self.raft.request_snapshot().ok();
+        }
+    }
+
+    fn save(&self, batch: &mut Batch) {
+        batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&self.as_checkpoint()));
+    }
+
+    fn as_checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            index: self.applied.0,
+            index_term: self.applied.1,
+            conf: self.raft.store().conf_state().clone(),
+            conf_index: self.conf_index,
+            state: self.replica.state(),
+        }
+    }
+
+    /// The checkpoint is on disk: what stands before it is needed for followers a little behind at most.
+    fn saved(&mut self) {
+        self.checkpoint_index = self.applied.0;
+        let log = self.raft.mut_store();
+        let tail = if log.bytes() > TAIL_BYTES_MAX { 0 } else { TAIL_ENTRIES };
+        log.forget(self.applied.0.saturating_sub(tail));
+        log.drop_snapshot();
+    }
+
+    fn serve_snapshot(&mut self) -> Result<(), NodeError> {
+        if !self.raft.store().wants_snapshot() || !self.backlog.is_empty() {
+            return Ok(());
+        }
+        let on = |error| NodeError::Replica(self.split, error);
+        let checkpoint = self.as_checkpoint();
+        let mut rows = Vec::new();
+        self.replica
+            .rows()
+            .versions(self.replica.range(), &mut |key, version| rows.push((key, version)))
+            .map_err(|error| on(error.into()))?;
+        let conf = checkpoint.conf.clone();
+        let image = Image {
+            checkpoint,
+            rows,
+            outcomes: self.replica.outcomes().collect(),
+            kept_since: self.replica.rows().kept_since(),
+        };
+        let (index, term) = self.applied;
+        let snapshot = wire::raft_snapshot(wire::encode_image(&image).into(), index, term, conf);
+        self.raft.mut_store().offer(snapshot);
         Ok(())
     }
 }
 
-fn remember(split: SplitId, storage: &MemStorage, record: &Record) -> Result<(), NodeError> {
-    let on = |error| NodeError::Raft(split, error);
-    if let Some(first) = record.entries.first() {
-        let last = storage.last_index().map_err(on)?;
-        if first.index == 0 || first.index > last + 1 {
-            return Err(NodeError::Hole { split, last, found: first.index });
-        }
-        storage.wl().append(&record.entries).map_err(on)?;
+/// What a node becomes to a split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeChange {
+    /// It hears everything and has no vote.
+    Learn,
+    /// It has a vote.
+    Vote,
+    /// It has no part in the split any more.
+    Remove,
+}
+
+/// A learner with all but so many entries may vote.
+const CAUGHT_UP_ENTRIES: u64 = 100;
+
+/// Puts a record of the node's log back where it was.
+fn remember(
+    split: SplitId,
+    log: &mut RaftLog,
+    record: Record,
+    checkpoint: &Checkpoint,
+) -> Result<(), NodeError> {
+    if record.restart.is_some() {
+        log.restart(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone());
     }
-    if let Some(hard_state) = &record.hard_state {
-        storage.wl().set_hardstate(hard_state.clone());
+    // A snapshot that was installed, and the crash that kept the log from saying so: what it took the place of is of
+    // an earlier term.
+    let stale = record
+        .entries
+        .iter()
+        .any(|entry| entry.index > checkpoint.index && entry.term < checkpoint.index_term);
+    if !stale && !log.append(&record.entries) {
+        let found = record.entries.first().map_or(0, |entry| entry.index);
+        return Err(NodeError::Hole { split, last: log.last(), found });
+    }
+    if let Some(hard_state) = record.hard_state {
+        log.set_hard_state(hard_state);
     }
     Ok(())
+}
+
+fn note_segment(segments: &mut BTreeMap<u64, BTreeMap<SplitId, u64>>, segment: u64, record: &Record) {
+    let last = record.entries.last().map_or(0, |entry| entry.index).max(record.restart.unwrap_or(0));
+    let noted = segments.entry(segment).or_default().entry(SplitId(record.split)).or_default();
+    *noted = (*noted).max(last);
+}
+
+fn numbered(kind: u8, split: SplitId) -> Vec<u8> {
+    let mut key = vec![kind];
+    key.extend_from_slice(&split.0.to_be_bytes());
+    key
+}
+
+fn read_u64(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(bytes.try_into().ok()?))
+}
+
+fn read_numbered<T>(
+    engine: &dyn Engine,
+    kind: u8,
+    read: impl Fn(&[u8]) -> Result<T, WireError>,
+) -> Result<BTreeMap<SplitId, T>, NodeError> {
+    let mut found = Vec::new();
+    engine.walk(&[kind], &[kind + 1], &mut |key, value| {
+        found.push((key.get(1..).and_then(read_u64), read(value)));
+        ControlFlow::Continue(())
+    })?;
+    let mut numbered = BTreeMap::new();
+    for (split, value) in found {
+        if let Some(split) = split {
+            numbered.insert(SplitId(split), value?);
+        }
+    }
+    Ok(numbered)
 }

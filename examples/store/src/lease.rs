@@ -96,6 +96,28 @@ impl Lease {
         Ok(())
     }
 
+    /// The holder lets go as of `at`: it has assigned and shown nothing later, and will not serve again.
+    pub fn yield_at(&mut self, at: Timestamp) {
+        if let Some(held) = &mut self.granted {
+            held.end = held.end.min(at.next().max(held.start.next()));
+        }
+    }
+
+    /// The lease of a split that was cut off from one with this lease: of the same node in the first term that it can
+    /// lead there, if it has it here.
+    pub fn inherited(self, leader: Tenure, term: u64) -> Self {
+        let granted = self.granted.map(|held| match held.holder == leader {
+            true => Grant { holder: Tenure { node: leader.node, term }, ..held },
+            false => held,
+        });
+        Self { granted }
+    }
+
+    /// A lease from a checkpoint.
+    pub fn restore(granted: Option<Grant>) -> Self {
+        Self { granted }
+    }
+
     /// Whether `me` may answer now.
     pub fn serves(&self, me: Tenure, now: Interval) -> bool {
         self.granted

@@ -215,6 +215,11 @@ impl Mvcc {
         Ok(())
     }
 
+    /// Rows of another split were put into this one, of which nothing before `horizon` is whole.
+    pub fn keep_since(&mut self, horizon: Timestamp) {
+        self.kept_since = self.kept_since.max(horizon);
+    }
+
     /// The earliest snapshot that is whole.
     pub fn kept_since(&self) -> Timestamp {
         self.kept_since

@@ -5,15 +5,16 @@
 //! was never acknowledged and is cut off; a record that is broken anywhere else means a broken disk, and is an error.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
 /// A segment is closed when it is larger than this: what can be dropped is dropped by segments.
-pub const SEGMENT_BYTES: u64 = 64 << 20;
+pub const SEGMENT_BYTES: u64 = 16 << 20;
 /// More than the largest record that a split makes, less than what a length torn by a crash could ask us to allocate.
-pub const RECORD_BYTES_MAX: usize = 32 << 20;
+pub const RECORD_BYTES_MAX: usize = 64 << 20;
 
 const HEAD_BYTES: usize = 8;
 
@@ -67,6 +68,12 @@ pub trait Disk {
     ///
     /// When the disk fails.
     fn truncate(&mut self, segment: u64, length: u64) -> io::Result<()>;
+    /// Removes a segment that nobody needs any more.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    fn remove(&mut self, segment: u64) -> io::Result<()>;
     /// Opens a segment to write at its end, making it, durably, if it is not there.
     ///
     /// # Errors
@@ -96,7 +103,12 @@ pub struct Wal<D> {
     segment_bytes: u64,
     gathered: Vec<u8>,
     failed: bool,
+    /// Closed segments with their lengths, oldest first.
+    closed: VecDeque<(u64, u64)>,
 }
+
+/// A record, and the segment that it is in.
+pub type Kept = (u64, Vec<u8>);
 
 impl<D: Disk> Wal<D> {
     /// Opens the log and gives every record in it, in order.
@@ -104,19 +116,22 @@ impl<D: Disk> Wal<D> {
     /// # Errors
     ///
     /// When the disk fails, or holds what was not written so.
-    pub fn open(disk: D) -> Result<(Self, Vec<Vec<u8>>), WalError> {
+    pub fn open(disk: D) -> Result<(Self, Vec<Kept>), WalError> {
         Self::open_with(disk, SEGMENT_BYTES)
     }
 
-    fn open_with(mut disk: D, segment_bytes: u64) -> Result<(Self, Vec<Vec<u8>>), WalError> {
+    fn open_with(mut disk: D, segment_bytes: u64) -> Result<(Self, Vec<Kept>), WalError> {
         let segments = disk.segments().map_err(|source| WalError::Io { segment: 0, source })?;
         let last = segments.last().copied().unwrap_or(0);
         let mut records = Vec::new();
         let mut length = 0;
+        let mut closed = VecDeque::new();
         for segment in segments {
             let on = |source| WalError::Io { segment, source };
             let bytes = disk.read(segment).map_err(on)?;
-            let whole = read_records(&bytes, &mut records);
+            let mut found = Vec::new();
+            let whole = read_records(&bytes, &mut found);
+            records.extend(found.into_iter().map(|record| (segment, record)));
             if whole < bytes.len() {
                 if segment != last {
                     return Err(WalError::Broken { segment, offset: whole });
@@ -124,10 +139,12 @@ impl<D: Disk> Wal<D> {
                 disk.truncate(segment, whole as u64).map_err(on)?;
             }
             length = whole as u64;
+            closed.push_back((segment, length));
         }
+        closed.pop_back();
         disk.open(last).map_err(|source| WalError::Io { segment: last, source })?;
         Ok((
-            Self { disk, segment: last, length, segment_bytes, gathered: Vec::new(), failed: false },
+            Self { disk, segment: last, length, segment_bytes, gathered: Vec::new(), failed: false, closed },
             records,
         ))
     }
@@ -146,21 +163,49 @@ impl<D: Disk> Wal<D> {
         Ok(())
     }
 
-    /// Makes all gathered records durable with one write and one sync. Nothing to gather, nothing written.
+    /// Makes all gathered records durable with one write and one sync. Nothing gathered, nothing written: false.
     ///
     /// # Errors
     ///
     /// When the disk fails; and ever after, since what it holds then is not known.
-    pub fn commit(&mut self) -> Result<(), WalError> {
+    pub fn commit(&mut self) -> Result<bool, WalError> {
         if self.failed {
             return Err(WalError::Failed);
         }
         if self.gathered.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let written = self.write();
         self.failed = written.is_err();
-        written.map_err(|source| WalError::Io { segment: self.segment, source })
+        written.map(|()| true).map_err(|source| WalError::Io { segment: self.segment, source })
+    }
+
+    /// The segment that the next commit writes into.
+    pub fn next_segment(&self) -> u64 {
+        if self.begins_segment() { self.segment + 1 } else { self.segment }
+    }
+
+    /// Whether the next commit begins a segment: what must never be dropped has to be said again there.
+    pub fn begins_segment(&self) -> bool {
+        self.length >= self.segment_bytes
+    }
+
+    /// Drops closed segments, oldest first, as long as nobody needs them.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    pub fn drop_segments(&mut self, mut needed: impl FnMut(u64) -> bool) -> Result<(), WalError> {
+        while let Some((segment, _)) = self.closed.front().copied().filter(|(segment, _)| !needed(*segment)) {
+            self.disk.remove(segment).map_err(|source| WalError::Io { segment, source })?;
+            self.closed.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Bytes that are kept.
+    pub fn bytes(&self) -> u64 {
+        self.length + self.closed.iter().map(|(_, length)| length).sum::<u64>()
     }
 
     /// The disk, to be opened again.
@@ -169,7 +214,8 @@ impl<D: Disk> Wal<D> {
     }
 
     fn write(&mut self) -> io::Result<()> {
-        if self.length >= self.segment_bytes {
+        if self.begins_segment() {
+            self.closed.push_back((self.segment, self.length));
             self.segment += 1;
             self.length = 0;
             self.disk.open(self.segment)?;
@@ -253,6 +299,10 @@ impl Disk for Directory {
         file.sync_all()
     }
 
+    fn remove(&mut self, segment: u64) -> io::Result<()> {
+        fs::remove_file(self.file(segment))
+    }
+
     fn open(&mut self, segment: u64) -> io::Result<()> {
         self.open = Some(OpenOptions::new().append(true).create(true).open(self.file(segment))?);
         // A file whose name is not durable is lost with all that was synced into it.
@@ -291,7 +341,8 @@ mod tests {
     }
 
     fn records(path: &Path) -> Result<Vec<Vec<u8>>, WalError> {
-        Wal::open_with(Directory::new(path).unwrap(), 64).map(|(_, records)| records)
+        Wal::open_with(Directory::new(path).unwrap(), 64)
+            .map(|(_, records)| records.into_iter().map(|(_, record)| record).collect())
     }
 
     fn batches() -> impl Strategy<Value = Vec<Vec<Vec<u8>>>> {
@@ -351,6 +402,19 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_needs_is_dropped_from_the_front() {
+        let home = tempfile::tempdir().unwrap();
+        written(home.path(), &vec![vec![vec![7; 100]]; 4]);
+        let (mut wal, kept) = Wal::open_with(Directory::new(home.path()).unwrap(), 64).unwrap();
+        assert_eq!(kept.iter().map(|(segment, _)| *segment).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        let before = wal.bytes();
+        wal.drop_segments(|segment| segment == 2).unwrap();
+        assert_eq!(wal.bytes(), before / 2);
+        wal.drop_segments(|_| false).unwrap();
+        assert_eq!(records(home.path()).unwrap().len(), 1, "the open one stays");
+    }
+
+    #[test]
     fn zeros_at_the_end_are_no_records() {
         let home = tempfile::tempdir().unwrap();
         written(home.path(), &[vec![b"one".to_vec()]]);
@@ -372,6 +436,9 @@ mod tests {
             Ok(vec![])
         }
         fn truncate(&mut self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn remove(&mut self, _: u64) -> io::Result<()> {
             Ok(())
         }
         fn open(&mut self, _: u64) -> io::Result<()> {

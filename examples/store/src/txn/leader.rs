@@ -18,6 +18,9 @@ pub enum Refusal {
     /// It has no lease now, or has not yet applied what the leader before it logged.
     #[error("this node does not serve the split now")]
     NotServing,
+    /// The split is about to be changed, and nothing new begins.
+    #[error("the split is about to be changed")]
+    Frozen,
     /// The transaction holds no locks here: an older one ended it, or the leader has changed.
     #[error(
         "the transaction was ended by an older one or by a change of leader; begin again with the same age"
@@ -66,6 +69,8 @@ pub struct Leader {
     last: Timestamp,
     /// Commits proposed and not applied, with what they write.
     proposed: BTreeMap<TxnId, (Timestamp, Vec<Range>)>,
+    /// Nothing is assigned or shown any more until the split, or its leader, is another.
+    frozen: bool,
 }
 
 impl Leader {
@@ -79,6 +84,7 @@ impl Leader {
             heard: BTreeMap::new(),
             last: Timestamp::ZERO,
             proposed: BTreeMap::new(),
+            frozen: false,
         }
     }
 
@@ -201,7 +207,7 @@ impl Leader {
         outcome: Outcome,
         now: Interval,
     ) -> Result<Entry, Refusal> {
-        self.check_serving(replica, now)?;
+        self.check_lease(replica, now)?;
         if let Some(ended) = replica.outcome(txn) {
             return Err(Refusal::Ended(ended));
         }
@@ -217,9 +223,84 @@ impl Leader {
     ///
     /// [`Refusal::NotServing`].
     pub fn close(&mut self, replica: &Replica, now: Interval) -> Result<Entry, Refusal> {
+        self.close_at(replica, now.earliest, now)
+    }
+
+    /// An entry that closes `at`, for a replica that was asked for that moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`], and [`Refusal::Future`].
+    pub fn close_at(&mut self, replica: &Replica, at: Timestamp, now: Interval) -> Result<Entry, Refusal> {
         self.check_serving(replica, now)?;
-        self.last = self.last.max(now.earliest);
+        if at > now.latest {
+            return Err(Refusal::Future { asked: at, latest: now.latest });
+        }
+        if at > self.last && !replica.lease.covers(self.me, at) {
+            return Err(Refusal::NotServing);
+        }
+        self.last = self.last.max(at);
         Ok(self.entry(self.last, Command::Close))
+    }
+
+    /// From here on nothing new begins: what is under way ends, and then the split can be changed.
+    pub fn freeze(&mut self) {
+        self.frozen = true;
+    }
+
+    /// The change is off.
+    pub fn thaw(&mut self) {
+        self.frozen = false;
+    }
+
+    /// Whether nothing new begins.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
+    /// Whether nothing that it began is under way any more.
+    pub fn is_drained(&self, replica: &Replica) -> bool {
+        self.proposed.is_empty() && replica.prepared.is_empty()
+    }
+
+    /// An entry that changes the split: of what was frozen and is drained.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`], and [`Refusal::Committing`] while something is under way.
+    pub fn change(&self, replica: &Replica, command: Command, now: Interval) -> Result<Entry, Refusal> {
+        self.check_lease(replica, now)?;
+        if !self.frozen || !self.is_drained(replica) {
+            return Err(Refusal::Committing);
+        }
+        Ok(self.entry(self.last, command))
+    }
+
+    /// An entry that takes in a split whose leaders assigned and showed nothing after `over`, which has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`].
+    pub fn absorb(
+        &mut self,
+        replica: &Replica,
+        command: Command,
+        over: Timestamp,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
+        self.check_serving(replica, now)?;
+        if !now.is_after(over) {
+            return Err(Refusal::NotServing);
+        }
+        self.last = self.last.max(over);
+        Ok(self.entry(self.last, command))
+    }
+
+    /// The split is another: whoever held locks begins again. Only what is prepared must not, and nothing was.
+    pub fn forget_locks(&mut self) {
+        self.locks = LockTable::default();
+        self.reads.clear();
+        self.heard.clear();
     }
 
     /// An entry that says of `txns`, decided here, that every participant has logged the decision.
@@ -232,15 +313,23 @@ impl Leader {
         self.entry(self.last, Command::Lease(grant))
     }
 
-    /// An entry that forgets what is older than `horizon`, or than what somebody may still be reading.
+    /// An entry that forgets versions that are older than `horizon`, or than what somebody may still be reading, and
+    /// outcomes of attempts that began before `outcomes`.
     ///
     /// # Errors
     ///
     /// [`Refusal::NotServing`].
-    pub fn collect(&self, replica: &Replica, horizon: Timestamp, now: Interval) -> Result<Entry, Refusal> {
+    pub fn collect(
+        &self,
+        replica: &Replica,
+        horizon: Timestamp,
+        outcomes: Timestamp,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
         self.check_serving(replica, now)?;
-        let horizon = horizon.min(replica.safe.safe());
-        Ok(self.entry(self.last, Command::Collect { horizon }))
+        let safe = replica.safe.safe();
+        let (horizon, outcomes) = (horizon.min(safe), outcomes.min(safe));
+        Ok(self.entry(self.last, Command::Collect { horizon, outcomes }))
     }
 
     /// Whether the snapshot of `range` at `at` can be shown. If so, nothing is committed at or before `at` any more:
@@ -263,10 +352,12 @@ impl Leader {
         if at > self.last && !replica.lease.covers(self.me, at) {
             return Err(Refusal::NotServing);
         }
-        let under_way = self.proposed.values().map(|(from, spans)| (*from, spans.clone()));
-        let promised = replica.in_doubt().map(|(_, prepared)| (prepared.at, spans_of(&prepared.writes)));
-        let touches = |spans: &[Range]| spans.iter().any(|span| span.overlaps(range));
-        if under_way.chain(promised).any(|(from, spans)| from <= at && touches(&spans)) {
+        let mut under_way = self.proposed.values().filter(|(from, _)| *from <= at);
+        if under_way.any(|(_, spans)| spans.iter().any(|span| span.overlaps(range))) {
+            return Ok(Snapshot::NotYet);
+        }
+        let mut promised = replica.prepared.values().filter(|prepared| prepared.at <= at);
+        if promised.any(|prepared| prepared.writes.iter().any(|write| range.contains(&write.key))) {
             return Ok(Snapshot::NotYet);
         }
         self.last = self.last.max(at);
@@ -342,8 +433,19 @@ impl Leader {
         self.last.max(start).max(replica.safe.closed()).max(replica.newest).next()
     }
 
-    fn check_serving(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
-        let serves = replica.term == self.me.term && replica.lease.serves(self.me, now);
+    /// Whether it may answer now.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`] and [`Refusal::Frozen`].
+    pub fn check_serving(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
+        self.check_lease(replica, now)?;
+        if self.frozen { Err(Refusal::Frozen) } else { Ok(()) }
+    }
+
+    fn check_lease(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
+        let serves =
+            replica.term == self.me.term && replica.retired().is_none() && replica.lease.serves(self.me, now);
         if serves { Ok(()) } else { Err(Refusal::NotServing) }
     }
 

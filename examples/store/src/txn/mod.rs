@@ -17,11 +17,20 @@ mod coordinator;
 mod leader;
 mod replica;
 
-use crate::{keys::Range, lease::Grant, locks::Age, mvcc::Mutation, truetime::Timestamp};
+use bytes::Bytes;
+
+use crate::{
+    keys::{Key, Range},
+    lease::{Grant, NodeId},
+    locks::Age,
+    mvcc::Mutation,
+    truetime::Timestamp,
+};
 
 pub use coordinator::{Coordinator, Verdict};
 pub use leader::{IDLE, Leader, Refusal, Snapshot};
-pub use replica::{Applied, Prepared, Replica, ReplicaError};
+pub(crate) use replica::FIRST_TERM;
+pub use replica::{Applied, Prepared, Replica, ReplicaError, State};
 
 /// One attempt of a transaction. The client makes it, so that it can ask how a commit ended whose answer was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -98,10 +107,36 @@ pub enum Command {
         /// How it ended.
         outcome: Outcome,
     },
-    /// Versions and outcomes from before this are forgotten.
+    /// Versions and outcomes of long ago are forgotten.
     Collect {
         /// The earliest snapshot that stays.
         horizon: Timestamp,
+        /// Outcomes of attempts that began before this go.
+        outcomes: Timestamp,
+    },
+    /// The holder of the lease lets go of it, as of the entry's closed timestamp: so that another need not wait for it
+    /// to run out.
+    Yield,
+    /// The rows from `at` on are a split of their own from here on. Nothing is prepared then.
+    Split {
+        /// Where it begins.
+        at: Key,
+        /// Its number.
+        right: SplitId,
+        /// Who leads this one, and so that one at first.
+        leader: NodeId,
+    },
+    /// This split serves nobody any more and waits to be absorbed. Nothing is prepared or unsettled then.
+    Retire {
+        /// The split to its left.
+        into: SplitId,
+    },
+    /// Takes in the split to the right, which has retired and whose last lease is over.
+    Absorb {
+        /// Which.
+        right: SplitId,
+        /// Where it ended.
+        end: Option<Bytes>,
     },
 }
 

@@ -1,15 +1,24 @@
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
+
+use bytes::Bytes;
 
 use super::{Command, Entry, Outcome, SplitId, TxnId, spans_of};
 use crate::{
-    engine::{Batch, Engine, EngineError, Memory},
-    keys::Range,
-    lease::{Lease, LeaseError},
+    engine::{Batch, Engine, EngineError},
+    keys::{Key, Range},
+    lease::{Lease, LeaseError, Tenure},
     locks::Age,
-    mvcc::{Mutation, Mvcc, MvccError},
+    mvcc::{Mutation, Mvcc, MvccError, Version},
     safe_time::SafeTime,
     truetime::Timestamp,
 };
+
+/// In the engine, what begins with this says how attempts ended: split, attempt.
+const OUTCOMES: u8 = b'o';
+/// In the engine, the earliest snapshot that is whole: split.
+const KEPT: u8 = b'k';
+/// The first term that a split which was cut off can be led in.
+pub(crate) const FIRST_TERM: u64 = 2;
 
 /// A participant's promise.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +46,14 @@ pub enum Applied {
     Prepared(TxnId, Timestamp),
     /// The transaction has ended here, now or before, and this is how.
     Ended(TxnId, Outcome),
+    /// Rows were forgotten.
+    Collected,
+    /// The split was cut in two; without a number it was not, since a promise stood in the way.
+    Split(Option<SplitId>),
+    /// The split serves nobody any more.
+    Retired,
+    /// The split to the right is part of this one.
+    Absorbed(SplitId),
 }
 
 /// What a log that was kept rightly never holds: the replica must stop, since its state cannot be trusted.
@@ -61,64 +78,140 @@ pub enum ReplicaError {
     /// A commit that nothing was prepared for.
     #[error("transaction {0:?} committed without a promise here")]
     Unprepared(TxnId),
-    /// The rows cannot be read.
-    #[error("the split's rows")]
-    Rows(#[from] MvccError),
+    /// A write of a row that is not in this split.
+    #[error("a write of a row that another split has")]
+    Elsewhere,
+    /// A promise or decision after the split had retired.
+    #[error("a transaction in a split that has retired")]
+    Retired,
     /// The rows cannot be written.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The rows cannot be read.
+    #[error(transparent)]
+    Rows(#[from] MvccError),
+}
+
+/// All of a replica but its rows and outcomes, which the engine has: what a checkpoint holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// What the split holds.
+    pub range: Option<Range>,
+    /// Goes up with each change of range or nodes.
+    pub generation: u64,
+    /// What the log has closed.
+    pub closed: Timestamp,
+    /// The lease.
+    pub lease: Lease,
+    /// Promises whose coordinator has not been heard.
+    pub prepared: BTreeMap<TxnId, Prepared>,
+    /// Decisions made here that some participant may not have heard.
+    pub unsettled: BTreeMap<TxnId, Vec<SplitId>>,
+    /// The latest commit, of a transaction that only read here too.
+    pub newest: Timestamp,
+    /// The term of the last entry applied.
+    pub term: u64,
+    /// Attempts from before this may have an outcome that is forgotten.
+    pub outcomes_since: Timestamp,
+    /// Whom it waits to be part of.
+    pub retired: Option<SplitId>,
 }
 
 /// The replicated state of one split: a function of its log.
-#[derive(Clone, Debug)]
+///
+/// Rows and outcomes are in the engine as soon as an entry is applied; all else is when a checkpoint is made. After a
+/// crash the log is applied again from the checkpoint on, over rows that may be later already: writing a version again
+/// changes nothing, and an outcome that is there already is the one that the log leads to.
+#[derive(Clone)]
 pub struct Replica {
-    engine: Memory,
+    split: SplitId,
+    engine: Arc<dyn Engine>,
+    range: Range,
+    generation: u64,
     pub(crate) rows: Mvcc,
     pub(crate) safe: SafeTime,
     pub(crate) lease: Lease,
     pub(crate) prepared: BTreeMap<TxnId, Prepared>,
-    pub(crate) outcomes: BTreeMap<TxnId, Outcome>,
-    /// Decisions made here that some participant may not have heard.
-    pub(crate) unsettled: BTreeMap<TxnId, Vec<SplitId>>,
-    /// The latest commit, of a transaction that only read here too.
+    outcomes: BTreeMap<TxnId, Outcome>,
+    outcomes_since: Timestamp,
+    unsettled: BTreeMap<TxnId, Vec<SplitId>>,
     pub(crate) newest: Timestamp,
     pub(crate) term: u64,
-}
-
-impl Default for Replica {
-    fn default() -> Self {
-        let engine = Memory::default();
-        Self {
-            rows: Mvcc::new(Arc::new(engine.clone()), SplitId(0), Timestamp::ZERO),
-            engine,
-            safe: SafeTime::default(),
-            lease: Lease::default(),
-            prepared: BTreeMap::new(),
-            outcomes: BTreeMap::new(),
-            unsettled: BTreeMap::new(),
-            newest: Timestamp::ZERO,
-            term: 0,
-        }
-    }
+    retired: Option<SplitId>,
+    /// Rows and bytes, about: what is written counts until the next walk over all rows.
+    size: (u64, u64),
 }
 
 impl Replica {
-    /// Takes the next entry of the log, which stands there with `term`.
+    /// The replica that `state` was saved of, with the rows that the engine has for it.
     ///
     /// # Errors
     ///
-    /// When the log contradicts itself.
-    pub fn apply(&mut self, entry: Entry, term: u64) -> Result<Applied, ReplicaError> {
-        if entry.term != term {
-            return Err(ReplicaError::Term { made: entry.term, logged: term });
+    /// When the engine fails.
+    pub fn restore(engine: Arc<dyn Engine>, split: SplitId, state: State) -> Result<Self, ReplicaError> {
+        let mut safe = SafeTime::default();
+        safe.close(state.closed);
+        for (txn, prepared) in &state.prepared {
+            safe.prepare(*txn, prepared.at, spans_of(&prepared.writes));
         }
-        self.term = term;
-        let closed = self.safe.closed();
+        let kept = engine.get(&kept_key(split))?.as_deref().and_then(read_u64).map(Timestamp);
+        let rows = Mvcc::new(Arc::clone(&engine), split, kept.unwrap_or_default());
+        let mut replica = Self {
+            split,
+            range: state.range.unwrap_or_else(Range::all),
+            generation: state.generation,
+            rows,
+            safe,
+            lease: state.lease,
+            prepared: state.prepared,
+            outcomes: read_outcomes(&*engine, split)?,
+            outcomes_since: state.outcomes_since,
+            unsettled: state.unsettled,
+            newest: state.newest,
+            term: state.term,
+            retired: state.retired,
+            size: (0, 0),
+            engine,
+        };
+        replica.measure()?;
+        Ok(replica)
+    }
+
+    /// What a checkpoint holds of it.
+    pub fn state(&self) -> State {
+        State {
+            range: Some(self.range.clone()),
+            generation: self.generation,
+            closed: self.safe.closed(),
+            lease: self.lease,
+            prepared: self.prepared.clone(),
+            unsettled: self.unsettled.clone(),
+            newest: self.newest,
+            term: self.term,
+            outcomes_since: self.outcomes_since,
+            retired: self.retired,
+        }
+    }
+
+    /// Takes the next entry of the log, which stands there with `term`. [`Command::Split`] and [`Command::Absorb`] are
+    /// for [`Replica::divide`] and [`Replica::absorb`].
+    ///
+    /// # Errors
+    ///
+    /// When the log contradicts itself, or the engine fails.
+    pub fn apply(&mut self, entry: Entry, term: u64) -> Result<Applied, ReplicaError> {
+        let closed = self.begin(&entry, term)?;
+        let mut batch = Batch::default();
         let applied = match entry.command {
-            Command::Close => Applied::Nothing,
+            Command::Close | Command::Split { .. } | Command::Absorb { .. } => Applied::Nothing,
+            Command::Lease(_) if self.retired.is_some() => Applied::Nothing,
             Command::Lease(grant) => Applied::Lease(self.lease.grant(grant)),
+            Command::Yield => {
+                self.lease.yield_at(entry.closed);
+                Applied::Nothing
+            }
             Command::Commit { txn, at, writes, participants } => {
-                let applied = self.commit(txn, at, &writes, closed)?;
+                let applied = self.commit(&mut batch, txn, at, &writes, closed)?;
                 if applied == Applied::Ended(txn, Outcome::Committed(at)) && !participants.is_empty() {
                     self.unsettled.insert(txn, participants);
                 }
@@ -129,29 +222,178 @@ impl Replica {
                 Applied::Nothing
             }
             Command::Prepare { txn, prepared } => self.prepare(txn, prepared, closed)?,
-            Command::Resolve { txn, outcome } => self.resolve(txn, outcome)?,
-            Command::Collect { horizon } => {
-                let mut batch = Batch::default();
-                self.rows.collect(&mut batch, horizon)?;
-                self.engine.write(batch)?;
-                self.outcomes.retain(|txn, _| txn.started >= horizon || self.unsettled.contains_key(txn));
-                Applied::Nothing
+            Command::Resolve { txn, outcome } => self.resolve(&mut batch, txn, outcome)?,
+            Command::Collect { horizon, outcomes } => self.collect(&mut batch, horizon, outcomes)?,
+            Command::Retire { into } => {
+                self.retired = Some(into);
+                // Its leader made the entry under its own lease, and serves no more.
+                self.lease.yield_at(entry.closed);
+                Applied::Retired
             }
         };
+        self.engine.write(batch)?;
+        if applied == Applied::Collected {
+            self.measure()?;
+        }
         self.safe.close(entry.closed);
         Ok(applied)
+    }
+
+    /// What [`Replica::apply`] is for other commands, for [`Command::Split`]. What is written of this one goes into
+    /// `batch` and what is written of the other into `half_batch`, for the caller to write together with checkpoints.
+    ///
+    /// # Errors
+    ///
+    /// When the log contradicts itself, or the engine fails.
+    pub fn divide(
+        &mut self,
+        entry: &Entry,
+        term: u64,
+        batch: &mut Batch,
+        half_batch: &mut Batch,
+    ) -> Result<Option<Self>, ReplicaError> {
+        self.begin(entry, term)?;
+        self.safe.close(entry.closed);
+        let Command::Split { at, right, leader } = &entry.command else { return Ok(None) };
+        let halves = (
+            Range::between(self.range.start().clone(), Some(at.as_bytes().clone())),
+            Range::between(at.as_bytes().clone(), self.range.end().cloned()),
+        );
+        let (Ok(left_range), Ok(right_range)) = halves else { return Ok(None) };
+        let open = !self.prepared.is_empty() || self.retired.is_some();
+        if open || left_range.is_empty() || right_range.is_empty() {
+            return Ok(None);
+        }
+        self.generation += 1;
+        let mut half = Self {
+            split: *right,
+            engine: Arc::clone(&self.engine),
+            range: right_range,
+            generation: self.generation,
+            rows: Mvcc::new(Arc::clone(&self.engine), *right, self.rows.kept_since()),
+            safe: self.safe.clone(),
+            lease: self.lease.inherited(Tenure { node: *leader, term }, FIRST_TERM),
+            prepared: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            outcomes_since: self.outcomes_since,
+            unsettled: BTreeMap::new(),
+            newest: self.newest,
+            term: 0,
+            retired: None,
+            size: (0, 0),
+        };
+        half.take_from(self, half_batch)?;
+        self.rows.clear(batch, &half.range)?;
+        self.range = left_range;
+        Ok(Some(half))
+    }
+
+    /// What [`Replica::apply`] is for other commands, for [`Command::Absorb`], with the replica of the right half on
+    /// this node, which has retired. All that is written goes into `batch`, for the caller to write together with the
+    /// checkpoint of this one and the end of that.
+    ///
+    /// # Errors
+    ///
+    /// When the log contradicts itself, or the engine fails.
+    pub fn absorb(
+        &mut self,
+        entry: &Entry,
+        term: u64,
+        right: &Self,
+        batch: &mut Batch,
+    ) -> Result<(), ReplicaError> {
+        self.begin(entry, term)?;
+        self.take_from(right, batch)?;
+        self.range = Range::between(self.range.start().clone(), right.range.end().cloned())
+            .map_err(|_| ReplicaError::Elsewhere)?;
+        self.generation = self.generation.max(right.generation) + 1;
+        self.safe.close(entry.closed);
+        right.erase(batch)
+    }
+
+    /// Puts rows and outcomes of a split into the engine, for [`Replica::restore`].
+    pub(crate) fn fill(
+        split: SplitId,
+        engine: &Arc<dyn Engine>,
+        batch: &mut Batch,
+        versions: &[(Key, Version)],
+        outcomes: &[(TxnId, Outcome)],
+        kept_since: Timestamp,
+    ) {
+        let rows = Mvcc::new(Arc::clone(engine), split, kept_since);
+        for (key, version) in versions {
+            rows.put_version(batch, key, version);
+        }
+        for (txn, outcome) in outcomes {
+            put_outcome(batch, split, *txn, *outcome);
+        }
+        batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
+    }
+
+    /// Removes everything that the engine has of this split.
+    ///
+    /// # Errors
+    ///
+    /// When the engine fails.
+    pub fn erase(&self, batch: &mut Batch) -> Result<(), ReplicaError> {
+        self.rows.clear(batch, &Range::all())?;
+        for txn in self.outcomes.keys() {
+            batch.delete(outcome_key(self.split, *txn));
+        }
+        batch.delete(kept_key(self.split));
+        Ok(())
+    }
+
+    /// Walks over all rows to know how many there are.
+    ///
+    /// # Errors
+    ///
+    /// When the engine fails.
+    pub fn measure(&mut self) -> Result<(), ReplicaError> {
+        self.size = self.rows.size(&self.range)?;
+        Ok(())
     }
 
     /// How `txn` ended. `None` is "not yet", so far as this replica has applied the log.
     pub fn outcome(&self, txn: TxnId) -> Option<Outcome> {
         // What began before everything kept may have an outcome that is forgotten; nobody can begin it again.
-        let forgotten = txn.started < self.rows.kept_since() && !self.prepared.contains_key(&txn);
+        let forgotten = txn.started < self.outcomes_since && !self.prepared.contains_key(&txn);
         self.outcomes.get(&txn).copied().or_else(|| forgotten.then_some(Outcome::Aborted))
+    }
+
+    /// All outcomes that are kept.
+    pub fn outcomes(&self) -> impl Iterator<Item = (TxnId, Outcome)> {
+        self.outcomes.iter().map(|(txn, outcome)| (*txn, *outcome))
+    }
+
+    /// Its number.
+    pub fn split(&self) -> SplitId {
+        self.split
+    }
+
+    /// What it holds.
+    pub fn range(&self) -> &Range {
+        &self.range
+    }
+
+    /// Goes up with each change of range or nodes.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The nodes of the split are others now.
+    pub fn change_nodes(&mut self) {
+        self.generation += 1;
     }
 
     /// Its rows.
     pub fn rows(&self) -> &Mvcc {
         &self.rows
+    }
+
+    /// Rows and bytes, about.
+    pub fn size(&self) -> (u64, u64) {
+        self.size
     }
 
     /// Its lease.
@@ -174,6 +416,11 @@ impl Replica {
         self.unsettled.iter().map(|(txn, participants)| (*txn, participants.as_slice()))
     }
 
+    /// Whom it waits to be part of, if it serves nobody any more.
+    pub fn retired(&self) -> Option<SplitId> {
+        self.retired
+    }
+
     /// A term began: the empty entry that each new leader of a consensus group logs first.
     pub fn begin_term(&mut self, term: u64) {
         self.term = term;
@@ -184,21 +431,32 @@ impl Replica {
         self.term
     }
 
+    /// Checks an entry and gives what was closed before it.
+    fn begin(&mut self, entry: &Entry, term: u64) -> Result<Timestamp, ReplicaError> {
+        if entry.term != term {
+            return Err(ReplicaError::Term { made: entry.term, logged: term });
+        }
+        self.term = term;
+        Ok(self.safe.closed())
+    }
+
     fn commit(
         &mut self,
+        batch: &mut Batch,
         txn: TxnId,
         at: Timestamp,
         writes: &[Mutation],
         closed: Timestamp,
     ) -> Result<Applied, ReplicaError> {
         if let Some(outcome) = self.outcome(txn) {
-            return Ok(Applied::Ended(txn, outcome));
+            return Ok(self.again(txn, outcome));
         }
+        self.check_open(writes)?;
         if at <= closed {
             return Err(ReplicaError::Closed { at, closed });
         }
-        self.write(writes, at)?;
-        Ok(self.end(txn, Outcome::Committed(at)))
+        self.write(batch, writes, at);
+        Ok(self.end(batch, txn, Outcome::Committed(at)))
     }
 
     fn prepare(
@@ -208,11 +466,12 @@ impl Replica {
         closed: Timestamp,
     ) -> Result<Applied, ReplicaError> {
         if let Some(outcome) = self.outcome(txn) {
-            return Ok(Applied::Ended(txn, outcome));
+            return Ok(self.again(txn, outcome));
         }
         if let Some(before) = self.prepared.get(&txn) {
             return Ok(Applied::Prepared(txn, before.at));
         }
+        self.check_open(&prepared.writes)?;
         if prepared.at <= closed {
             return Err(ReplicaError::Closed { at: prepared.at, closed });
         }
@@ -222,31 +481,152 @@ impl Replica {
         Ok(Applied::Prepared(txn, at))
     }
 
-    fn resolve(&mut self, txn: TxnId, outcome: Outcome) -> Result<Applied, ReplicaError> {
+    fn resolve(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) -> Result<Applied, ReplicaError> {
         if let Some(outcome) = self.outcome(txn) {
-            return Ok(Applied::Ended(txn, outcome));
+            // When the log is applied again, the promise may be older than the engine's outcome.
+            self.prepared.remove(&txn);
+            self.safe.resolve(txn);
+            return Ok(self.again(txn, outcome));
         }
         let promised = self.prepared.remove(&txn);
         if let Outcome::Committed(at) = outcome {
             let promised =
                 promised.filter(|promised| promised.at <= at).ok_or(ReplicaError::Unprepared(txn))?;
-            self.write(&promised.writes, at)?;
+            self.write(batch, &promised.writes, at);
         }
         self.safe.resolve(txn);
-        Ok(self.end(txn, outcome))
+        Ok(self.end(batch, txn, outcome))
     }
 
-    fn write(&self, writes: &[Mutation], at: Timestamp) -> Result<(), ReplicaError> {
-        let mut batch = Batch::default();
-        self.rows.apply(&mut batch, writes, at);
-        Ok(self.engine.write(batch)?)
+    fn collect(
+        &mut self,
+        batch: &mut Batch,
+        horizon: Timestamp,
+        outcomes: Timestamp,
+    ) -> Result<Applied, ReplicaError> {
+        self.rows.collect(batch, horizon)?;
+        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
+        self.outcomes_since = self.outcomes_since.max(outcomes);
+        let since = self.outcomes_since;
+        let gone: Vec<_> = self
+            .outcomes
+            .extract_if(.., |txn, _| txn.started < since && !self.unsettled.contains_key(txn))
+            .collect();
+        for (txn, _) in gone {
+            batch.delete(outcome_key(self.split, txn));
+        }
+        Ok(Applied::Collected)
     }
 
-    fn end(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
+    fn check_open(&self, writes: &[Mutation]) -> Result<(), ReplicaError> {
+        if self.retired.is_some() {
+            return Err(ReplicaError::Retired);
+        }
+        match writes.iter().all(|write| self.range.contains(&write.key)) {
+            true => Ok(()),
+            false => Err(ReplicaError::Elsewhere),
+        }
+    }
+
+    fn write(&mut self, batch: &mut Batch, writes: &[Mutation], at: Timestamp) {
+        self.rows.apply(batch, writes, at);
+        for write in writes {
+            let value = write.value.as_ref().map_or(0, Bytes::len);
+            self.size.0 += 1;
+            self.size.1 += (write.key.as_bytes().len() + value) as u64;
+        }
+    }
+
+    fn end(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) -> Applied {
+        self.note(batch, txn, outcome);
+        self.again(txn, outcome)
+    }
+
+    fn note(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) {
         self.outcomes.insert(txn, outcome);
+        put_outcome(batch, self.split, txn, outcome);
+    }
+
+    fn again(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
         if let Outcome::Committed(at) = outcome {
             self.newest = self.newest.max(at);
         }
         Applied::Ended(txn, outcome)
     }
+
+    /// Copies what `other` has of the rows in `other`'s and this one's range, and its outcomes.
+    fn take_from(&mut self, other: &Self, batch: &mut Batch) -> Result<(), ReplicaError> {
+        let range = other.range.intersection(&self.range).unwrap_or_else(|| other.range.clone());
+        let rows = self.rows.clone();
+        other.rows.versions(&range, &mut |key, version| rows.put_version(batch, &key, &version))?;
+        for (txn, outcome) in other.outcomes() {
+            if self.outcome(txn).is_none() {
+                self.note(batch, txn, outcome);
+            }
+        }
+        self.rows.keep_since(other.rows.kept_since());
+        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
+        self.outcomes_since = self.outcomes_since.max(other.outcomes_since);
+        self.newest = self.newest.max(other.newest);
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replica")
+            .field("split", &self.split)
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}
+
+fn prefix(kind: u8, split: SplitId) -> Vec<u8> {
+    let mut key = vec![kind];
+    key.extend_from_slice(&split.0.to_be_bytes());
+    key
+}
+
+fn kept_key(split: SplitId) -> Vec<u8> {
+    prefix(KEPT, split)
+}
+
+fn outcome_key(split: SplitId, txn: TxnId) -> Vec<u8> {
+    let mut key = prefix(OUTCOMES, split);
+    key.extend_from_slice(&txn.started.0.to_be_bytes());
+    key.extend_from_slice(&txn.random.to_be_bytes());
+    key
+}
+
+fn put_outcome(batch: &mut Batch, split: SplitId, txn: TxnId, outcome: Outcome) {
+    let at = match outcome {
+        Outcome::Committed(at) => at.0,
+        Outcome::Aborted => 0,
+    };
+    batch.put(outcome_key(split, txn), at.to_be_bytes().to_vec());
+}
+
+fn read_outcomes(engine: &dyn Engine, split: SplitId) -> Result<BTreeMap<TxnId, Outcome>, EngineError> {
+    let from = prefix(OUTCOMES, split);
+    let mut to = from.clone();
+    to.extend_from_slice(&[u8::MAX; 17]);
+    let mut outcomes = BTreeMap::new();
+    engine.walk(&from, &to, &mut |key, value| {
+        let (txn, at) = (key.get(from.len()..).and_then(read_txn), read_u64(value));
+        if let (Some(txn), Some(at)) = (txn, at) {
+            let outcome = if at == 0 { Outcome::Aborted } else { Outcome::Committed(Timestamp(at)) };
+            outcomes.insert(txn, outcome);
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(outcomes)
+}
+
+fn read_txn(bytes: &[u8]) -> Option<TxnId> {
+    let (started, random) = bytes.split_first_chunk::<8>()?;
+    Some(TxnId { started: Timestamp(u64::from_be_bytes(*started)), random: read_u64(random)? })
+}
+
+fn read_u64(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(bytes.try_into().ok()?))
 }

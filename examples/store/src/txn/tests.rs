@@ -137,7 +137,7 @@ fn a_commit_after_an_abort_does_not_happen() {
         },
     };
     assert_eq!(split.log(late), Applied::Ended(attempt(1).txn, Outcome::Aborted));
-    assert_eq!(split.replica.rows().size(&Range::all()), Ok((0, 0)));
+    assert!(split.replica.rows().is_empty());
 }
 
 #[test]

@@ -1,30 +1,34 @@
-//! Three nodes, their disks, clocks and network, all under one seed.
+//! Nodes, their disks, clocks and network, all under one seed.
 
 use std::{
-    cell::RefCell,
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
-    rc::Rc,
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use store::{
-    group::{Groups, NodeError},
+    engine::{Batch, Engine, EngineError, Memory, Visit},
+    group::NodeError,
+    keys::Key,
     lease::NodeId,
-    locks::Changes,
+    node::{Answer, Balance, Config, Node, Outlet, Refused, Request, TICK},
     truetime::{Interval, Timestamp},
-    txn::{Applied, Entry, Outcome, SplitId, TxnId},
+    txn::SplitId,
     wal::{Disk, WalError},
 };
 
 pub(crate) const EPSILON: Duration = Duration::from_millis(4);
 pub(crate) const MS: u64 = 1_000_000;
-pub(crate) const SPLITS: [SplitId; 2] = [SplitId(1), SplitId(2)];
-const NODES: u64 = 3;
-const TICK_MS: u64 = 10;
+/// Those of the first split, and one more to move to.
+pub(crate) const NODES: u64 = 4;
+const FIRST: u64 = 3;
+const TICK_MS: u64 = TICK.as_millis() as u64;
 const RESTART_AFTER_MS: u64 = 400;
 /// Longer than a lease.
 const STOPPED_MS: u64 = 5_000;
+/// A node's number is in the lower half of its id; above it is how often its disk was replaced.
+const INCARNATION: u64 = 1 << 16;
 
 /// SplitMix64: all that a seed has to give.
 #[derive(Clone)]
@@ -59,22 +63,31 @@ struct Platter {
 }
 
 #[derive(Clone, Default)]
-pub(crate) struct SimDisk(Rc<RefCell<Platter>>);
+pub(crate) struct SimDisk {
+    platter: Arc<Mutex<Platter>>,
+    rows: Memory,
+}
 
 impl SimDisk {
+    fn platter(&self) -> MutexGuard<'_, Platter> {
+        self.platter.lock().unwrap()
+    }
+
     /// The power goes: of what was not synced some prefix stays, torn anywhere.
     fn crash(&self, rng: &mut Rng) {
-        let mut platter = self.0.borrow_mut();
+        let mut platter = self.platter();
         let (open, synced) = (platter.open, platter.synced);
         if let Some(bytes) = platter.segments.get_mut(&open) {
             let unsynced = (bytes.len() - synced) as u64;
             bytes.truncate(synced + rng.below(unsynced + 1) as usize);
         }
         platter.dies_in = None;
+        let batches = self.rows.unsynced() as u64;
+        self.rows.crash(rng.below(batches + 1) as usize);
     }
 
     fn alive(&self) -> io::Result<()> {
-        let mut platter = self.0.borrow_mut();
+        let mut platter = self.platter();
         match platter.dies_in {
             Some(0) => Err(io::Error::other("the machine died")),
             Some(left) => {
@@ -88,52 +101,69 @@ impl SimDisk {
 
 impl Disk for SimDisk {
     fn segments(&self) -> io::Result<Vec<u64>> {
-        Ok(self.0.borrow().segments.keys().copied().collect())
+        Ok(self.platter().segments.keys().copied().collect())
     }
     fn read(&self, segment: u64) -> io::Result<Vec<u8>> {
-        Ok(self.0.borrow().segments[&segment].clone())
+        Ok(self.platter().segments[&segment].clone())
     }
     fn truncate(&mut self, segment: u64, length: u64) -> io::Result<()> {
-        self.0.borrow_mut().segments.get_mut(&segment).unwrap().truncate(length as usize);
+        self.platter().segments.get_mut(&segment).unwrap().truncate(length as usize);
+        Ok(())
+    }
+    fn remove(&mut self, segment: u64) -> io::Result<()> {
+        self.alive()?;
+        self.platter().segments.remove(&segment);
         Ok(())
     }
     fn open(&mut self, segment: u64) -> io::Result<()> {
-        let mut platter = self.0.borrow_mut();
+        let mut platter = self.platter();
         platter.open = segment;
         platter.synced = platter.segments.entry(segment).or_default().len();
         Ok(())
     }
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let alive = self.alive();
-        let mut platter = self.0.borrow_mut();
+        let mut platter = self.platter();
         let open = platter.open;
         platter.segments.get_mut(&open).unwrap().extend_from_slice(bytes);
         alive
     }
     fn sync(&mut self) -> io::Result<()> {
         self.alive()?;
-        let mut platter = self.0.borrow_mut();
+        let mut platter = self.platter();
         let open = platter.open;
         platter.synced = platter.segments[&open].len();
         Ok(())
     }
 }
 
-pub(crate) struct Node {
+impl Engine for SimDisk {
+    fn get(&self, key: &[u8]) -> Result<Option<bytes::Bytes>, EngineError> {
+        self.rows.get(key)
+    }
+    fn walk(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), EngineError> {
+        self.rows.walk(from, to, visit)
+    }
+    fn write(&self, batch: Batch) -> Result<(), EngineError> {
+        self.alive().map_err(|error| EngineError(error.to_string().into()))?;
+        self.rows.write(batch)
+    }
+    fn sync(&self) -> Result<(), EngineError> {
+        self.alive().map_err(|error| EngineError(error.to_string().into()))?;
+        self.rows.sync()
+    }
+}
+
+pub(crate) struct Machine {
     pub(crate) id: NodeId,
     /// Nothing while it is down.
-    pub(crate) groups: Option<Groups<SimDisk>>,
-    /// Counts restarts: what a client remembers of a node is of one life.
-    pub(crate) life: u64,
-    /// Got the locks that they waited for, by split.
-    pub(crate) granted: BTreeSet<(SplitId, TxnId)>,
-    /// Ended here, locks kept until their timestamp has passed.
-    ending: Vec<(SplitId, TxnId, Timestamp)>,
+    pub(crate) node: Option<Node<SimDisk>>,
     disk: SimDisk,
     offset: i64,
     back_at: u64,
     /// It is stopped, as by SIGSTOP, and knows nothing of it afterwards.
     stopped_until: u64,
+    busy: bool,
 }
 
 /// What goes wrong in a run.
@@ -141,54 +171,110 @@ pub(crate) struct Node {
 pub(crate) struct Faults {
     /// How far a clock is off at most. Within the bound if no more than [`EPSILON`].
     pub(crate) skew: Duration,
+    /// Whether splits are cut, merged, moved and led by others.
+    pub(crate) changes: bool,
+    /// Whether a disk is lost.
+    pub(crate) wipes: bool,
+}
+
+/// On its way.
+enum Letter {
+    Peer { from: NodeId, to: NodeId, message: Vec<u8> },
+    Ask { to: usize, token: u64, request: Request },
+    Tell { token: u64, answer: Result<Answer, Refused> },
 }
 
 pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) truth: u64,
-    pub(crate) nodes: Vec<Node>,
+    pub(crate) machines: Vec<Machine>,
     /// Why a node stopped for good, which no node may.
-    pub(crate) broken: Option<NodeError>,
-    pub(crate) crashes: u64,
-    faults: Faults,
+    pub(crate) broken: Option<String>,
+    pub(crate) counts: Counts,
+    /// Answers that have arrived, by token.
+    pub(crate) told: BTreeMap<u64, Result<Answer, Refused>>,
     pub(crate) calm: bool,
-    isolated: Option<NodeId>,
-    network: Vec<(u64, NodeId, SplitId, Vec<u8>)>,
+    faults: Faults,
+    isolated: Option<usize>,
+    network: BTreeMap<(u64, u64), Letter>,
+    letters: u64,
+    tokens: u64,
+}
+
+/// What happened in a run, for the test to say that it tested something.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) crashes: u64,
+    pub(crate) stops: u64,
+    pub(crate) wipes: u64,
+    pub(crate) splits: u64,
+    pub(crate) merges: u64,
+    pub(crate) moves: u64,
+    pub(crate) leads: u64,
+}
+
+struct Post {
+    sent: Vec<(NodeId, Vec<u8>)>,
+    answers: Vec<(u64, Result<Answer, Refused>)>,
+}
+
+impl Outlet for Post {
+    fn send(&mut self, to: NodeId, message: Vec<u8>) {
+        self.sent.push((to, message));
+    }
+    fn answer(&mut self, token: u64, answer: Result<Answer, Refused>) {
+        self.answers.push((token, answer));
+    }
+}
+
+fn opened(id: NodeId, first: &[NodeId], disk: &SimDisk, seed: u64) -> Result<Node<SimDisk>, NodeError> {
+    let mut config = Config::new(id, first.to_vec(), seed);
+    config.balance = Balance { spread: false, merge_bytes: 0, ..Balance::default() };
+    let mut node = Node::open(config, disk.clone(), Arc::new(disk.clone()))?;
+    for other in 1..=NODES {
+        node.meet(NodeId(other));
+    }
+    Ok(node)
+}
+
+fn first_nodes(id: u64) -> Vec<NodeId> {
+    if id <= FIRST { (1..=FIRST).map(NodeId).collect() } else { vec![] }
 }
 
 impl World {
     pub(crate) fn new(seed: u64, faults: Faults) -> Self {
-        let nodes = (1..=NODES).map(|id| {
+        let machines = (1..=NODES).map(|id| {
             let disk = SimDisk::default();
-            let groups = Some(opened(NodeId(id), &disk).unwrap());
-            let id = NodeId(id);
-            Node {
-                id,
-                groups,
-                life: 0,
-                granted: BTreeSet::new(),
-                ending: vec![],
+            let node = opened(NodeId(id), &first_nodes(id), &disk, seed ^ id << 32).unwrap();
+            Machine {
+                id: NodeId(id),
+                node: Some(node),
                 disk,
                 offset: 0,
                 back_at: 0,
                 stopped_until: 0,
+                busy: true,
             }
         });
         Self {
             rng: Rng(seed),
             truth: 1_000_000 * MS,
-            nodes: nodes.collect(),
+            machines: machines.collect(),
             broken: None,
-            crashes: 0,
-            faults,
+            counts: Counts::default(),
+            told: BTreeMap::new(),
             calm: false,
+            faults,
             isolated: None,
-            network: vec![],
+            network: BTreeMap::new(),
+            letters: 0,
+            tokens: 0,
         }
     }
 
-    pub(crate) fn now(&self, node: usize) -> Interval {
-        let reading = self.truth.saturating_add_signed(self.nodes[node].offset);
+    /// What the clock of machine `at` says.
+    pub(crate) fn now(&self, at: usize) -> Interval {
+        let reading = self.truth.saturating_add_signed(self.machines[at].offset);
         Interval::around(Timestamp(reading), EPSILON)
     }
 
@@ -196,40 +282,46 @@ impl World {
     pub(crate) fn calm_down(&mut self) {
         self.calm = true;
         self.isolated = None;
-        for node in &mut self.nodes {
-            node.disk.0.borrow_mut().dies_in = None;
-            node.back_at = node.back_at.min(self.truth);
-            node.stopped_until = node.stopped_until.min(self.truth);
+        for machine in &mut self.machines {
+            machine.disk.platter().dies_in = None;
+            machine.back_at = machine.back_at.min(self.truth);
+            machine.stopped_until = machine.stopped_until.min(self.truth);
         }
     }
 
-    /// A node that leads `split` and may serve, if there is one.
-    pub(crate) fn leading(&mut self, split: SplitId) -> Option<usize> {
-        (0..self.nodes.len()).find(|at| {
-            let now = self.now(*at);
-            self.group(*at, split).and_then(|group| group.leader()).is_some_and(|(leader, replica)| {
-                replica.term() == leader.term() && replica.lease().serves(leader.tenure(), now)
+    /// Asks machine `to` from outside. The answer comes, if it does, under the token.
+    pub(crate) fn ask(&mut self, to: usize, request: Request) -> u64 {
+        self.tokens += 1;
+        let token = self.tokens;
+        self.send(Letter::Ask { to, token, request });
+        token
+    }
+
+    /// A machine whose node leads the split that has `key`, as far as it knows, or any.
+    pub(crate) fn leader(&mut self, key: &Key) -> usize {
+        let leads = |machine: &Machine| {
+            let groups = machine.node.as_ref().map(Node::groups);
+            groups.is_some_and(|groups| {
+                groups.iter().any(|(_, group)| {
+                    group.replica().range().contains(key) && group.led_by() == Some(machine.id)
+                })
             })
-        })
+        };
+        let known = self.machines.iter().position(leads);
+        let any = self.rng.below(self.machines.len() as u64) as usize;
+        if self.rng.one_in(30) { any } else { known.unwrap_or(any) }
     }
 
-    pub(crate) fn group(&mut self, node: usize, split: SplitId) -> Option<&mut store::group::Group> {
-        if self.is_stopped(node) {
-            return None;
+    /// All splits that anybody leads, with the machine.
+    pub(crate) fn led(&self) -> Vec<(usize, SplitId)> {
+        let mut led = Vec::new();
+        for (at, machine) in self.machines.iter().enumerate() {
+            let groups = machine.node.iter().flat_map(|node| node.groups().iter());
+            led.extend(
+                groups.filter(|(_, group)| group.led_by() == Some(machine.id)).map(|(split, _)| (at, split)),
+            );
         }
-        self.nodes[node].groups.as_mut().and_then(|groups| groups.get_mut(split))
-    }
-
-    fn is_stopped(&self, node: usize) -> bool {
-        self.truth < self.nodes[node].stopped_until
-    }
-
-    pub(crate) fn propose(&mut self, node: usize, split: SplitId, entry: &Entry) {
-        self.group(node, split).unwrap().propose(entry).expect("it led a moment ago");
-    }
-
-    pub(crate) fn absorb(&mut self, node: usize, split: SplitId, changes: Changes) {
-        self.nodes[node].granted.extend(changes.granted.into_iter().map(|txn| (split, txn)));
+        led
     }
 
     /// A millisecond of true time.
@@ -238,200 +330,201 @@ impl World {
         if !self.calm {
             self.mischief();
         }
-        for at in 0..self.nodes.len() {
-            if self.is_stopped(at) {
+        self.deliver();
+        for at in 0..self.machines.len() {
+            if self.truth < self.machines[at].stopped_until {
                 continue;
             }
-            if self.nodes[at].groups.is_none() && self.nodes[at].back_at <= self.truth {
+            if self.machines[at].node.is_none() && self.machines[at].back_at <= self.truth {
                 self.restart(at);
             }
-            self.deliver(at);
-            self.end_waits(at);
             self.turn(at);
-            self.hear_coordinators(at);
         }
     }
 
     fn mischief(&mut self) {
         let skew = self.faults.skew.as_nanos() as i64;
-        for node in &mut self.nodes {
+        for at in 0..self.machines.len() {
             if self.rng.one_in(50) {
-                node.offset = self.rng.below(2 * skew as u64 + 1) as i64 - skew;
+                self.machines[at].offset = self.rng.below(2 * skew as u64 + 1) as i64 - skew;
             }
-            if self.rng.one_in(6000) {
-                node.stopped_until = self.truth + self.rng.below(STOPPED_MS) * MS;
+            if self.rng.one_in(8000) {
+                self.machines[at].stopped_until = self.truth + self.rng.below(STOPPED_MS) * MS;
+                self.counts.stops += 1;
             }
-            if self.rng.one_in(1500) {
+            if self.rng.one_in(2500) {
                 // It dies in the middle of one of its next writes or syncs.
-                node.disk.0.borrow_mut().dies_in = Some(self.rng.below(4));
+                self.machines[at].disk.platter().dies_in = Some(self.rng.below(6));
             }
         }
-        if self.rng.one_in(600) {
-            let cut = NodeId(1 + self.rng.below(NODES));
+        if self.rng.one_in(800) {
+            let cut = self.rng.below(NODES) as usize;
             self.isolated = if self.isolated.is_some() { None } else { Some(cut) };
         }
+        if self.faults.wipes && self.counts.wipes == 0 && self.rng.one_in(9000) {
+            let at = self.rng.below(FIRST) as usize;
+            self.wipe(at);
+        }
+        if self.faults.changes && self.rng.one_in(500) {
+            self.change();
+        }
+    }
+
+    /// Somebody wants a split to be another.
+    fn change(&mut self) {
+        let led = self.led();
+        if led.is_empty() {
+            return;
+        }
+        let (at, split) = led[self.rng.below(led.len() as u64) as usize];
+        let Some(group) = self.machines[at].node.as_ref().and_then(|node| node.groups().get(split)) else {
+            return;
+        };
+        let voters = group.nodes().0;
+        let request = match self.rng.below(4) {
+            0 if led.len() < 6 => Request::Split { split, at: None },
+            1 => Request::Merge { split },
+            2 => {
+                let others: Vec<_> = self
+                    .machines
+                    .iter()
+                    .map(|machine| machine.id)
+                    .filter(|id| !voters.contains(id))
+                    .collect();
+                let Some(to) = others.first().copied() else { return };
+                Request::Move { split, from: voters[self.rng.below(voters.len() as u64) as usize], to }
+            }
+            _ => Request::Lead { split, node: voters[self.rng.below(voters.len() as u64) as usize] },
+        };
+        self.ask(at, request);
+    }
+
+    /// The disk of machine `at` is another, and so is its node.
+    fn wipe(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        machine.node = None;
+        machine.disk = SimDisk::default();
+        machine.id = NodeId(machine.id.0 + INCARNATION);
+        machine.back_at = self.truth + self.rng.below(RESTART_AFTER_MS) * MS;
+        self.counts.wipes += 1;
     }
 
     fn restart(&mut self, at: usize) {
-        let node = &mut self.nodes[at];
-        match opened(node.id, &node.disk) {
-            Ok(groups) => node.groups = Some(groups),
-            Err(error) => self.broken = Some(error),
+        let seed = self.rng.next();
+        let machine = &mut self.machines[at];
+        match opened(machine.id, &first_nodes(machine.id.0), &machine.disk, seed) {
+            Ok(node) => machine.node = Some(node),
+            Err(NodeError::Wal(WalError::Io { .. }) | NodeError::Engine(_)) => self.crash(at),
+            Err(error) => self.break_with(at, &error),
         }
     }
 
-    fn crash(&mut self, at: usize) {
-        let node = &mut self.nodes[at];
-        node.groups = None;
-        node.disk.crash(&mut self.rng);
-        node.granted.clear();
-        node.ending.clear();
-        node.life += 1;
-        node.back_at =
-            if self.calm { self.truth } else { self.truth + self.rng.below(RESTART_AFTER_MS) * MS };
-        self.crashes += 1;
+    fn break_with(&mut self, at: usize, error: &NodeError) {
+        self.broken = Some(format!("{:?}: {error:?}", self.machines[at].id));
     }
 
-    fn deliver(&mut self, at: usize) {
-        let (id, truth) = (self.nodes[at].id, self.truth);
-        let due: Vec<_> = self.network.extract_if(.., |(when, to, ..)| *to == id && *when <= truth).collect();
-        if let Some(groups) = &mut self.nodes[at].groups {
-            for (_, _, split, bytes) in due {
-                // What is of no use any more, an old vote say, is dropped with a reason.
-                groups.step(split, &bytes).ok();
+    fn crash(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        machine.node = None;
+        machine.disk.crash(&mut self.rng);
+        machine.back_at =
+            if self.calm { self.truth } else { self.truth + self.rng.below(RESTART_AFTER_MS) * MS };
+        self.counts.crashes += 1;
+    }
+
+    fn deliver(&mut self) {
+        let truth = self.truth;
+        while let Some(first) = self.network.first_entry().filter(|first| first.key().0 <= truth) {
+            match first.remove() {
+                Letter::Tell { token, answer } => {
+                    self.note(&answer);
+                    self.told.insert(token, answer);
+                }
+                Letter::Ask { to, token, request } => {
+                    let now = self.now(to);
+                    if self.truth >= self.machines[to].stopped_until
+                        && let Some(node) = &mut self.machines[to].node
+                    {
+                        node.request(token, request, now);
+                        self.machines[to].busy = true;
+                    }
+                }
+                Letter::Peer { from, to, message } => {
+                    let Some(at) = self.machines.iter().position(|machine| machine.id == to) else {
+                        continue;
+                    };
+                    let now = self.now(at);
+                    if self.truth >= self.machines[at].stopped_until
+                        && let Some(node) = &mut self.machines[at].node
+                    {
+                        node.message(from, &message, now);
+                        self.machines[at].busy = true;
+                    }
+                }
             }
+        }
+    }
+
+    fn note(&mut self, answer: &Result<Answer, Refused>) {
+        if let Ok(Answer::Split { .. }) = answer {
+            self.counts.splits += 1;
         }
     }
 
     fn turn(&mut self, at: usize) {
         let now = self.now(at);
         let ticks = self.truth / MS % TICK_MS == at as u64;
-        let closes = self.rng.one_in(60);
-        let Some(groups) = &mut self.nodes[at].groups else { return };
+        let machine = &mut self.machines[at];
+        let Some(node) = &mut machine.node else { return };
         if ticks {
-            groups.tick();
+            node.tick(now);
         }
-        groups.renew(now).unwrap();
-        for split in SPLITS.into_iter().filter(|_| closes) {
-            let group = groups.get_mut(split).unwrap();
-            let entry = group.leader().and_then(|(leader, replica)| leader.close(replica, now).ok());
-            if let Some(entry) = entry {
-                group.propose(&entry).unwrap();
-            }
+        let due = node.wake().is_some_and(|wake| now.is_after(wake));
+        if !ticks && !machine.busy && !due {
+            return;
         }
-        match groups.turn() {
-            Ok(turn) => {
-                for (split, applied) in turn.applied {
-                    if let Applied::Ended(txn, outcome) = applied {
-                        let until = if let Outcome::Committed(at) = outcome { at } else { Timestamp::ZERO };
-                        self.nodes[at].ending.push((split, txn, until));
-                    }
-                }
-                self.send(at, turn.messages);
-            }
-            Err(NodeError::Wal(WalError::Io { .. })) => self.crash(at),
-            Err(error) => self.broken = Some(error),
+        machine.busy = false;
+        let mut post = Post { sent: vec![], answers: vec![] };
+        let result = node.turn(&|| now, &mut post);
+        let from = machine.id;
+        // What was said before the machine died has been said.
+        for (to, message) in post.sent {
+            self.send(Letter::Peer { from, to, message });
         }
-    }
-
-    fn send(&mut self, from: usize, messages: Vec<(SplitId, NodeId, Vec<u8>)>) {
-        let from = self.nodes[from].id;
-        for (split, to, bytes) in messages {
-            let cut = self.isolated.is_some_and(|cut| cut == from || cut == to);
-            if cut || (!self.calm && self.rng.one_in(50)) {
-                continue;
-            }
-            for _ in 0..if self.rng.one_in(50) { 2 } else { 1 } {
-                let delay = if self.rng.one_in(30) { self.rng.below(60) } else { self.rng.below(3) };
-                self.network.push((self.truth + (1 + delay) * MS, to, split, bytes.clone()));
-            }
+        for (token, answer) in post.answers {
+            self.send(Letter::Tell { token, answer });
+        }
+        match result {
+            Ok(()) => {}
+            Err(NodeError::Wal(WalError::Io { .. }) | NodeError::Engine(_)) => self.crash(at),
+            Err(NodeError::Replica(_, store::txn::ReplicaError::Engine(_))) => self.crash(at),
+            Err(error) => self.break_with(at, &error),
         }
     }
 
-    /// Locks go when the timestamp has passed, not before; and when nobody has asked for anything for long.
-    fn end_waits(&mut self, at: usize) {
-        let now = self.now(at);
-        for split in SPLITS {
-            let led = self.group(at, split).and_then(|group| group.leader());
-            let changes = led.map(|(leader, replica)| leader.expire(replica, now));
-            self.absorb(at, split, changes.unwrap_or_default());
+    fn send(&mut self, letter: Letter) {
+        let cut = match &letter {
+            Letter::Peer { from, to, .. } => self.isolated.is_some_and(|cut| {
+                let id = self.machines[cut].id;
+                id == *from || id == *to
+            }),
+            Letter::Ask { .. } | Letter::Tell { .. } => false,
+        };
+        if cut || (!self.calm && self.rng.one_in(50)) {
+            return;
         }
-        let over: Vec<_> =
-            self.nodes[at].ending.extract_if(.., |(_, _, until)| now.is_after(*until)).collect();
-        for (split, txn, _) in over {
-            let changes =
-                self.group(at, split).and_then(|group| group.leader()).map(|(leader, _)| leader.release(txn));
-            self.absorb(at, split, changes.unwrap_or_default());
+        let twice = matches!(&letter, Letter::Peer { .. } | Letter::Ask { .. }) && self.rng.one_in(60);
+        let delay = if self.rng.one_in(30) { self.rng.below(60) } else { self.rng.below(3) };
+        if let (true, Letter::Peer { from, to, message }) = (twice, &letter) {
+            let again = Letter::Peer { from: *from, to: *to, message: message.clone() };
+            let later = self.rng.below(40);
+            self.post(later, again);
         }
+        self.post(delay, letter);
     }
 
-    /// Participants in doubt ask the coordinator's split; a coordinator forgets what all have heard.
-    fn hear_coordinators(&mut self, at: usize) {
-        for split in SPLITS {
-            let now = self.now(at);
-            let Some((leader, replica)) = self.group(at, split).and_then(|group| group.leader()) else {
-                continue;
-            };
-            let term = leader.term();
-            let doubts: Vec<_> =
-                replica.in_doubt().map(|(txn, prepared)| (txn, prepared.coordinator)).collect();
-            let unsettled: Vec<_> = replica.unsettled().map(|(txn, to)| (txn, to.to_vec())).collect();
-            for (txn, coordinator) in doubts {
-                if !self.rng.one_in(10) {
-                    continue;
-                }
-                if let Some(outcome) = self.ask(coordinator, txn) {
-                    let resolved = self.group(at, split).and_then(|group| {
-                        let (leader, replica) = group.leader()?;
-                        (leader.term() == term)
-                            .then(|| leader.resolve(replica, txn, outcome, now).ok())
-                            .flatten()
-                    });
-                    if let Some(entry) = resolved {
-                        self.propose(at, split, &entry);
-                    }
-                }
-            }
-            let heard = |(txn, to): &(TxnId, Vec<SplitId>)| {
-                let all = to.iter().all(|split| {
-                    let leading = self.leading(*split);
-                    let replica = leading.and_then(|at| self.group(at, *split)).map(|group| group.replica());
-                    replica.is_some_and(|replica| replica.outcome(*txn).is_some())
-                });
-                all.then_some(*txn)
-            };
-            let settled: Vec<_> = unsettled.iter().filter_map(heard).collect();
-            if !settled.is_empty() && self.rng.one_in(10) {
-                let group = self.group(at, split).unwrap();
-                let entry = group.leader().map(|(leader, _)| leader.settled(settled)).unwrap();
-                group.propose(&entry).unwrap();
-            }
-        }
+    fn post(&mut self, delay: u64, letter: Letter) {
+        self.letters += 1;
+        self.network.insert((self.truth + (1 + delay) * MS, self.letters), letter);
     }
-
-    /// The coordinator's word on `txn`, which it gives when the timestamp has passed. If it has none and nobody there
-    /// works on it, it decides now.
-    fn ask(&mut self, coordinator: SplitId, txn: TxnId) -> Option<Outcome> {
-        let at = self.leading(coordinator)?;
-        let now = self.now(at);
-        let group = self.group(at, coordinator)?;
-        let (leader, replica) = group.leader()?;
-        match replica.outcome(txn) {
-            Some(Outcome::Committed(when)) if !now.is_after(when) => None,
-            Some(outcome) => Some(outcome),
-            None => {
-                if !leader.knows(txn) {
-                    let entry = leader.resolve(replica, txn, Outcome::Aborted, now).ok()?;
-                    group.propose(&entry).unwrap();
-                }
-                None
-            }
-        }
-    }
-}
-
-fn opened(id: NodeId, disk: &SimDisk) -> Result<Groups<SimDisk>, NodeError> {
-    let nodes: Vec<_> = (1..=NODES).map(NodeId).collect();
-    let splits = SPLITS.into_iter().map(|split| (split, nodes.clone())).collect();
-    Groups::open(id, &splits, disk.clone())
 }

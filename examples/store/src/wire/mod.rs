@@ -1,7 +1,10 @@
 //! What goes into logs and between nodes, as protobuf. Consensus messages are carried field by field, so that nothing
 //! from outside reaches the old protobuf library that `raft` is built with (RUSTSEC-2024-0437).
 
-use bytes::Bytes;
+mod checkpoint;
+mod pb;
+mod peer;
+
 use prost::Message as _;
 use raft::eraftpb;
 
@@ -13,6 +16,10 @@ use crate::{
     truetime::Timestamp,
     txn::{Command, Entry, Outcome, Prepared, SplitId, TxnId},
 };
+
+pub(crate) use checkpoint::raft_snapshot;
+pub use checkpoint::{Checkpoint, Image, decode_checkpoint, decode_image, encode_checkpoint, encode_image};
+pub use peer::{PeerMessage, Route, Vote, decode_peer, encode_peer};
 
 /// Why bytes are none of ours.
 #[derive(Debug, thiserror::Error)]
@@ -37,16 +44,15 @@ pub struct Record {
     pub hard_state: Option<eraftpb::HardState>,
     /// Entries, which take the place of all from the first of them on.
     pub entries: Vec<eraftpb::Entry>,
+    /// A snapshot took the place of everything up to this index.
+    pub restart: Option<u64>,
 }
 
 /// The bytes of a log entry.
 pub fn encode_entry(entry: &Entry) -> Vec<u8> {
     let command = match &entry.command {
         Command::Close => pb::Command::Close(pb::Empty {}),
-        Command::Lease(grant) => {
-            let Tenure { node, term } = grant.holder;
-            pb::Command::Lease(pb::Grant { node: node.0, term, start: grant.start.0, end: grant.end.0 })
-        }
+        Command::Lease(grant) => pb::Command::Lease(grant.into()),
         Command::Commit { txn, at, writes, participants } => pb::Command::Commit(pb::Commit {
             txn: Some(txn.into()),
             at: at.0,
@@ -56,24 +62,21 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
         Command::Settled { txns } => {
             pb::Command::Settled(pb::Settled { txns: txns.iter().map(Into::into).collect() })
         }
-        Command::Prepare { txn, prepared } => pb::Command::Prepare(pb::Prepare {
-            txn: Some(txn.into()),
-            first: prepared.age.first.0,
-            client: prepared.age.client,
-            attempt: prepared.age.attempt.0,
-            at: prepared.at.0,
-            reads: prepared.reads.iter().map(Into::into).collect(),
-            writes: prepared.writes.iter().map(Into::into).collect(),
-            coordinator: prepared.coordinator.0,
-        }),
-        Command::Resolve { txn, outcome } => pb::Command::Resolve(pb::Resolve {
-            txn: Some(txn.into()),
-            committed: match outcome {
-                Outcome::Committed(at) => Some(at.0),
-                Outcome::Aborted => None,
-            },
-        }),
-        Command::Collect { horizon } => pb::Command::Collect(pb::Collect { horizon: horizon.0 }),
+        Command::Prepare { txn, prepared } => pb::Command::Prepare(promise(*txn, prepared)),
+        Command::Resolve { txn, outcome } => {
+            pb::Command::Resolve(pb::Resolve { txn: Some(txn.into()), committed: committed(*outcome) })
+        }
+        Command::Collect { horizon, outcomes } => {
+            pb::Command::Collect(pb::Collect { horizon: horizon.0, outcomes: outcomes.0 })
+        }
+        Command::Yield => pb::Command::Yield(pb::Empty {}),
+        Command::Split { at, right, leader } => {
+            pb::Command::Split(pb::Split { at: at.as_bytes().clone(), right: right.0, leader: leader.0 })
+        }
+        Command::Retire { into } => pb::Command::Retire(pb::Retire { into: into.0 }),
+        Command::Absorb { right, end } => {
+            pb::Command::Absorb(pb::Absorb { right: right.0, end: end.clone() })
+        }
     };
     pb::LogEntry { term: entry.term, closed: entry.closed.0, command: Some(command) }.encode_to_vec()
 }
@@ -87,11 +90,7 @@ pub fn decode_entry(bytes: &[u8]) -> Result<Entry, WireError> {
     let entry = pb::LogEntry::decode(bytes)?;
     let command = match entry.command.ok_or(WireError::Field("command"))? {
         pb::Command::Close(_) => Command::Close,
-        pb::Command::Lease(grant) => Command::Lease(Grant {
-            holder: Tenure { node: NodeId(grant.node), term: grant.term },
-            start: Timestamp(grant.start),
-            end: Timestamp(grant.end),
-        }),
+        pb::Command::Lease(grant) => Command::Lease(grant.into()),
         pb::Command::Commit(commit) => Command::Commit {
             txn: txn(commit.txn)?,
             at: Timestamp(commit.at),
@@ -101,25 +100,24 @@ pub fn decode_entry(bytes: &[u8]) -> Result<Entry, WireError> {
         pb::Command::Settled(settled) => {
             Command::Settled { txns: settled.txns.into_iter().map(Into::into).collect() }
         }
-        pb::Command::Prepare(prepare) => Command::Prepare {
-            txn: txn(prepare.txn)?,
-            prepared: Prepared {
-                age: Age {
-                    first: Timestamp(prepare.first),
-                    client: prepare.client,
-                    attempt: std::cmp::Reverse(prepare.attempt),
-                },
-                at: Timestamp(prepare.at),
-                reads: each(prepare.reads)?,
-                writes: each(prepare.writes)?,
-                coordinator: SplitId(prepare.coordinator),
-            },
+        pb::Command::Prepare(prepare) => {
+            let (txn, prepared) = promised(prepare)?;
+            Command::Prepare { txn, prepared }
+        }
+        pb::Command::Resolve(resolve) => {
+            Command::Resolve { txn: txn(resolve.txn)?, outcome: outcome(resolve.committed) }
+        }
+        pb::Command::Collect(collect) => {
+            Command::Collect { horizon: Timestamp(collect.horizon), outcomes: Timestamp(collect.outcomes) }
+        }
+        pb::Command::Yield(_) => Command::Yield,
+        pb::Command::Split(split) => Command::Split {
+            at: Key::decode(split.at)?,
+            right: SplitId(split.right),
+            leader: NodeId(split.leader),
         },
-        pb::Command::Resolve(resolve) => Command::Resolve {
-            txn: txn(resolve.txn)?,
-            outcome: resolve.committed.map_or(Outcome::Aborted, |at| Outcome::Committed(Timestamp(at))),
-        },
-        pb::Command::Collect(collect) => Command::Collect { horizon: Timestamp(collect.horizon) },
+        pb::Command::Retire(retire) => Command::Retire { into: SplitId(retire.into) },
+        pb::Command::Absorb(absorb) => Command::Absorb { right: SplitId(absorb.right), end: absorb.end },
     };
     Ok(Entry { term: entry.term, closed: Timestamp(entry.closed), command })
 }
@@ -132,7 +130,7 @@ pub fn encode_record(record: &Record) -> Vec<u8> {
         commit: state.commit,
     });
     let entries = record.entries.iter().map(Into::into).collect();
-    pb::Record { split: record.split, hard_state, entries }.encode_to_vec()
+    pb::Record { split: record.split, hard_state, entries, restart: record.restart }.encode_to_vec()
 }
 
 /// A record of its bytes.
@@ -147,10 +145,10 @@ pub fn decode_record(bytes: &[u8]) -> Result<Record, WireError> {
         (hard.term, hard.vote, hard.commit) = (state.term, state.vote, state.commit);
         hard
     });
-    Ok(Record { split: record.split, hard_state, entries: each(record.entries)? })
+    Ok(Record { split: record.split, hard_state, entries: each(record.entries)?, restart: record.restart })
 }
 
-/// The bytes of a message between two nodes' halves of a split. Snapshots are not among them.
+/// The bytes of a message between two nodes' halves of a split.
 pub fn encode_message(message: &eraftpb::Message) -> Vec<u8> {
     pb::Message {
         kind: message.msg_type as i32,
@@ -167,6 +165,17 @@ pub fn encode_message(message: &eraftpb::Message) -> Vec<u8> {
         context: message.context.clone(),
         request_snapshot: message.request_snapshot,
         priority: message.priority,
+        snapshot: message.snapshot.as_ref().filter(|snapshot| snapshot.get_metadata().index > 0).map(
+            |snapshot| {
+                let metadata = snapshot.get_metadata();
+                pb::RaftSnapshot {
+                    image: snapshot.data.clone(),
+                    index: metadata.index,
+                    term: metadata.term,
+                    conf: Some(metadata.get_conf_state().into()),
+                }
+            },
+        ),
     }
     .encode_to_vec()
 }
@@ -194,10 +203,45 @@ pub fn decode_message(bytes: &[u8]) -> Result<eraftpb::Message, WireError> {
     message.context = wire.context;
     message.request_snapshot = wire.request_snapshot;
     message.priority = wire.priority;
+    if let Some(wire) = wire.snapshot {
+        message.set_snapshot(raft_snapshot(wire.image, wire.index, wire.term, checkpoint::conf(wire.conf)));
+    }
     Ok(message)
 }
 
-const BETWEEN_NODES: [eraftpb::MessageType; 9] = {
+/// A change of a group's nodes of its bytes in the log. Empty is the end of a change in two steps.
+///
+/// # Errors
+///
+/// When they are none.
+pub(crate) fn decode_conf_change(bytes: &[u8]) -> Result<eraftpb::ConfChangeV2, WireError> {
+    let wire = pb::ConfChange::decode(bytes)?;
+    let mut changes = Vec::new();
+    for single in wire.changes {
+        let kinds = [
+            eraftpb::ConfChangeType::AddNode,
+            eraftpb::ConfChangeType::RemoveNode,
+            eraftpb::ConfChangeType::AddLearnerNode,
+        ];
+        let kind = kinds.into_iter().find(|kind| *kind as i32 == single.kind);
+        let mut change = eraftpb::ConfChangeSingle::default();
+        change.set_change_type(kind.ok_or(WireError::Field("change of nodes"))?);
+        change.node_id = single.node;
+        changes.push(change);
+    }
+    let transitions = [
+        eraftpb::ConfChangeTransition::Auto,
+        eraftpb::ConfChangeTransition::Implicit,
+        eraftpb::ConfChangeTransition::Explicit,
+    ];
+    let transition = transitions.into_iter().find(|transition| *transition as i32 == wire.transition);
+    let mut change = eraftpb::ConfChangeV2::default();
+    change.set_transition(transition.ok_or(WireError::Field("transition"))?);
+    change.set_changes(changes.into());
+    Ok(change)
+}
+
+const BETWEEN_NODES: [eraftpb::MessageType; 10] = {
     use eraftpb::MessageType as Type;
     [
         Type::MsgAppend,
@@ -209,6 +253,7 @@ const BETWEEN_NODES: [eraftpb::MessageType; 9] = {
         Type::MsgHeartbeat,
         Type::MsgHeartbeatResponse,
         Type::MsgTimeoutNow,
+        Type::MsgSnapshot,
     ]
 };
 
@@ -224,6 +269,62 @@ where
     WireError: From<T::Error>,
 {
     wire.into_iter().map(|item| T::try_from(item).map_err(WireError::from)).collect()
+}
+
+impl From<&Grant> for pb::Grant {
+    fn from(grant: &Grant) -> Self {
+        let Tenure { node, term } = grant.holder;
+        Self { node: node.0, term, start: grant.start.0, end: grant.end.0 }
+    }
+}
+
+impl From<pb::Grant> for Grant {
+    fn from(grant: pb::Grant) -> Self {
+        Self {
+            holder: Tenure { node: NodeId(grant.node), term: grant.term },
+            start: Timestamp(grant.start),
+            end: Timestamp(grant.end),
+        }
+    }
+}
+
+fn promise(txn: TxnId, prepared: &Prepared) -> pb::Prepare {
+    pb::Prepare {
+        txn: Some((&txn).into()),
+        first: prepared.age.first.0,
+        client: prepared.age.client,
+        attempt: prepared.age.attempt.0,
+        at: prepared.at.0,
+        reads: prepared.reads.iter().map(Into::into).collect(),
+        writes: prepared.writes.iter().map(Into::into).collect(),
+        coordinator: prepared.coordinator.0,
+    }
+}
+
+fn promised(prepare: pb::Prepare) -> Result<(TxnId, Prepared), WireError> {
+    let prepared = Prepared {
+        age: age(prepare.first, prepare.client, prepare.attempt),
+        at: Timestamp(prepare.at),
+        reads: each(prepare.reads)?,
+        writes: each(prepare.writes)?,
+        coordinator: SplitId(prepare.coordinator),
+    };
+    Ok((txn(prepare.txn)?, prepared))
+}
+
+fn age(first: u64, client: u64, attempt: u32) -> Age {
+    Age { first: Timestamp(first), client, attempt: std::cmp::Reverse(attempt) }
+}
+
+fn committed(outcome: Outcome) -> Option<u64> {
+    match outcome {
+        Outcome::Committed(at) => Some(at.0),
+        Outcome::Aborted => None,
+    }
+}
+
+fn outcome(committed: Option<u64>) -> Outcome {
+    committed.map_or(Outcome::Aborted, |at| Outcome::Committed(Timestamp(at)))
 }
 
 fn txn(wire: Option<pb::Txn>) -> Result<TxnId, WireError> {
@@ -295,196 +396,6 @@ impl TryFrom<pb::RaftEntry> for eraftpb::Entry {
     }
 }
 
-/// The messages themselves. Numbers, once given, are kept: logs outlive versions.
-mod pb {
-    use super::Bytes;
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Empty {}
-
-    #[derive(Clone, Copy, PartialEq, prost::Message)]
-    pub(super) struct Txn {
-        #[prost(fixed64, tag = "1")]
-        pub(super) started: u64,
-        #[prost(fixed64, tag = "2")]
-        pub(super) random: u64,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Mutation {
-        #[prost(bytes = "bytes", tag = "1")]
-        pub(super) key: Bytes,
-        #[prost(bytes = "bytes", optional, tag = "2")]
-        pub(super) value: Option<Bytes>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Span {
-        #[prost(bytes = "bytes", tag = "1")]
-        pub(super) start: Bytes,
-        #[prost(bytes = "bytes", optional, tag = "2")]
-        pub(super) end: Option<Bytes>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Grant {
-        #[prost(uint64, tag = "1")]
-        pub(super) node: u64,
-        #[prost(uint64, tag = "2")]
-        pub(super) term: u64,
-        #[prost(fixed64, tag = "3")]
-        pub(super) start: u64,
-        #[prost(fixed64, tag = "4")]
-        pub(super) end: u64,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Commit {
-        #[prost(message, optional, tag = "1")]
-        pub(super) txn: Option<Txn>,
-        #[prost(fixed64, tag = "2")]
-        pub(super) at: u64,
-        #[prost(message, repeated, tag = "3")]
-        pub(super) writes: Vec<Mutation>,
-        #[prost(uint64, repeated, tag = "4")]
-        pub(super) participants: Vec<u64>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Settled {
-        #[prost(message, repeated, tag = "1")]
-        pub(super) txns: Vec<Txn>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Prepare {
-        #[prost(message, optional, tag = "1")]
-        pub(super) txn: Option<Txn>,
-        #[prost(fixed64, tag = "2")]
-        pub(super) first: u64,
-        #[prost(fixed64, tag = "3")]
-        pub(super) client: u64,
-        #[prost(uint32, tag = "4")]
-        pub(super) attempt: u32,
-        #[prost(fixed64, tag = "5")]
-        pub(super) at: u64,
-        #[prost(message, repeated, tag = "6")]
-        pub(super) reads: Vec<Span>,
-        #[prost(message, repeated, tag = "7")]
-        pub(super) writes: Vec<Mutation>,
-        #[prost(uint64, tag = "8")]
-        pub(super) coordinator: u64,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Resolve {
-        #[prost(message, optional, tag = "1")]
-        pub(super) txn: Option<Txn>,
-        #[prost(fixed64, optional, tag = "2")]
-        pub(super) committed: Option<u64>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Collect {
-        #[prost(fixed64, tag = "1")]
-        pub(super) horizon: u64,
-    }
-
-    #[derive(Clone, PartialEq, prost::Oneof)]
-    pub(super) enum Command {
-        #[prost(message, tag = "3")]
-        Close(Empty),
-        #[prost(message, tag = "4")]
-        Lease(Grant),
-        #[prost(message, tag = "5")]
-        Commit(Commit),
-        #[prost(message, tag = "6")]
-        Settled(Settled),
-        #[prost(message, tag = "7")]
-        Prepare(Prepare),
-        #[prost(message, tag = "8")]
-        Resolve(Resolve),
-        #[prost(message, tag = "9")]
-        Collect(Collect),
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct LogEntry {
-        #[prost(uint64, tag = "1")]
-        pub(super) term: u64,
-        #[prost(fixed64, tag = "2")]
-        pub(super) closed: u64,
-        #[prost(oneof = "Command", tags = "3, 4, 5, 6, 7, 8, 9")]
-        pub(super) command: Option<Command>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct HardState {
-        #[prost(uint64, tag = "1")]
-        pub(super) term: u64,
-        #[prost(uint64, tag = "2")]
-        pub(super) vote: u64,
-        #[prost(uint64, tag = "3")]
-        pub(super) commit: u64,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct RaftEntry {
-        #[prost(int32, tag = "1")]
-        pub(super) kind: i32,
-        #[prost(uint64, tag = "2")]
-        pub(super) term: u64,
-        #[prost(uint64, tag = "3")]
-        pub(super) index: u64,
-        #[prost(bytes = "bytes", tag = "4")]
-        pub(super) data: Bytes,
-        #[prost(bytes = "bytes", tag = "5")]
-        pub(super) context: Bytes,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Record {
-        #[prost(uint64, tag = "1")]
-        pub(super) split: u64,
-        #[prost(message, optional, tag = "2")]
-        pub(super) hard_state: Option<HardState>,
-        #[prost(message, repeated, tag = "3")]
-        pub(super) entries: Vec<RaftEntry>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Message {
-        #[prost(int32, tag = "1")]
-        pub(super) kind: i32,
-        #[prost(uint64, tag = "2")]
-        pub(super) to: u64,
-        #[prost(uint64, tag = "3")]
-        pub(super) from: u64,
-        #[prost(uint64, tag = "4")]
-        pub(super) term: u64,
-        #[prost(uint64, tag = "5")]
-        pub(super) log_term: u64,
-        #[prost(uint64, tag = "6")]
-        pub(super) index: u64,
-        #[prost(message, repeated, tag = "7")]
-        pub(super) entries: Vec<RaftEntry>,
-        #[prost(uint64, tag = "8")]
-        pub(super) commit: u64,
-        #[prost(uint64, tag = "9")]
-        pub(super) commit_term: u64,
-        #[prost(bool, tag = "10")]
-        pub(super) reject: bool,
-        #[prost(uint64, tag = "11")]
-        pub(super) reject_hint: u64,
-        #[prost(bytes = "bytes", tag = "12")]
-        pub(super) context: Bytes,
-        #[prost(uint64, tag = "13")]
-        pub(super) request_snapshot: u64,
-        #[prost(int64, tag = "14")]
-        pub(super) priority: i64,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cmp::Reverse;
@@ -543,7 +454,16 @@ mod tests {
                 }
             ),
             (txn_id(), outcome).prop_map(|(txn, outcome)| Command::Resolve { txn, outcome }),
-            time().prop_map(|horizon| Command::Collect { horizon }),
+            (time(), time()).prop_map(|(horizon, outcomes)| Command::Collect { horizon, outcomes }),
+            Just(Command::Yield),
+            (writes(), any::<u64>()).prop_filter_map("no key", |(writes, number)| Some(Command::Split {
+                at: writes.first()?.key.clone(),
+                right: SplitId(number),
+                leader: NodeId(number),
+            })),
+            any::<u64>().prop_map(|into| Command::Retire { into: SplitId(into) }),
+            (any::<u64>(), prop::option::of(Just(Bytes::from_static(b"end"))))
+                .prop_map(|(right, end)| Command::Absorb { right: SplitId(right), end }),
         ]
     }
 
@@ -563,7 +483,7 @@ mod tests {
 
         #[test]
         fn consensus_comes_back_as_it_went(
-            numbers in prop::array::uniform8(any::<u64>()), kind in 0usize..9, reject in any::<bool>(),
+            numbers in prop::array::uniform8(any::<u64>()), kind in 0usize..10, reject in any::<bool>(),
             data in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..9), 0..3),
         ) {
             let entries: Vec<_> = data.iter().enumerate().map(|(index, data)| {
@@ -580,7 +500,7 @@ mod tests {
             prop_assert_eq!(decode_message(&encode_message(&message)).unwrap(), message);
             let mut hard = eraftpb::HardState::default();
             [hard.term, hard.vote, hard.commit, ..] = numbers;
-            let record = Record { split: numbers[7], hard_state: Some(hard), entries };
+            let record = Record { split: numbers[7], hard_state: Some(hard), entries, restart: Some(numbers[6]) };
             prop_assert_eq!(decode_record(&encode_record(&record)).unwrap(), record);
         }
     }
