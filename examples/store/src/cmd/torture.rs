@@ -5,6 +5,7 @@ mod admin;
 mod clock;
 pub(crate) mod cluster;
 mod disk;
+mod healing;
 mod history;
 mod nemesis;
 mod network;
@@ -19,16 +20,14 @@ mod workload;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::{Context, bail};
-use tokio::{
-    task::JoinSet,
-    time::{Instant, sleep, timeout},
-};
+use anyhow::Context;
+use tokio::time::{Instant, sleep};
 
 use self::{
     admin::Admin,
     clock::ClientClock,
     cluster::Cluster,
+    healing::{end, heal, wait_until_all_serve},
     history::History,
     nemesis::{Fault, Nemesis},
     session::Session,
@@ -40,10 +39,6 @@ use self::{
 
 /// How long nodes have to serve: at the start, and again when all is healed.
 const SERVE: Duration = Duration::from_secs(60);
-/// How long clients go on when all is healed: whatever is stuck then is stuck for good.
-const CALM: Duration = Duration::from_secs(3);
-/// How long clients and hands have to come to their end. A call takes ten seconds, a transaction several calls.
-const END: Duration = Duration::from_secs(120);
 /// Acknowledged transactions a second that are the least: under every fault at once, a run with fewer tests nothing.
 const OK_A_SECOND: u64 = 10;
 
@@ -138,10 +133,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Waits for the nodes, declares the tables, writes the first rows, and cuts them apart.
 async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow::Result<()> {
     wait_until_all_serve(session, cluster).await?;
-    if cluster.has_others() {
-        cluster.start_others()?;
-        wait_until_all_serve(session, cluster).await?;
-    }
     let began = Instant::now();
     for (table, parts) in rows::TABLES {
         let kind = |number: &bool| if *number { store_client::Kind::Int } else { store_client::Kind::Text };
@@ -154,67 +145,16 @@ async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow:
             sleep(Duration::from_millis(200)).await;
         }
     }
+    if cluster.has_others() {
+        cluster.start_others()?;
+        wait_until_all_serve(session, cluster).await?;
+    }
     workload::set_up(session, shared).await?;
     let cuts = [rows::account(rows::ACCOUNTS / 2), rows::list(0, 0), rows::pair(0, 'b'), rows::register(0)];
     if let Err(error) = Admin::new(session.client().clone()).cut_at(&cuts).await {
         eprintln!("all rows are in one split: {error:#}");
     }
     Ok(())
-}
-
-async fn wait_until_all_serve(session: &Session, cluster: &Cluster) -> anyhow::Result<()> {
-    let began = Instant::now();
-    for address in cluster.started() {
-        while let Err(error) = session.client().status(&address).await {
-            if began.elapsed() > SERVE {
-                return Err(error).with_context(|| format!("the node at {address} does not serve"));
-            }
-            if let Some(death) = cluster.deaths().first() {
-                bail!("node {} died at once: {}", death.node, death.why);
-            }
-            sleep(Duration::from_millis(100)).await;
-        }
-    }
-    Ok(())
-}
-
-/// After all is well again: everybody serves, clients get somewhere, and what was acknowledged is there.
-async fn heal(
-    session: &Session,
-    shared: &Shared,
-    cluster: &Cluster,
-    clients: &mut JoinSet<()>,
-) -> anyhow::Result<()> {
-    let served = wait_until_all_serve(session, cluster).await;
-    let before = shared.acknowledged();
-    let began = Instant::now();
-    while shared.acknowledged() == before && began.elapsed() < SERVE {
-        sleep(Duration::from_millis(20)).await;
-    }
-    let idle = began.elapsed();
-    eprintln!(
-        "{:8.3} s  all is healed; the first acknowledgement came after {idle:.1?}",
-        shared.clock.seconds()
-    );
-    sleep(CALM).await;
-    shared.stop();
-    end(clients, "a client").await?;
-    served?;
-    if idle >= SERVE {
-        bail!("nothing was acknowledged for {} s after all was healed", SERVE.as_secs());
-    }
-    workload::read_everything(session, shared).await
-}
-
-/// Waits for tasks that were told to stop.
-async fn end(tasks: &mut JoinSet<()>, what: &str) -> anyhow::Result<()> {
-    let all = async {
-        while let Some(ended) = tasks.join_next().await {
-            ended.with_context(|| format!("{what} ended badly"))?;
-        }
-        Ok(())
-    };
-    timeout(END, all).await.with_context(|| format!("{what} does not end"))?
 }
 
 /// Says what is not well, and whether nothing is.
