@@ -29,8 +29,8 @@ use crate::{
 
 /// Of one call, all its tries included: a split is without a leader for a few seconds after its leader died.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Of one try. A node that says nothing for so long has stopped, or has us wait for a lock: to ask again does no harm.
-const ATTEMPT: Duration = Duration::from_secs(3);
+/// Of one try. A node waits for less than this before it says that another may know sooner.
+const ATTEMPT: Duration = Duration::from_secs(4);
 /// Of one try of what any node answers at once.
 const ATTEMPT_QUICK: Duration = Duration::from_secs(1);
 /// A node that did not answer is passed over for so long by what another can answer as well.
@@ -43,14 +43,19 @@ const TRANSACTION_ATTEMPTS: u32 = 100;
 const PAUSE_MIN: Duration = Duration::from_millis(4);
 /// The longest: of the time that a split is without a leader, a client wastes at most this much.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// A change of a split waits until nothing of it is under way.
+const CHANGE: Duration = Duration::from_secs(15);
+/// A replica is moved row by row.
+const MOVE: Duration = Duration::from_secs(150);
 /// So many hints are followed at once; nodes that send a client in circles make it pause.
 const HINTS_MAX: u32 = 3;
 /// How long to wait for the other nodes once one has answered.
 const SPLITS_OTHERS: Duration = Duration::from_millis(50);
 /// Until a connection stands.
 const CONNECT: Duration = Duration::from_secs(1);
-/// A connection over which nothing comes is asked whether it is alive so often, and given up after as long.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A connection is asked whether it is alive so often, and given up when it says nothing for as long: whoever waits for
+/// a lock at a node that has stopped is to ask the next leader, who is there by then.
+const KEEP_ALIVE: Duration = Duration::from_millis(1500);
 
 /// How long to try.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +110,8 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct Pace {
     pub(crate) deadline: Instant,
+    /// Of one try.
+    attempt: Duration,
     pause: Duration,
     hinted: u32,
 }
@@ -112,15 +119,20 @@ pub(crate) struct Pace {
 impl Pace {
     /// One try, at what is answered at once.
     fn quick(&self) -> Self {
-        Self { deadline: self.deadline.min(Instant::now() + ATTEMPT_QUICK), ..*self }
+        Self { attempt: self.attempt.min(ATTEMPT_QUICK), ..*self }
+    }
+
+    /// One try, at what waits for locks: a second one would find the first still waiting.
+    pub(crate) fn patient(&self) -> Self {
+        Self { attempt: Duration::MAX, ..*self }
     }
 }
 
 /// Whom to ask.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Target {
-    /// For which split, if for one.
-    pub(crate) split: Option<u64>,
+    /// For which splits; none where anybody knows.
+    pub(crate) splits: Vec<u64>,
     pub(crate) address: String,
 }
 
@@ -239,7 +251,7 @@ impl Client {
 
     async fn begin_with(&self, retry_of: Option<proto::Transaction>, mut pace: Pace) -> Result<Txn, Error> {
         loop {
-            let target = Target { split: None, address: self.anybody() };
+            let target = Target { splits: Vec::new(), address: self.anybody() };
             let request = proto::BeginRequest { retry_of: retry_of.clone() };
             let send = |mut node: Store, request| async move { node.begin(request).await };
             let begun = self.ask(&pace.quick(), &target.address, request, send).await;
@@ -313,7 +325,7 @@ impl Client {
     pub async fn splits(&self) -> Result<proto::ListSplitsResponse, Error> {
         let mut pace = self.pace();
         loop {
-            let target = Target { split: None, address: self.anybody() };
+            let target = Target { splits: Vec::new(), address: self.anybody() };
             let send = |mut node: Store, request| async move { node.list_splits(request).await };
             match self.ask(&pace.quick(), &target.address, proto::ListSplitsRequest {}, send).await {
                 Ok(splits) => return Ok(splits),
@@ -349,7 +361,7 @@ impl Client {
     pub async fn split(&self, split: u64, at: Option<Row>) -> Result<u64, Error> {
         let request = proto::SplitRequest { split, at: at.map(Into::into) };
         let send = |mut node: Admin, request| async move { node.split(request).await };
-        Ok(self.administer(split, request, send).await?.right)
+        Ok(self.administer(split, CHANGE, request, send).await?.right)
     }
 
     /// Takes the split to the right of `split` into it.
@@ -359,7 +371,7 @@ impl Client {
     /// As [`Client::split`].
     pub async fn merge(&self, split: u64) -> Result<(), Error> {
         let send = |mut node: Admin, request| async move { node.merge(request).await };
-        self.administer(split, proto::MergeRequest { split }, send).await.map(drop)
+        self.administer(split, CHANGE, proto::MergeRequest { split }, send).await.map(drop)
     }
 
     /// Moves a replica of `split` from one node to another, while it serves.
@@ -369,7 +381,7 @@ impl Client {
     /// As [`Client::split`].
     pub async fn move_replica(&self, split: u64, from: u64, to: u64) -> Result<(), Error> {
         let send = |mut node: Admin, request| async move { node.r#move(request).await };
-        self.administer(split, proto::MoveRequest { split, from, to }, send).await.map(drop)
+        self.administer(split, MOVE, proto::MoveRequest { split, from, to }, send).await.map(drop)
     }
 
     /// Hands the leadership of `split` to another of its nodes.
@@ -379,20 +391,21 @@ impl Client {
     /// As [`Client::split`].
     pub async fn lead(&self, split: u64, node: u64) -> Result<(), Error> {
         let send = |mut node: Admin, request| async move { node.lead(request).await };
-        self.administer(split, proto::LeadRequest { split, node }, send).await.map(drop)
+        self.administer(split, CHANGE, proto::LeadRequest { split, node }, send).await.map(drop)
     }
 
     /// Asks the split's leader until somebody does it, refuses it for good, or may have done it.
     async fn administer<Q: Clone, A, F>(
         &self,
         split: u64,
+        within: Duration,
         request: Q,
         send: impl Fn(Admin, Request<Q>) -> F,
     ) -> Result<A, Error>
     where
         F: Future<Output = Result<Response<A>, Status>>,
     {
-        let mut pace = self.pace();
+        let mut pace = Pace { deadline: Instant::now() + within, ..self.pace().patient() };
         loop {
             let tried = async {
                 let target = self.leader_of(split, &pace).await?;
@@ -417,7 +430,7 @@ impl Client {
 
     pub(crate) fn pace_until(&self, deadline: Instant) -> Pace {
         let deadline = deadline.min(Instant::now() + self.inner.options.deadline);
-        Pace { deadline, pause: PAUSE_MIN, hinted: 0 }
+        Pace { deadline, attempt: self.inner.options.attempt, pause: PAUSE_MIN, hinted: 0 }
     }
 
     pub(crate) fn routes(&self) -> Arc<Routes> {
@@ -461,7 +474,7 @@ impl Client {
     pub(crate) async fn leader_at(&self, place: &[u8], pace: &Pace) -> Result<Target, Failed> {
         self.target(pace, |routes, turn| {
             let route = routes.at(place)?;
-            Some(Target { split: Some(route.split), address: routes.leader(route, turn)?.to_owned() })
+            Some(Target { splits: vec![route.split], address: routes.leader(route, turn)?.to_owned() })
         })
         .await
     }
@@ -470,7 +483,7 @@ impl Client {
     pub(crate) async fn leader_of(&self, split: u64, pace: &Pace) -> Result<Target, Failed> {
         self.target(pace, |routes, turn| {
             let route = routes.split(split)?;
-            Some(Target { split: Some(split), address: routes.leader(route, turn)?.to_owned() })
+            Some(Target { splits: vec![split], address: routes.leader(route, turn)?.to_owned() })
         })
         .await
     }
@@ -556,8 +569,8 @@ impl Client {
         F: Future<Output = Result<Response<A>, Status>>,
     {
         let channel = self.channel(address)?;
-        let until = pace.deadline.min(Instant::now() + self.inner.options.attempt);
-        match timeout_at(until, send(channel, Request::new(request))).await {
+        let left = pace.deadline.saturating_duration_since(Instant::now()).min(pace.attempt);
+        match timeout(left, send(channel, Request::new(request))).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(status)) => Err(self.suspect(address, fault(address, &status))),
             Err(_) => Err(self.suspect(address, Fault::late(address))),
@@ -570,7 +583,8 @@ impl Client {
             return Err(fault.error);
         }
         let seen = self.routes();
-        if let (Some(leader), Some(Target { split: Some(split), address })) = (fault.leader, &asked)
+        if let (Some(leader), Some(Target { splits, address })) = (fault.leader, &asked)
+            && let [split] = splits.as_slice()
             && leader != *address
             && pace.hinted < HINTS_MAX
         {
@@ -580,7 +594,7 @@ impl Client {
         }
         pace.hinted = 0;
         self.sleep(pace).await;
-        if asked.is_some_and(|asked| asked.split.is_some()) {
+        if asked.is_some_and(|asked| !asked.splits.is_empty()) {
             // Whoever cannot say it now is asked again with the next try.
             let _stale = self.refresh(&seen, pace).await;
         }

@@ -53,18 +53,22 @@ impl Client {
         Ok(Snapshot { rows: in_order(found)?, at: shown.at.unwrap_or_default() })
     }
 
-    /// Asks one split, and all others together once it is known which moment to ask them for.
+    /// Asks one node, and all others together once it is known which moment to ask them for.
     async fn snapshot_read_once(
         &self,
         missing: &[(usize, Vec<u8>, Row)],
         shown: &mut Shown,
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
-        let mut groups: BTreeMap<Target, Vec<(usize, Row)>> = BTreeMap::new();
+        let mut groups: BTreeMap<String, (Vec<u64>, Vec<(usize, Row)>)> = BTreeMap::new();
         let turn = self.turn();
         for (index, place, row) in missing {
             match self.snapshot_target(place, shown, turn, pace).await {
-                Ok(target) => groups.entry(target).or_default().push((*index, row.clone())),
+                Ok(Target { splits, address }) => {
+                    let group = groups.entry(address).or_default();
+                    group.0.extend(splits);
+                    group.1.push((*index, row.clone()));
+                }
                 Err(why) => return (Vec::new(), Some(why)),
             }
         }
@@ -74,15 +78,16 @@ impl Client {
             }
         }
         let moment = shown.moment();
-        let asked = groups.into_iter().map(|(target, rows)| {
+        let asked = groups.into_iter().map(|(address, (mut splits, rows))| {
+            splits.dedup();
             let request = proto::SnapshotReadRequest {
                 rows: rows.iter().map(|(_, row)| row.clone().into()).collect(),
                 moment: Some(moment.into()),
             };
             async move {
                 let send = |mut node: Store, request| async move { node.snapshot_read(request).await };
-                let answer = self.ask(pace, &target.address, request, send).await;
-                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(target)))
+                let answer = self.ask(pace, &address, request, send).await;
+                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(Target { splits, address })))
             }
         });
         let mut read = Vec::new();
@@ -169,7 +174,7 @@ impl Client {
             if let Some(route) = routes.at(place)
                 && let Some(address) = routes.replicas(route, turn).find(|address| !self.is_suspect(address))
             {
-                return Ok(Target { split: Some(route.split), address: address.to_owned() });
+                return Ok(Target { splits: vec![route.split], address: address.to_owned() });
             }
         }
         self.leader_at(place, pace).await

@@ -111,31 +111,36 @@ impl Txn {
         Ok(self.read(std::slice::from_ref(row)).await?.into_iter().next().and_then(|found| found.value))
     }
 
-    /// Asks each split for its rows, once. What one of them failed with comes beside what the others read.
+    /// Asks each leader for its rows, once. What one of them failed with comes beside what the others read.
     async fn read_once(
         &mut self,
         missing: &[(usize, Vec<u8>, Row)],
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
         let mut failed = None;
-        let mut groups: BTreeMap<Target, Vec<(usize, Row)>> = BTreeMap::new();
+        let mut groups: BTreeMap<String, (Vec<u64>, Vec<(usize, Row)>)> = BTreeMap::new();
         for (index, place, row) in missing {
             self.read_at.get_or_insert_with(|| place.clone());
             match self.client.leader_at(place, pace).await {
-                Ok(target) => groups.entry(target).or_default().push((*index, row.clone())),
+                Ok(Target { splits, address }) => {
+                    let group = groups.entry(address).or_default();
+                    group.0.extend(splits);
+                    group.1.push((*index, row.clone()));
+                }
                 Err(why) => failed = Some(why),
             }
         }
-        let asked = groups.into_iter().map(|(target, rows)| {
+        let asked = groups.into_iter().map(|(address, (mut splits, rows))| {
+            splits.dedup();
             let request = proto::ReadRequest {
                 transaction: Some(self.transaction.clone()),
                 rows: rows.iter().map(|(_, row)| row.clone().into()).collect(),
             };
-            let client = &self.client;
+            let (client, pace) = (&self.client, pace.patient());
             async move {
                 let send = |mut node: Store, request| async move { node.read(request).await };
-                let answer = client.ask(pace, &target.address, request, send).await;
-                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(target)))
+                let answer = client.ask(&pace, &address, request, send).await;
+                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(Target { splits, address })))
             }
         });
         let mut read = Vec::new();
@@ -227,7 +232,10 @@ impl Txn {
             limit: page_limit(limit),
         };
         let send = |mut node: Store, request| async move { node.scan(request).await };
-        self.client.ask(pace, &target.address, request, send).await.map_err(|fault| (fault, Some(target)))
+        self.client
+            .ask(&pace.patient(), &target.address, request, send)
+            .await
+            .map_err(|fault| (fault, Some(target)))
     }
 
     /// Writes a row when the transaction commits.

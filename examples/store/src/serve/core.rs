@@ -57,6 +57,7 @@ pub enum Failed {
 enum Event {
     Request(Request, Waiter),
     Messages(NodeId, Vec<Bytes>),
+    Meet(NodeId),
 }
 
 /// Whoever waits for an answer, and the room that it takes.
@@ -97,6 +98,12 @@ impl Handle {
         if let Err(TrySendError::Full(_)) = self.events.try_send(Event::Messages(from, messages)) {
             tracing::debug!(from = from.0, "too much is waiting: what another node says is lost");
         }
+    }
+
+    /// Tells the node that there is another one.
+    pub fn meet(&self, other: NodeId) {
+        // Too much is waiting: whoever speaks is known without it.
+        let _full = self.events.try_send(Event::Meet(other));
     }
 }
 
@@ -259,6 +266,7 @@ impl<D: Disk, P: Post> Loop<D, P> {
                     self.node.message(from, &message, now);
                 }
             }
+            Event::Meet(other) => self.node.meet(other),
         }
     }
 }

@@ -117,6 +117,17 @@ struct State {
     known: BTreeSet<NodeId>,
 }
 
+/// What is known of another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It has the newest disk that is known of its number.
+    Known,
+    /// So it has, and nobody has heard of that disk here before.
+    New,
+    /// It had a disk of which it has a newer one by now: whoever speaks for it is not to be heard.
+    Replaced,
+}
+
 /// What a node is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
@@ -214,22 +225,22 @@ impl Identity {
         proto::HelloResponse { node: own.map_or(0, |own| own.id), known: ids(&state.known) }
     }
 
-    /// Whether `node` may be heard and talked to: it has the newest disk that is known of its number. A new one is on
-    /// this disk before the answer.
+    /// What is known of another node. One that is new is on this disk before the answer.
     ///
     /// # Errors
     ///
     /// When the disk fails.
-    pub fn is_current(&self, node: NodeId) -> Result<bool, IdentityError> {
+    pub fn standing(&self, node: NodeId) -> Result<Standing, IdentityError> {
         let mut state = self.state();
-        let newer = NodeId(node.0 + 1)..;
+        let newer = NodeId(node.0.saturating_add(1))..;
         if state.known.range(newer).any(|other| number(*other) == number(node)) {
-            return Ok(false);
+            return Ok(Standing::Replaced);
         }
-        if state.known.insert(node) {
-            self.keep(KNOWN_FILE, &ids(&state.known))?;
+        if !state.known.insert(node) {
+            return Ok(Standing::Known);
         }
-        Ok(true)
+        self.keep(KNOWN_FILE, &ids(&state.known))?;
+        Ok(Standing::New)
     }
 
     /// The newest id that is known of each number.
@@ -308,7 +319,7 @@ mod tests {
         assert_eq!(a.hello(), hello(0, &[1]));
         let chosen = b.choose(&[a.hello()], 1..=2).unwrap();
         assert_eq!(chosen, Chosen { id: NodeId(2), first, begun: false });
-        assert!(a.is_current(NodeId(2)).unwrap());
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::New);
         assert_eq!(a.hello(), hello(1, &[1, 2]));
     }
 
@@ -341,12 +352,12 @@ mod tests {
         let (home, a) = fresh(1);
         let chosen = a.choose(&[hello(0, &[])], 1..=2).unwrap();
         a.begun().unwrap();
-        assert!(a.is_current(NodeId(1 << 16 | 2)).unwrap());
+        assert_eq!(a.standing(NodeId(1 << 16 | 2)).unwrap(), Standing::New);
         drop(a);
         let a = Identity::open(home.path(), 1).unwrap();
         assert_eq!(a.chosen(), Some(Chosen { begun: true, ..chosen }));
-        assert!(!a.is_current(NodeId(2)).unwrap(), "its disk was lost");
-        assert!(a.is_current(NodeId(1 << 16 | 2)).unwrap());
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::Replaced);
+        assert_eq!(a.standing(NodeId(1 << 16 | 2)).unwrap(), Standing::Known);
         assert_eq!(a.newest()[&2], NodeId(1 << 16 | 2));
         assert!(matches!(Identity::open(home.path(), 2), Err(IdentityError::Other { found: 1, .. })));
     }

@@ -26,7 +26,7 @@ use tonic::transport::Server;
 use api::Api;
 pub use api::{COMMIT_BYTES_MAX, ROWS_MAX, SCAN_ROWS_MAX, VALUE_BYTES_MAX};
 use core::{Core, Crash, Handle};
-use identity::{Addresses, Chosen, Identity, IdentityError};
+use identity::{Addresses, Chosen, Identity, IdentityError, Standing};
 use tables::Tables;
 
 use crate::{
@@ -48,6 +48,8 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const DRAIN: Duration = Duration::from_secs(3);
 /// Between two tries to hear from all others who a new node is to be.
 const HELLO_PAUSE: Duration = Duration::from_millis(100);
+/// The longest between two tries of a node to say who it is.
+const HELLO_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Who has not been heard is said so often.
 const HELLO_SAID: Duration = Duration::from_secs(5);
 
@@ -74,12 +76,12 @@ pub enum ServeError {
     /// What was told is none.
     #[error("{0}")]
     Options(String),
-    /// The log was there and is gone.
+    /// What the node kept is gone.
     #[error(
-        "the log of this node is gone, and what it promised is forgotten: empty the data directory, \
+        "the log or the rows of this node are gone, and with them what it promised: empty the data directory, \
          so that it comes back as a new node"
     )]
-    LogGone,
+    Gone,
     /// The disk says no.
     #[error("the log's directory cannot be used")]
     Log(#[source] io::Error),
@@ -120,6 +122,17 @@ impl Shared {
         self.running.get()
     }
 
+    /// Whether another node may be heard. The node hears of one that is new.
+    fn is_current(&self, other: NodeId) -> Result<bool, IdentityError> {
+        let standing = self.identity.standing(other)?;
+        if standing == Standing::New
+            && let Some(running) = self.running()
+        {
+            running.handle.meet(other);
+        }
+        Ok(standing != Standing::Replaced)
+    }
+
     fn random(&self) -> u64 {
         self.rng.lock().unwrap_or_else(PoisonError::into_inner).u64(..)
     }
@@ -148,7 +161,7 @@ pub async fn serve(
         number,
         identity: Identity::open(&state, number)?,
         addresses,
-        clock: Arc::clone(&clock),
+        clock,
         tables,
         rng: Mutex::new(rng),
         running: OnceLock::new(),
@@ -188,7 +201,7 @@ pub async fn serve(
         () = &mut stop => return Ok(()),
     };
     let mut core = tokio::select! {
-        core = start(&shared, &state, &chosen, node_seed, clock, &mut tasks) => core?,
+        core = start(&shared, &state, &chosen, node_seed, &mut tasks) => core?,
         served = &mut server => return Ok(served?),
         () = &mut stop => return Ok(()),
     };
@@ -270,21 +283,23 @@ async fn choose(shared: &Shared) -> Result<Chosen, ServeError> {
 
 /// Opens the node and starts its streams.
 async fn start(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     state: &std::path::Path,
     chosen: &Chosen,
     seed: u64,
-    clock: Arc<dyn TrueTime>,
     tasks: &mut JoinSet<()>,
 ) -> Result<Core, ServeError> {
-    let disk = Directory::new(&state.join("log")).map_err(ServeError::Log)?;
-    if chosen.begun && disk.segments().map_err(ServeError::Log)?.is_empty() {
-        return Err(ServeError::LogGone);
+    let (log, rows) = (state.join("log"), state.join("rows"));
+    let gone = chosen.begun && !rows.exists();
+    let disk = Directory::new(&log).map_err(ServeError::Log)?;
+    if gone || chosen.begun && disk.segments().map_err(ServeError::Log)?.is_empty() {
+        return Err(ServeError::Gone);
     }
-    let engine = Arc::new(Lsm::open(&state.join("rows"))?);
+    let engine = Arc::new(Lsm::open(&rows)?);
     let (outgoing, streams) = peers::outgoing(chosen.id, &shared.addresses);
-    let config = Config { me: chosen.id, first: chosen.first.clone(), seed };
+    let config = Config::new(chosen.id, chosen.first.clone(), seed);
     let (opened, is_open) = oneshot::channel();
+    let clock = Arc::clone(&shared.clock);
     let mut core = Core::start(config, disk, engine, clock, outgoing, opened).map_err(ServeError::Start)?;
     if is_open.await.is_err() {
         // It ends without an error only when it is told to, which nobody has.
@@ -296,7 +311,36 @@ async fn start(
         tasks.spawn(stream);
     }
     let handle = core.handle.clone();
+    for other in shared.identity.newest().into_values().filter(|other| *other != chosen.id) {
+        handle.meet(other);
+    }
     // Set once: there is one start.
     let _unset = shared.running.set(Running { id: chosen.id, handle });
+    for (number, address) in shared.addresses.iter().filter(|(number, _)| *number != shared.number) {
+        tasks.spawn(introduce(Arc::clone(shared), chosen.id, number, address.to_owned()));
+    }
     Ok(core)
+}
+
+/// Says to another node that this one is there, until it hears: a node that joins leads nothing and is asked nothing, so
+/// that nobody would speak to it.
+async fn introduce(shared: Arc<Shared>, me: NodeId, number: u64, address: String) {
+    let mut pause = HELLO_PAUSE;
+    loop {
+        match peers::hello(&address, Some(me)).await {
+            Ok(other) if other.node != 0 => {
+                if let Err(error) = shared.is_current(NodeId(other.node)) {
+                    tracing::error!(%error, "who is heard of cannot be kept");
+                }
+                return;
+            }
+            // It is there, and will say who it is when it speaks.
+            Ok(_) => return,
+            Err(error) => {
+                tracing::debug!(number, %address, %error, "another node does not hear who this one is")
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(HELLO_PAUSE_MAX);
+    }
 }

@@ -24,7 +24,7 @@ use tonic::{
 use super::{
     Shared,
     core::Post,
-    identity::{Addresses, Identity, number},
+    identity::{Addresses, number},
     status::refusal,
 };
 use crate::lease::NodeId;
@@ -243,7 +243,7 @@ impl Peers for Incoming {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
         let node = request.into_inner().node;
         if node != 0 {
-            check_current(&self.shared.identity, NodeId(node))?;
+            check_current(&self.shared, NodeId(node))?;
         }
         Ok(Response::new(self.shared.identity.hello()))
     }
@@ -252,16 +252,12 @@ impl Peers for Incoming {
 impl Incoming {
     fn hear(&self, parcel: Parcel) -> Result<(), Status> {
         let (from, to) = (NodeId(parcel.from), NodeId(parcel.to));
-        let Shared { identity, addresses, number: own, .. } = &*self.shared;
+        let own = &self.shared.number;
         if number(to) != *own {
             let message = format!("this is node {own}, and not {}: see where it is to be asked", number(to));
             return Err(refusal(Reason::Malformed, message));
         }
-        if addresses.of(from).is_none() || number(from) == *own {
-            let message = format!("node {} is none of those configured here", number(from));
-            return Err(refusal(Reason::Malformed, message));
-        }
-        check_current(identity, from)?;
+        check_current(&self.shared, from)?;
         // What is for another disk of this node's is for nobody: consensus goes on without it until it is replaced.
         if let Some(running) = self.shared.running()
             && running.id == to
@@ -272,8 +268,12 @@ impl Incoming {
     }
 }
 
-fn check_current(identity: &Identity, node: NodeId) -> Result<(), Status> {
-    match identity.is_current(node) {
+fn check_current(shared: &Shared, node: NodeId) -> Result<(), Status> {
+    if shared.addresses.of(node).is_none() || number(node) == shared.number {
+        let message = format!("node {} is none of the others that are configured here", number(node));
+        return Err(refusal(Reason::Malformed, message));
+    }
+    match shared.is_current(node) {
         Ok(true) => Ok(()),
         Ok(false) => {
             let message = format!(
