@@ -78,7 +78,11 @@ struct Systems {
 /// # Errors
 ///
 /// When the store does not start or does not answer.
-pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Runtime::new().context("no runtime")?.block_on(bench(args))
+}
+
+async fn bench(args: Args) -> anyhow::Result<ExitCode> {
     let temporary = directory(args.state.as_deref())?;
     let mut report = Report::default();
     let systems = start(&args, temporary.path(), &mut report).await?;

@@ -90,7 +90,11 @@ pub(crate) struct Args {
 /// # Errors
 ///
 /// When nodes do not start, or do not serve again once all is healed.
-pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Runtime::new().context("no runtime")?.block_on(torture(args))
+}
+
+async fn torture(args: Args) -> anyhow::Result<ExitCode> {
     let clock = ClientClock::start();
     let history = History::create(&args.history, clock)
         .with_context(|| format!("{} cannot be written", args.history.display()))?;

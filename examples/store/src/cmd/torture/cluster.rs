@@ -166,6 +166,7 @@ impl Cluster {
             .args(["--id", &place.id.to_string(), "--nodes", members])
             .args(["--listen", &place.address.to_string()])
             .args(["--epsilon", &format!("{}us", self.epsilon.as_micros())])
+            .args(["--supervised-by", &std::process::id().to_string()])
             .arg("--state")
             .arg(&place.state)
             .envs(place.environment.iter().cloned())
