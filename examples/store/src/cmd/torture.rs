@@ -91,7 +91,12 @@ pub(crate) struct Args {
 ///
 /// When nodes do not start, or do not serve again once all is healed.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    tokio::runtime::Runtime::new().context("no runtime")?.block_on(torture(args))
+    tokio::runtime::Runtime::new().context("no runtime")?.block_on(async {
+        tokio::select! {
+            ended = torture(args) => ended,
+            told = super::told_to_stop() => told.and(Err(anyhow::anyhow!("stopped in the middle"))),
+        }
+    })
 }
 
 async fn torture(args: Args) -> anyhow::Result<ExitCode> {
@@ -110,10 +115,7 @@ async fn torture(args: Args) -> anyhow::Result<ExitCode> {
     let nemesis = Arc::new(Nemesis::new(targets, faults, clock));
     let mut clients = workload::run(&cluster.addresses(), &shared, args.clients, args.seed)?;
     let mut hands = nemesis.run(args.seed);
-    tokio::select! {
-        () = sleep(Duration::from_secs(args.seconds)) => {}
-        _ = tokio::signal::ctrl_c() => eprintln!("ending early"),
-    }
+    sleep(Duration::from_secs(args.seconds)).await;
     nemesis.stop();
     let ended = end(&mut hands, "a fault").await;
     nemesis.heal();
@@ -128,6 +130,7 @@ async fn torture(args: Args) -> anyhow::Result<ExitCode> {
         cluster.kill(id)?;
     }
     if !well {
+        summary.print_splits();
         eprintln!("what the nodes said and kept is in {}", state.keep().display());
         return Ok(ExitCode::FAILURE);
     }

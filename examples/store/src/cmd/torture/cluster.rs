@@ -169,6 +169,7 @@ impl Cluster {
             .args(["--supervised-by", &std::process::id().to_string()])
             .arg("--state")
             .arg(&place.state)
+            .env("NO_COLOR", "1")
             .envs(place.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(append_to(&node.log)?)

@@ -76,7 +76,8 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        if let Err(error) = run(Command::new("umount").arg(&self.mounted)) {
+        // Lazily: a node that is ending at this moment may still hold a file there.
+        if let Err(error) = run(Command::new("umount").arg("--lazy").arg(&self.mounted)) {
             eprintln!("{error:#}");
         }
     }

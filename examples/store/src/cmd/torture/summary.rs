@@ -1,9 +1,14 @@
 //! What a run came to, for people and for programs.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde_json::json;
-use store_client::Client;
+use store_client::{
+    Client,
+    proto::{ListSplitsRequest, SplitInfo, store_client::StoreClient},
+};
+use tokio::time::timeout;
+use tonic::transport::Endpoint;
 
 use super::{
     Args,
@@ -17,6 +22,8 @@ use super::{
 /// A commit's timestamp lies between its request and its answer in true time, whatever the nodes' clocks say within
 /// their bound. The clients' own clock does not follow the machine's when that is set right meanwhile: so much of that.
 const CLOCK_BOUND_NANOS: u64 = 100_000;
+/// A node that has not said by then what splits it knows does not say it.
+const ANSWER: Duration = Duration::from_secs(2);
 /// So many reasons are enough to see what is going on.
 const REASONS_SHOWN: usize = 12;
 
@@ -30,6 +37,8 @@ pub(crate) struct Summary {
     reasons: Vec<(String, u64)>,
     deeds: Deeds,
     nodes: Vec<String>,
+    /// The splits as each node knows them.
+    splits: Vec<String>,
     /// Nodes that died by themselves.
     pub(crate) deaths: Vec<String>,
 }
@@ -60,6 +69,10 @@ impl Summary {
                 Err(error) => format!("{address}: {error}"),
             });
         }
+        let mut splits = Vec::new();
+        for address in cluster.started() {
+            splits.push(format!("as {address} knows them:\n{}", known_splits(&address).await));
+        }
         let deeds = nemesis.deeds();
         Self {
             seed: args.seed,
@@ -70,6 +83,14 @@ impl Summary {
             deaths: deeds.deaths.clone(),
             deeds,
             nodes,
+            splits,
+        }
+    }
+
+    /// What nodes say of their splits, for whoever looks for what went wrong.
+    pub(crate) fn print_splits(&self) {
+        for splits in &self.splits {
+            eprintln!("splits {splits}");
         }
     }
 
@@ -138,6 +159,27 @@ impl Summary {
             "sum": format!("acct/={}", rows::TOTAL),
             "check": self.command(),
         })
+    }
+}
+
+/// Asks one node and no other: they may not agree.
+async fn known_splits(address: &str) -> String {
+    let asked = async {
+        let mut node = StoreClient::new(Endpoint::from_shared(format!("http://{address}"))?.connect().await?);
+        anyhow::Ok(node.list_splits(ListSplitsRequest {}).await?.into_inner().splits)
+    };
+    match timeout(ANSWER, asked).await {
+        Ok(Ok(splits)) => {
+            let line = |split: &SplitInfo| {
+                let SplitInfo { id, generation, nodes, leader, rows, start_text, end_text, .. } = split;
+                format!(
+                    "  {id}: {start_text} to {end_text}, generation {generation}, nodes {nodes:?}, leader {leader}, {rows} rows"
+                )
+            };
+            splits.iter().map(line).collect::<Vec<_>>().join("\n")
+        }
+        Ok(Err(error)) => format!("  {error:#}"),
+        Err(_) => "  no answer".to_owned(),
     }
 }
 

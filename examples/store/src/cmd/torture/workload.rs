@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::bail;
@@ -25,8 +25,8 @@ use super::{
 const ATTEMPTS_MAX: u32 = 20;
 /// The most that a transfer moves, so that balances stay far from where a sum is not exact.
 const AMOUNT_MAX: u64 = 1 << 40;
-/// How often the final reads are asked for before the store is called stuck.
-const FINAL_TRIES_MAX: u32 = 60;
+/// How long the final reads are asked for before the store is called stuck.
+const FINAL: Duration = Duration::from_secs(60);
 
 /// What all clients of a run share.
 #[derive(Debug)]
@@ -251,12 +251,11 @@ pub(crate) async fn read_everything(session: &Session, shared: &Shared) -> anyho
     names.extend((0..rows::REGISTERS).map(rows::register));
     let everything = Plan::Snapshot { moment: Moment::Now, names };
     let items = Plan::SnapshotScan { moment: Moment::Now, span: Span::table("item") };
+    let began = Instant::now();
     for plan in [everything, items] {
-        let mut tries = 0;
         while !snapshot(0, session, shared, &plan).await {
-            tries += 1;
-            if tries == FINAL_TRIES_MAX {
-                bail!("everything is healed, and still no snapshot of all rows can be read");
+            if began.elapsed() > FINAL {
+                bail!("{} s after all was healed no snapshot of all rows can be read", FINAL.as_secs());
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
