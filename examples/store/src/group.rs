@@ -289,6 +289,7 @@ impl<D: Disk> Groups<D> {
     ///
     /// When the node must stop.
     pub fn checkpoint(&mut self) -> Result<(), NodeError> {
+        self.drop_absorbed()?;
         let mut batch = Batch::default();
         for group in self.groups.values() {
             group.save(&mut batch);
@@ -428,19 +429,22 @@ impl<D: Disk> Groups<D> {
         }
     }
 
-    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already.
+    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already. A split
+    /// never loses where it begins, so one that another covers, of a higher generation, is no more.
     fn drop_absorbed(&mut self) -> Result<(), NodeError> {
+        let filled = |group: &&Group| group.is_filled();
         let absorbed: Vec<_> = self
             .groups
-            .iter()
-            .filter(|(_, half)| {
-                let into = half.replica.retired().and_then(|into| self.groups.get(&into));
-                into.is_some_and(|into| {
-                    into.replica.generation() > half.replica.generation()
+            .values()
+            .filter(filled)
+            .filter(|half| {
+                self.groups.values().filter(filled).any(|into| {
+                    into.split != half.split
+                        && into.replica.generation() > half.replica.generation()
                         && into.replica.range().covers(half.replica.range())
                 })
             })
-            .map(|(split, _)| *split)
+            .map(|half| half.split)
             .collect();
         absorbed.into_iter().try_for_each(|split| self.destroy(split, u64::MAX))
     }
@@ -552,6 +556,8 @@ pub struct Group {
     /// The entry that made the split's nodes what they are.
     conf_index: u64,
     stalled_ticks: u32,
+    /// How often it has stalled as a leader.
+    stalls: usize,
     /// This node has never had another replica of the split, and so has never promised anything of it.
     is_new: bool,
     /// Ticks since each node was sent a snapshot that it has not answered to.
@@ -599,6 +605,7 @@ impl Group {
             checkpoint_index: index,
             conf_index,
             stalled_ticks: 0,
+            stalls: 0,
             is_new,
             snapshot_ticks: BTreeMap::new(),
         })
@@ -790,7 +797,8 @@ impl Group {
             return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
         }
         // Others may know of nodes that this replica has not heard of yet; its leader knows them all.
-        let stray = self.raft.raft.state == StateRole::Leader && self.farewell(NodeId(message.from)).is_some();
+        let stray =
+            self.raft.raft.state == StateRole::Leader && self.farewell(NodeId(message.from)).is_some();
         if stray && !leads(&message) {
             return Err(stranger);
         }
@@ -958,10 +966,10 @@ impl Group {
         if self.raft.raft.state != StateRole::Leader {
             // What is refused now is asked for again when it has stalled as long again.
             self.raft.request_snapshot().ok();
-        } else if let Some(turn) = self.term().checked_rem(others.len() as u64) {
+        } else if let Some(other) = others.get(self.stalls % others.len().max(1)) {
             // Nobody gives a leader a snapshot: one who is past this leads instead.
-            let other = others.into_iter().nth(usize::try_from(turn).unwrap_or_default());
-            other.into_iter().for_each(|other| self.transfer(other));
+            self.stalls += 1;
+            self.transfer(*other);
         }
     }
 

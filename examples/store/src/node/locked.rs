@@ -88,7 +88,8 @@ impl<D: Disk> Node<D> {
             places.iter().filter_map(|place| reading.keys.get(*place)).map(Range::point).collect();
         self.count(split, spans.first());
         let (attempt, token) = (reading.attempt, reading.token);
-        if let Some(LockWait { then: Then::Read(before), .. }) = self.lock_waits.get_mut(&(split, attempt.txn))
+        if let Some(LockWait { then: Then::Read(before), .. }) =
+            self.lock_waits.get_mut(&(split, attempt.txn))
             && before.todo.front() == reading.todo.front()
             && before.keys == reading.keys
         {
@@ -135,7 +136,8 @@ impl<D: Disk> Node<D> {
             }
         };
         self.count(split, Some(&wanted));
-        if let Some(LockWait { then: Then::Scan(before), .. }) = self.lock_waits.get_mut(&(split, attempt.txn))
+        if let Some(LockWait { then: Then::Scan(before), .. }) =
+            self.lock_waits.get_mut(&(split, attempt.txn))
             && before.asked == range
             && before.limit == limit
         {

@@ -355,6 +355,7 @@ impl<D: Disk> Node<D> {
             PeerMessage::Ask { split, txn, coordinator } => {
                 self.asked_for_decision(from, split, txn, coordinator, now);
             }
+            PeerMessage::Wound { txn, .. } => self.wounded(txn),
             PeerMessage::Close { split, at } => self.close(split, at, now),
             PeerMessage::Routes(routes) => {
                 for route in routes {
@@ -443,6 +444,12 @@ impl<D: Disk> Node<D> {
     fn say_to_leader(&mut self, split: SplitId, message: PeerMessage) {
         if let Some(leader) = self.leader_of(split) {
             self.say(leader, message);
+        }
+    }
+
+    fn say_to_all(&mut self, message: &PeerMessage) {
+        for node in self.heard.keys().copied().chain([self.config.me]).collect::<BTreeSet<_>>() {
+            self.say(node, message.clone());
         }
     }
 

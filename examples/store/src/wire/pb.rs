@@ -243,6 +243,8 @@ pub(in crate::wire) struct Checkpoint {
     pub(in crate::wire) outcomes_since: u64,
     #[prost(uint64, optional, tag = "14")]
     pub(in crate::wire) retired: Option<u64>,
+    #[prost(uint64, repeated, tag = "15")]
+    pub(in crate::wire) absorbed: Vec<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -431,11 +433,13 @@ pub(in crate::wire) enum Said {
     Retire(Pair),
     #[prost(message, tag = "11")]
     Leaving(Pair),
+    #[prost(message, tag = "12")]
+    Wound(About),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in crate::wire) struct Peer {
-    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub(in crate::wire) said: Option<Said>,
 }
 

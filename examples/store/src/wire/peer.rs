@@ -101,6 +101,16 @@ pub enum PeerMessage {
         /// Who decides.
         coordinator: SplitId,
     },
+    /// An older transaction waits for what a participant has promised: unless all promises are there, this one waits for
+    /// an older one itself, and ends.
+    Wound {
+        /// Which participant.
+        split: SplitId,
+        /// Of which transaction.
+        txn: TxnId,
+        /// Who decides.
+        coordinator: SplitId,
+    },
     /// A replica wants to show a moment.
     Close {
         /// Of which split.
@@ -163,6 +173,7 @@ pub fn encode_peer(message: &PeerMessage) -> Vec<u8> {
         }),
         PeerMessage::Heard { split, txn, coordinator } => Said::Heard(about(*split, *txn, *coordinator)),
         PeerMessage::Ask { split, txn, coordinator } => Said::Ask(about(*split, *txn, *coordinator)),
+        PeerMessage::Wound { split, txn, coordinator } => Said::Wound(about(*split, *txn, *coordinator)),
         PeerMessage::Close { split, at } => Said::Close(pb::Pair { split: split.0, number: at.0 }),
         PeerMessage::Routes(routes) => {
             Said::Routes(pb::Routes { routes: routes.iter().map(Into::into).collect() })
@@ -208,6 +219,10 @@ pub fn decode_peer(bytes: Bytes) -> Result<PeerMessage, WireError> {
         Said::Ask(about) => {
             let (split, txn, coordinator) = of(Some(about))?;
             PeerMessage::Ask { split, txn, coordinator }
+        }
+        Said::Wound(about) => {
+            let (split, txn, coordinator) = of(Some(about))?;
+            PeerMessage::Wound { split, txn, coordinator }
         }
         Said::Close(pair) => PeerMessage::Close { split: SplitId(pair.split), at: Timestamp(pair.number) },
         Said::Routes(routes) => PeerMessage::Routes(each(routes.routes)?),
@@ -270,7 +285,7 @@ mod tests {
             (any::<u64>(), any::<u64>()).prop_map(|(at, random)| TxnId { started: Timestamp(at), random });
         let id = || any::<u64>().prop_map(SplitId);
         let time = || any::<u64>().prop_map(Timestamp);
-        (id(), txn, id(), time(), any::<Option<u64>>(), 0..13).prop_map(
+        (id(), txn, id(), time(), any::<Option<u64>>(), 0..14).prop_map(
             |(split, txn, coordinator, at, number, kind)| match kind {
                 0 => PeerMessage::Raft { split, message: Bytes::from_static(b"raft") },
                 1 => PeerMessage::Prepare {
@@ -295,6 +310,7 @@ mod tests {
                     leader: number.map(NodeId),
                     term: 3,
                 }]),
+                13 => PeerMessage::Wound { split, txn, coordinator },
                 10 => PeerMessage::Leaving { split },
                 11 => PeerMessage::Gone { split, term: at.0, last: coordinator.0 },
                 _ => PeerMessage::Retire { split, into: coordinator },

@@ -65,7 +65,13 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
         let late =
             client.records.iter().any(|record| record.start > calm_since && record.committed.is_some());
         if !late {
-            let (tell, client) = (world.tell(), client.tell());
+            let late: Vec<_> = client.records.iter().filter(|record| record.start > calm_since).collect();
+            let late = late.iter().map(|record| {
+                let took = (record.end - record.start) / MS;
+                format!("\n  {took} ms: {:?} {:?}", record.committed, record.writes)
+            });
+            let late: String = late.collect();
+            let (tell, client) = (world.tell(), client.tell() + &late);
             return Err(format!("a client gets nowhere though nothing is wrong: {client}{tell}"));
         }
         run.records.extend(client.records);
@@ -85,7 +91,10 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
         }
         end = replica.range().end().cloned();
         if replica.in_doubt().next().is_some() || replica.unsettled().next().is_some() {
-            return Err(format!("a transaction stays in doubt in {:?}", replica.split()));
+            let doubts: Vec<_> = replica.in_doubt().collect();
+            let unsettled: Vec<_> = replica.unsettled().collect();
+            let (split, tell) = (replica.split(), world.tell());
+            return Err(format!("a transaction stays in doubt in {split:?}: {doubts:?} {unsettled:?}{tell}"));
         }
         let found = replica.rows().scan(&Range::all(), store::truetime::Timestamp::MAX, usize::MAX).unwrap();
         let versions = |replica: &store::txn::Replica| {
