@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use store_client::{Client, Row, proto::SplitInfo};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{nemesis::Fault, random::Random, rows};
 
 /// A change that is not done by then is left to itself: the next one comes.
 const CHANGE: Duration = Duration::from_secs(15);
+/// Before the same is asked for again.
+const AGAIN: Duration = Duration::from_millis(200);
 /// With more splits than this, one that was to be cut is let be.
 const SPLITS_MAX: usize = 14;
 
@@ -81,10 +83,18 @@ impl Admin {
     /// When the store does not do it.
     pub(crate) async fn cut_at(&self, names: &[String]) -> anyhow::Result<()> {
         for name in names {
-            let known = self.client.splits().await?;
-            self.split_at(&known.splits, name)
-                .await
-                .with_context(|| format!("a split cannot be cut at {name}"))?;
+            let began = Instant::now();
+            loop {
+                // Whoever is asked may not have heard of the cut before this one.
+                let known = self.client.splits().await?;
+                match self.split_at(&known.splits, name).await {
+                    Ok(_) => break,
+                    Err(error) if began.elapsed() > CHANGE => {
+                        return Err(error).with_context(|| format!("a split cannot be cut at {name}"));
+                    }
+                    Err(_) => sleep(AGAIN).await,
+                }
+            }
         }
         Ok(())
     }
