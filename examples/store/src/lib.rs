@@ -16,6 +16,8 @@ pub mod mvcc;
 pub mod node;
 mod raft_log;
 pub mod safe_time;
+pub mod schema;
+pub mod serve;
 pub mod truetime;
 pub mod txn;
 pub mod wal;

@@ -1,0 +1,693 @@
+//! The client: whom to ask, and when to ask again.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use prost::Message as _;
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::{
+    Request, Response, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    ANSWER_BYTES_MAX, Error, Found, Kind, Moment, Part, Row, TABLES, Told, Txn,
+    error::{Fault, Reason, fault},
+    key,
+    proto::{self, admin_client::AdminClient, store_client::StoreClient},
+    routes::Routes,
+    schema::{Table, place, sorted},
+};
+
+/// Of one call, all its tries included: a split is without a leader for a few seconds after its leader died.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Of one try. A node waits for less than this before it says that another may know sooner.
+const ATTEMPT: Duration = Duration::from_secs(4);
+/// Of one try of what any node answers at once.
+const ATTEMPT_QUICK: Duration = Duration::from_secs(1);
+/// A node that did not answer is passed over for so long by what another can answer as well.
+const SUSPECT: Duration = Duration::from_secs(2);
+/// Of a transaction with all its attempts.
+const TRANSACTION_DEADLINE: Duration = Duration::from_secs(30);
+/// Attempts of a transaction: the age that it keeps makes it the oldest well before that.
+const TRANSACTION_ATTEMPTS: u32 = 100;
+/// The first pause between two tries.
+const PAUSE_MIN: Duration = Duration::from_millis(4);
+/// The longest: of the time that a split is without a leader, a client wastes at most this much.
+const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// A change of a split waits until nothing of it is under way.
+const CHANGE: Duration = Duration::from_secs(15);
+/// A replica is moved row by row.
+const MOVE: Duration = Duration::from_secs(150);
+/// So many hints are followed at once; nodes that send a client in circles make it pause.
+const HINTS_MAX: u32 = 3;
+/// How long to wait for the other nodes once one has answered.
+const SPLITS_OTHERS: Duration = Duration::from_millis(50);
+/// Until a connection stands.
+const CONNECT: Duration = Duration::from_secs(1);
+/// A connection is asked whether it is alive so often, and given up when it says nothing for as long: whoever waits for
+/// a lock at a node that has stopped is to ask the next leader, who is there by then.
+const KEEP_ALIVE: Duration = Duration::from_millis(1500);
+
+/// How long to try.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Of one call, all its tries included.
+    pub deadline: Duration,
+    /// Of one try.
+    pub attempt: Duration,
+    /// Of a transaction with all its attempts: [`Client::transact`].
+    pub transaction_deadline: Duration,
+    /// Attempts of a transaction.
+    pub transaction_attempts: u32,
+    /// Pauses between tries are drawn from it, so that clients do not come back together.
+    pub seed: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            deadline: DEADLINE,
+            attempt: ATTEMPT,
+            transaction_deadline: TRANSACTION_DEADLINE,
+            transaction_attempts: TRANSACTION_ATTEMPTS,
+            seed: fastrand::u64(..),
+        }
+    }
+}
+
+/// A client of the store. Clones share connections and what is known.
+#[derive(Clone, Debug)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    options: Options,
+    addresses: Vec<String>,
+    channels: Mutex<HashMap<String, Channel>>,
+    routes: Mutex<Arc<Routes>>,
+    /// One asks what splits there are, and the others wait for what it hears.
+    asking: tokio::sync::Mutex<()>,
+    /// Tables are never dropped and never change.
+    tables: Mutex<HashMap<String, Arc<Table>>>,
+    rng: Mutex<fastrand::Rng>,
+    turn: AtomicUsize,
+    /// Nodes that did not answer, until when.
+    suspects: Mutex<HashMap<String, Instant>>,
+}
+
+/// How far one call has come with its tries.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    pub(crate) deadline: Instant,
+    /// Of one try.
+    attempt: Duration,
+    pause: Duration,
+    hinted: u32,
+}
+
+impl Pace {
+    /// One try, at what is answered at once.
+    fn quick(&self) -> Self {
+        Self { attempt: self.attempt.min(ATTEMPT_QUICK), ..*self }
+    }
+
+    /// One try, at what waits for locks: a second one would find the first still waiting.
+    pub(crate) fn patient(&self) -> Self {
+        Self { attempt: Duration::MAX, ..*self }
+    }
+}
+
+/// Whom to ask.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Target {
+    /// For which splits; none where anybody knows.
+    pub(crate) splits: Vec<u64>,
+    pub(crate) address: String,
+}
+
+/// A try that failed, and who was asked, if anybody.
+pub(crate) type Failed = (Fault, Option<Target>);
+
+impl Client {
+    /// A client that begins with these nodes, `HOST:PORT` each, and finds the others. Connects when it is first used.
+    ///
+    /// # Errors
+    ///
+    /// When there is no address, or one is none.
+    pub fn connect(addresses: impl IntoIterator<Item = String>) -> Result<Self, Error> {
+        Self::with(addresses, Options::default())
+    }
+
+    /// The same, with other limits.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::connect`].
+    pub fn with(addresses: impl IntoIterator<Item = String>, options: Options) -> Result<Self, Error> {
+        let addresses: Vec<_> = addresses.into_iter().collect();
+        let invalid = |message| Error::InvalidArgument(Told { message, reason: None });
+        if addresses.is_empty() {
+            return Err(invalid("the store's nodes are to be named, HOST:PORT each".to_owned()));
+        }
+        for address in &addresses {
+            endpoint(address).map_err(|_| invalid(format!("{address:?} is not HOST:PORT")))?;
+        }
+        let tables = [(TABLES.to_owned(), Arc::new(Table::of_tables()))].into();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                options,
+                addresses,
+                channels: Mutex::default(),
+                routes: Mutex::default(),
+                asking: tokio::sync::Mutex::default(),
+                tables: Mutex::new(tables),
+                rng: Mutex::new(fastrand::Rng::with_seed(options.seed)),
+                turn: AtomicUsize::new(0),
+                suspects: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Declares a table. Doing it again is fine as long as it is declared the same.
+    ///
+    /// # Errors
+    ///
+    /// When it is no declaration, is declared otherwise, or nobody can be asked.
+    pub async fn create_table(&self, name: &str, key: &[(&str, Kind)]) -> Result<(), Error> {
+        let table = Table::new(name, key)?;
+        let place = declared_at(name);
+        let mut pace = self.pace();
+        loop {
+            let tried = async {
+                let target = self.leader_at(&place, &pace).await?;
+                let send = |mut node: Store, request| async move { node.create_table(request).await };
+                self.ask(&pace, &target.address, table.to_proto(), send)
+                    .await
+                    .map_err(|fault| (fault, Some(target)))
+            };
+            match tried.await {
+                Ok(proto::CreateTableResponse {}) => break,
+                Err(failed) => self.pause(&mut pace, failed).await?,
+            }
+        }
+        lock(&self.inner.tables).insert(name.to_owned(), Arc::new(table));
+        Ok(())
+    }
+
+    /// A table's declaration.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or nobody can be asked.
+    pub async fn table(&self, name: &str) -> Result<Arc<Table>, Error> {
+        if let Some(table) = lock(&self.inner.tables).get(name) {
+            return Ok(Arc::clone(table));
+        }
+        Table::check_name(name)?;
+        let row = Row::new(TABLES, key(&[Part::from(name)]));
+        // Boxed, since to read any row the declaration of its table is looked up here.
+        let snapshot = Box::pin(self.snapshot_read(&[row], Moment::Now)).await?;
+        let declaration = snapshot.rows.into_iter().next().and_then(|found| found.value);
+        let Some(declaration) = declaration else {
+            let message = format!("there is no table {name:?}");
+            return Err(Error::NotFound(Told { message, reason: Some(Reason::UnknownTable) }));
+        };
+        let table = proto::CreateTableRequest::decode(declaration).map_err(|error| {
+            Error::Other(Told { message: format!("table {name:?}: {error}"), reason: None })
+        })?;
+        let table = Arc::new(Table::from_proto(table)?);
+        lock(&self.inner.tables).insert(name.to_owned(), Arc::clone(&table));
+        Ok(table)
+    }
+
+    /// Begins a transaction.
+    ///
+    /// # Errors
+    ///
+    /// When no node has a clock to begin it with.
+    pub async fn begin(&self) -> Result<Txn, Error> {
+        self.begin_with(None, self.pace()).await
+    }
+
+    /// Begins another attempt of what was aborted: it keeps its age, and so becomes the oldest in the end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::begin`].
+    pub async fn begin_again(&self, aborted: &Txn) -> Result<Txn, Error> {
+        self.begin_with(Some(aborted.to_proto().clone()), self.pace()).await
+    }
+
+    async fn begin_with(&self, retry_of: Option<proto::Transaction>, mut pace: Pace) -> Result<Txn, Error> {
+        loop {
+            let target = Target { splits: Vec::new(), address: self.anybody() };
+            let request = proto::BeginRequest { retry_of: retry_of.clone() };
+            let send = |mut node: Store, request| async move { node.begin(request).await };
+            let begun = self.ask(&pace.quick(), &target.address, request, send).await;
+            match begun {
+                Ok(begun) => return Ok(Txn::new(self.clone(), begun.transaction.unwrap_or_default())),
+                Err(fault) => self.pause(&mut pace, (fault, Some(target))).await?,
+            }
+        }
+    }
+
+    /// Runs `work` in a transaction and commits it, again from the start and with its age whenever it is aborted.
+    /// Gives what `work` gave, and the commit timestamp. `work` must do nothing that must not be done twice. In a task
+    /// of its own it has to own what it uses: `async move`.
+    ///
+    /// ```no_run
+    /// # async fn example(client: store_client::Client) -> Result<(), store_client::Error> {
+    /// # let row = store_client::Row::new("accounts", "alice/17");
+    /// let (was, at) = client
+    ///     .transact(async |txn| {
+    ///         let was = txn.get(&row).await?;
+    ///         txn.delete(row.clone());
+    ///         Ok(was)
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What `work` failed with, after a rollback; [`Error::Aborted`] when no attempt came through; whatever the commit
+    /// failed with, [`Error::Unknown`] in particular.
+    pub async fn transact<T>(
+        &self,
+        mut work: impl AsyncFnMut(&mut Txn) -> Result<T, Error>,
+    ) -> Result<(T, u64), Error> {
+        let deadline = Instant::now() + self.inner.options.transaction_deadline;
+        let mut pace = self.pace_until(deadline);
+        let mut retry_of = None;
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let mut txn = self.begin_with(retry_of.take(), self.pace_until(deadline)).await?;
+            txn.end_by(deadline);
+            let done = match work(&mut txn).await {
+                Ok(value) => txn.commit().await.map(|at| (value, at)),
+                Err(error) => Err(error),
+            };
+            let error = match done {
+                Ok(done) => return Ok(done),
+                Err(error @ Error::Unknown(_)) => return Err(error),
+                Err(error) => error,
+            };
+            if !(txn.is_aborted() && txn.to_proto().held.len() <= 1) {
+                txn.rollback().await;
+            }
+            let spent = attempts >= self.inner.options.transaction_attempts || Instant::now() >= deadline;
+            if !txn.is_aborted() || spent {
+                return Err(error);
+            }
+            retry_of = Some(txn.to_proto().clone());
+            self.sleep(&mut pace).await;
+        }
+    }
+
+    /// The splits, as the nodes know them now.
+    ///
+    /// # Errors
+    ///
+    /// When no node can be asked.
+    pub async fn splits(&self) -> Result<proto::ListSplitsResponse, Error> {
+        let mut pace = self.pace();
+        loop {
+            let target = Target { splits: Vec::new(), address: self.anybody() };
+            let send = |mut node: Store, request| async move { node.list_splits(request).await };
+            match self.ask(&pace.quick(), &target.address, proto::ListSplitsRequest {}, send).await {
+                Ok(splits) => return Ok(splits),
+                Err(fault) => self.pause(&mut pace, (fault, Some(target))).await?,
+            }
+        }
+    }
+
+    /// Where each node can be asked that is known so far, those that the client began with included.
+    pub fn addresses(&self) -> Vec<String> {
+        let mut all = self.inner.addresses.clone();
+        all.extend(self.routes().nodes().cloned());
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// How the node at `address` is. Asked once.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be asked.
+    pub async fn status(&self, address: &str) -> Result<proto::StatusResponse, Error> {
+        let send = |mut node: Store, request| async move { node.status(request).await };
+        self.ask(&self.pace(), address, proto::StatusRequest {}, send).await.map_err(|fault| fault.error)
+    }
+
+    /// Cuts `split` in two, at a row or in the middle of its rows. Gives the number of the right half.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unknown`] when the answer was lost: look at the splits before asking again.
+    pub async fn split(&self, split: u64, at: Option<Row>) -> Result<u64, Error> {
+        let request = proto::SplitRequest { split, at: at.map(Into::into) };
+        let send = |mut node: Admin, request| async move { node.split(request).await };
+        Ok(self.administer(split, CHANGE, request, send).await?.right)
+    }
+
+    /// Takes the split to the right of `split` into it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::split`].
+    pub async fn merge(&self, split: u64) -> Result<(), Error> {
+        let send = |mut node: Admin, request| async move { node.merge(request).await };
+        self.administer(split, CHANGE, proto::MergeRequest { split }, send).await.map(drop)
+    }
+
+    /// Moves a replica of `split` from one node to another, while it serves.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::split`].
+    pub async fn move_replica(&self, split: u64, from: u64, to: u64) -> Result<(), Error> {
+        let send = |mut node: Admin, request| async move { node.r#move(request).await };
+        self.administer(split, MOVE, proto::MoveRequest { split, from, to }, send).await.map(drop)
+    }
+
+    /// Hands the leadership of `split` to another of its nodes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::split`].
+    pub async fn lead(&self, split: u64, node: u64) -> Result<(), Error> {
+        let send = |mut node: Admin, request| async move { node.lead(request).await };
+        self.administer(split, CHANGE, proto::LeadRequest { split, node }, send).await.map(drop)
+    }
+
+    /// Asks the split's leader until somebody does it, refuses it for good, or may have done it.
+    async fn administer<Q: Clone, A, F>(
+        &self,
+        split: u64,
+        within: Duration,
+        request: Q,
+        send: impl Fn(Admin, Request<Q>) -> F,
+    ) -> Result<A, Error>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let mut pace = Pace { deadline: Instant::now() + within, ..self.pace().patient() };
+        loop {
+            let tried = async {
+                let target = self.leader_of(split, &pace).await?;
+                let send = |channel, request| send(admin(channel), request);
+                let tried = self.ask_channel(&pace, &target.address, request.clone(), send).await;
+                tried.map_err(|fault| (fault, Some(target)))
+            };
+            match tried.await {
+                Ok(answer) => return Ok(answer),
+                Err((fault, _)) if fault.lost => return Err(fault.error.unknown()),
+                Err(failed) => self.pause(&mut pace, failed).await?,
+            }
+        }
+    }
+}
+
+/// What the calls are made of.
+impl Client {
+    pub(crate) fn pace(&self) -> Pace {
+        self.pace_until(Instant::now() + self.inner.options.deadline)
+    }
+
+    pub(crate) fn pace_until(&self, deadline: Instant) -> Pace {
+        let deadline = deadline.min(Instant::now() + self.inner.options.deadline);
+        Pace { deadline, attempt: self.inner.options.attempt, pause: PAUSE_MIN, hinted: 0 }
+    }
+
+    pub(crate) fn routes(&self) -> Arc<Routes> {
+        Arc::clone(&lock(&self.inner.routes))
+    }
+
+    pub(crate) fn turn(&self) -> usize {
+        self.inner.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Nodes take turns, those that answered of late before those that did not.
+    fn anybody(&self) -> String {
+        let routes = self.routes();
+        let known: Vec<_> = routes.nodes().collect();
+        let all = if known.is_empty() { self.inner.addresses.iter().collect() } else { known };
+        let turn = self.turn() % all.len().max(1);
+        let order = || all.iter().cycle().skip(turn).take(all.len());
+        let next = order().find(|address| !self.is_suspect(address)).or_else(|| order().next());
+        next.map(|address| (*address).clone()).unwrap_or_default()
+    }
+
+    /// Whether the node there did not answer a moment ago.
+    pub(crate) fn is_suspect(&self, address: &str) -> bool {
+        lock(&self.inner.suspects).get(address).is_some_and(|until| Instant::now() < *until)
+    }
+
+    fn suspect(&self, address: &str, fault: Fault) -> Fault {
+        if fault.error.reason().is_none() && fault.again {
+            lock(&self.inner.suspects).insert(address.to_owned(), Instant::now() + SUSPECT);
+        }
+        fault
+    }
+
+    /// The place of a row among all rows.
+    pub(crate) async fn place(&self, row: &Row) -> Result<Vec<u8>, Error> {
+        let table = self.table(&row.table).await?;
+        Ok(place(table.name(), &sorted(&table.parse(&row.key)?)))
+    }
+
+    /// Whom to ask for rows at `place`.
+    pub(crate) async fn leader_at(&self, place: &[u8], pace: &Pace) -> Result<Target, Failed> {
+        self.target(pace, |routes, turn| {
+            let route = routes.at(place)?;
+            Some(Target { splits: vec![route.split], address: routes.leader(route, turn)?.to_owned() })
+        })
+        .await
+    }
+
+    /// Whom to ask for a split.
+    pub(crate) async fn leader_of(&self, split: u64, pace: &Pace) -> Result<Target, Failed> {
+        self.target(pace, |routes, turn| {
+            let route = routes.split(split)?;
+            Some(Target { splits: vec![split], address: routes.leader(route, turn)?.to_owned() })
+        })
+        .await
+    }
+
+    async fn target(
+        &self,
+        pace: &Pace,
+        find: impl Fn(&Routes, usize) -> Option<Target>,
+    ) -> Result<Target, Failed> {
+        let turn = self.turn();
+        let routes = self.routes();
+        if let Some(target) = find(&routes, turn) {
+            return Ok(target);
+        }
+        let routes = self.refresh(&routes, pace).await.map_err(|fault| (fault, None))?;
+        find(&routes, turn)
+            .ok_or_else(|| (Fault::unreachable("no node says who has the split".to_owned()), None))
+    }
+
+    /// Asks what splits there are, unless somebody has since `seen`.
+    async fn refresh(&self, seen: &Arc<Routes>, pace: &Pace) -> Result<Arc<Routes>, Fault> {
+        let _one = timeout_at(pace.deadline, self.inner.asking.lock())
+            .await
+            .map_err(|_| Fault::unreachable("no node has said yet what splits there are".to_owned()))?;
+        let now = self.routes();
+        if !Arc::ptr_eq(&now, seen) {
+            return Ok(now);
+        }
+        let mut asked: FuturesUnordered<_> = self
+            .addresses()
+            .into_iter()
+            .map(|address| async {
+                let send = |mut node: Store, request| async move { node.list_splits(request).await };
+                let answer = self.ask(pace, &address, proto::ListSplitsRequest {}, send);
+                let answer =
+                    timeout(ATTEMPT_QUICK, answer).await.unwrap_or_else(|_| Err(Fault::late(&address)));
+                answer.map(|answer| (address, answer))
+            })
+            .collect();
+        let mut answers = Vec::new();
+        let mut failed = None;
+        let mut until = pace.deadline;
+        while let Ok(Some(answer)) = timeout_at(until, asked.next()).await {
+            match answer {
+                Ok(answer) => {
+                    answers.push(answer);
+                    until = until.min(Instant::now() + SPLITS_OTHERS);
+                }
+                Err(fault) => failed = Some(fault),
+            }
+        }
+        if answers.is_empty() {
+            let silent = || Fault::unreachable("no node says what splits there are".to_owned());
+            return Err(Fault { lost: false, ..failed.unwrap_or_else(silent) });
+        }
+        let routes = Arc::new(Routes::of(answers));
+        *lock(&self.inner.routes) = Arc::clone(&routes);
+        Ok(routes)
+    }
+
+    /// One try at one node of [`proto::store_client`].
+    pub(crate) async fn ask<Q, A, F>(
+        &self,
+        pace: &Pace,
+        address: &str,
+        request: Q,
+        send: impl FnOnce(Store, Request<Q>) -> F,
+    ) -> Result<A, Fault>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        self.ask_channel(pace, address, request, |channel, request| send(store(channel), request)).await
+    }
+
+    async fn ask_channel<Q, A, F>(
+        &self,
+        pace: &Pace,
+        address: &str,
+        request: Q,
+        send: impl FnOnce(Channel, Request<Q>) -> F,
+    ) -> Result<A, Fault>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let channel = self.channel(address)?;
+        let left = pace.deadline.saturating_duration_since(Instant::now()).min(pace.attempt);
+        match timeout(left, send(channel, Request::new(request))).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(self.suspect(address, fault(address, &status))),
+            Err(_) => Err(self.suspect(address, Fault::late(address))),
+        }
+    }
+
+    /// After a try that failed: an error if no other can help, else a pause, or a hint to follow without one.
+    pub(crate) async fn pause(&self, pace: &mut Pace, (fault, asked): Failed) -> Result<(), Error> {
+        if !fault.again || Instant::now() >= pace.deadline {
+            return Err(fault.error);
+        }
+        let seen = self.routes();
+        if let (Some(leader), Some(Target { splits, address })) = (fault.leader, &asked)
+            && let [split] = splits.as_slice()
+            && leader != *address
+            && pace.hinted < HINTS_MAX
+        {
+            pace.hinted += 1;
+            *lock(&self.inner.routes) = Arc::new(seen.led(*split, &leader));
+            return Ok(());
+        }
+        pace.hinted = 0;
+        self.sleep(pace).await;
+        if asked.is_some_and(|asked| !asked.splits.is_empty()) {
+            // Whoever cannot say it now is asked again with the next try.
+            let _stale = self.refresh(&seen, pace).await;
+        }
+        if Instant::now() >= pace.deadline { Err(fault.error) } else { Ok(()) }
+    }
+
+    async fn sleep(&self, pace: &mut Pace) {
+        let most = u64::try_from(pace.pause.as_micros()).unwrap_or(u64::MAX);
+        let pause = Duration::from_micros(lock(&self.inner.rng).u64(most / 2..=most));
+        pace.pause = (pace.pause * 2).min(PAUSE_MAX);
+        tokio::time::sleep_until(pace.deadline.min(Instant::now() + pause)).await;
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, Fault> {
+        let mut channels = lock(&self.inner.channels);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let endpoint =
+            endpoint(address).map_err(|error| Fault::unreachable(format!("{address:?}: {error}")))?;
+        let channel = endpoint.connect_lazy();
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}
+
+pub(crate) type Store = StoreClient<Channel>;
+type Admin = AdminClient<Channel>;
+
+fn store(channel: Channel) -> Store {
+    StoreClient::new(channel)
+        .max_decoding_message_size(ANSWER_BYTES_MAX)
+        .max_encoding_message_size(ANSWER_BYTES_MAX)
+}
+
+fn admin(channel: Channel) -> Admin {
+    AdminClient::new(channel)
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE))
+}
+
+/// Where the declaration of a table is among all rows.
+fn declared_at(table: &str) -> Vec<u8> {
+    place(TABLES, &sorted(&[Part::from(table)]))
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Rows found, in the order asked for.
+pub(crate) fn in_order(found: Vec<Option<Found>>) -> Result<Vec<Found>, Error> {
+    found
+        .into_iter()
+        .collect::<Option<_>>()
+        .ok_or_else(|| Error::Other(Told { message: "a node left out a row".to_owned(), reason: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Programs run transactions in tasks, which move between threads.
+    fn is_send<T: Send>(future: T) -> T {
+        future
+    }
+
+    #[tokio::test]
+    async fn nobody_to_ask_is_said_in_time_and_certain() {
+        let options = Options { deadline: Duration::from_millis(50), ..Options::default() };
+        let client = Client::with(["127.0.0.1:1".to_owned()], options).unwrap();
+        let row = Row::new("accounts", "alice/17");
+        let outcome = is_send(client.transact(async move |txn| {
+            let was = txn.get(&row).await?;
+            txn.put(row.clone(), "1".into());
+            Ok(was)
+        }));
+        let error = outcome.await.unwrap_err();
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+        assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+        assert!(error.nothing_written());
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        assert!(Client::connect([]).is_err());
+        assert!(Client::connect(["not an address".to_owned()]).is_err());
+        assert!(Client::connect(["127.0.0.1:7001".to_owned()]).is_ok());
+    }
+}

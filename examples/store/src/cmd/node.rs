@@ -1,0 +1,103 @@
+//! `palisade-store node`.
+
+use std::{
+    collections::BTreeMap, net::TcpListener, path::PathBuf, process::ExitCode, sync::Arc, time::Duration,
+};
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use store::{
+    serve,
+    truetime::{Fixed, Kernel, TrueTime},
+};
+
+/// Above this every commit waits longer than anybody would call a store quick.
+const EPSILON_MAX: Duration = Duration::from_millis(250);
+
+/// What `palisade-store node` takes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// This node's number, one of those in --nodes.
+    #[arg(long, value_name = "NUMBER")]
+    id: u64,
+    /// Where all nodes can be asked, this one included: 1=127.0.0.1:7001,2=127.0.0.1:7002,…
+    #[arg(long, value_name = "NUMBER=HOST:PORT,…", value_delimiter = ',', required = true, value_parser = address)]
+    nodes: Vec<(u64, String)>,
+    /// Where to listen, if not where the others ask.
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// The data directory; empty for a new node.
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// By how much this machine's clock can be wrong, for which you vouch. Default: what the kernel vouches for, which
+    /// an NTP client must tell it.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    epsilon: Option<Duration>,
+    /// A file to write when the node serves.
+    #[arg(long, value_name = "FILE")]
+    ready: Option<PathBuf>,
+    /// End when this parent process ends.
+    #[arg(long, hide = true, value_name = "PID")]
+    supervised_by: Option<u32>,
+}
+
+fn address(text: &str) -> Result<(u64, String), String> {
+    let parsed =
+        text.split_once('=').and_then(|(number, address)| Some((number.parse().ok()?, address.to_owned())));
+    parsed.ok_or_else(|| "it is NUMBER=HOST:PORT".to_owned())
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if let Some(parent) = args.supervised_by {
+        end_with(parent)?;
+    }
+    super::log("info");
+    let mut nodes = BTreeMap::new();
+    for (number, address) in args.nodes {
+        anyhow::ensure!(nodes.insert(number, address).is_none(), "--nodes: node {number} is there twice");
+    }
+    let own = nodes.get(&args.id).with_context(|| format!("--nodes: there is no node {}", args.id))?;
+    let listen = args.listen.unwrap_or_else(|| own.clone());
+    let listener = TcpListener::bind(&listen).with_context(|| format!("cannot listen at {listen}"))?;
+    if let Some(epsilon) = args.epsilon.filter(|epsilon| *epsilon > EPSILON_MAX) {
+        anyhow::bail!(
+            "--epsilon {epsilon:?}: every commit would wait twice as long; {EPSILON_MAX:?} is the most"
+        );
+    }
+    let clock: Arc<dyn TrueTime> = match args.epsilon {
+        Some(epsilon) => Arc::new(Fixed::new(epsilon)),
+        None => Arc::new(Kernel::new(EPSILON_MAX)),
+    };
+    let options =
+        serve::Options { number: args.id, nodes, state: args.state, clock, seed: fastrand::u64(..) };
+
+    let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
+    let result = runtime.block_on(async {
+        let mut unwritten = Ok(());
+        let ready = |node: store::lease::NodeId, address: std::net::SocketAddr| {
+            if let Some(path) = &args.ready {
+                let told = serde_json::json!({ "node": node.0, "addr": address.to_string() });
+                unwritten = super::write_whole(path, told.to_string().as_bytes());
+            }
+        };
+        let stop = async {
+            if let Err(error) = super::told_to_stop().await {
+                tracing::error!(%error, "signals cannot be heard");
+            }
+        };
+        serve::serve(listener, options, ready, stop).await?;
+        unwritten
+    });
+    // What is still under way would have been cut off by a crash as well.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Has the kernel stop this process when the one that started it ends.
+fn end_with(parent: u32) -> anyhow::Result<()> {
+    set_parent_process_death_signal(Some(Signal::TERM)).context("the parent's end cannot be heard of")?;
+    // A parent that died before the line above sends no signal any more.
+    let now = getppid().map(Pid::as_raw_nonzero).map(|pid| pid.get().unsigned_abs());
+    anyhow::ensure!(now == Some(parent), "the parent is gone");
+    Ok(())
+}

@@ -1,0 +1,364 @@
+//! Who a node is. Its number says where it can be asked and stays; its id says which disk it has: a node that lost its
+//! disk has forgotten what it promised, and comes back as another one under the same number.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use serde::{Deserialize, Serialize};
+use store_client::proto;
+
+use crate::lease::NodeId;
+
+/// Bits of an id that are the node's number.
+const NUMBER_BITS: u32 = 16;
+/// The greatest number that a node can have.
+pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
+
+/// The file with the node's own id.
+const NODE_FILE: &str = "node";
+/// The file with every id that the node has heard of.
+const KNOWN_FILE: &str = "known";
+
+/// The number in an id.
+pub fn number(id: NodeId) -> u64 {
+    id.0 & NUMBER_MAX
+}
+
+/// How many disks the node had before.
+pub fn incarnation(id: NodeId) -> u64 {
+    id.0 >> NUMBER_BITS
+}
+
+/// The id of a number's disk.
+fn id(number: u64, incarnation: u64) -> NodeId {
+    NodeId(incarnation << NUMBER_BITS | number)
+}
+
+/// Where nodes can be asked, by number.
+#[derive(Clone, Debug)]
+pub struct Addresses(BTreeMap<u64, String>);
+
+impl Addresses {
+    /// These.
+    pub fn new(addresses: BTreeMap<u64, String>) -> Self {
+        Self(addresses)
+    }
+
+    /// Where the node of this id, whichever disk it has, can be asked.
+    pub fn of(&self, node: NodeId) -> Option<&str> {
+        self.0.get(&number(node)).map(String::as_str)
+    }
+
+    /// All numbers and addresses.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &str)> {
+        self.0.iter().map(|(number, address)| (*number, address.as_str()))
+    }
+}
+
+/// Why a data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The disk says no.
+    #[error("{path}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the disk said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is not what was written.
+    #[error("{path} is not what a node writes there")]
+    Broken {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The directory is another node's.
+    #[error("{path} is of node {found}, and this is node {number}")]
+    Other {
+        /// Which file.
+        path: PathBuf,
+        /// Whose it is.
+        found: u64,
+        /// Who asks.
+        number: u64,
+    },
+}
+
+/// What the file [`NODE_FILE`] has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Own {
+    id: u64,
+    /// Nodes of the first split, where this node was there when it was made.
+    first: Vec<u64>,
+    /// Its log has been begun, and is lost if it is not there.
+    begun: bool,
+}
+
+/// Who this node is, and whom it has heard of; both on its disk.
+#[derive(Debug)]
+pub struct Identity {
+    directory: PathBuf,
+    number: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    own: Option<Own>,
+    known: BTreeSet<NodeId>,
+}
+
+/// What is known of another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It has the newest disk that is known of its number.
+    Known,
+    /// So it has, and nobody has heard of that disk here before.
+    New,
+    /// It had a disk of which it has a newer one by now: whoever speaks for it is not to be heard.
+    Replaced,
+}
+
+/// What a node is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// Its id.
+    pub id: NodeId,
+    /// Nodes of the first split, itself among them; none if the universe is there already.
+    pub first: Vec<NodeId>,
+    /// Its log has been begun before.
+    pub begun: bool,
+}
+
+impl Identity {
+    /// What `directory` remembers of the node of this number. The directory is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be used, or is another node's.
+    pub fn open(directory: &Path, number: u64) -> Result<Self, IdentityError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| IdentityError::Io { path, source }
+        };
+        fs::create_dir_all(directory).map_err(at(directory))?;
+        let own: Option<Own> = read(&directory.join(NODE_FILE))?;
+        if let Some(own) = &own
+            && self::number(NodeId(own.id)) != number
+        {
+            let found = self::number(NodeId(own.id));
+            return Err(IdentityError::Other { path: directory.join(NODE_FILE), found, number });
+        }
+        let known: Option<Vec<u64>> = read(&directory.join(KNOWN_FILE))?;
+        let known = known.unwrap_or_default().into_iter().map(NodeId).collect();
+        Ok(Self { directory: directory.to_owned(), number, state: Mutex::new(State { own, known }) })
+    }
+
+    /// What it is already, if it has been before.
+    pub fn chosen(&self) -> Option<Chosen> {
+        self.state().own.as_ref().map(Own::chosen)
+    }
+
+    /// Takes an id by what all the others say, and keeps it. `numbers` are all there are.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    pub fn choose(
+        &self,
+        others: &[proto::HelloResponse],
+        numbers: impl Iterator<Item = u64>,
+    ) -> Result<Chosen, IdentityError> {
+        let numbers: Vec<_> = numbers.collect();
+        let mut state = self.state();
+        let heard = others.iter().flat_map(|other| other.known.iter().chain([&other.node])).copied();
+        state.known.extend(heard.filter(|id| *id != 0).map(NodeId));
+        let before =
+            state.known.iter().filter(|id| number(**id) == self.number).copied().map(incarnation).max();
+        let empty = others.iter().all(|other| other.node == 0);
+        let own = match before {
+            None if empty => Own { id: id(self.number, 0).0, first: numbers, begun: false },
+            before => {
+                let id = id(self.number, before.unwrap_or(0) + 1);
+                Own { id: id.0, first: Vec::new(), begun: false }
+            }
+        };
+        state.known.insert(NodeId(own.id));
+        self.keep(KNOWN_FILE, &ids(&state.known))?;
+        self.keep(NODE_FILE, &own)?;
+        let chosen = own.chosen();
+        state.own = Some(own);
+        Ok(chosen)
+    }
+
+    /// The node's log is there.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    pub fn begun(&self) -> Result<(), IdentityError> {
+        let mut state = self.state();
+        match &mut state.own {
+            Some(own) if !own.begun => {
+                own.begun = true;
+                self.keep(NODE_FILE, own)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a node says of itself to another. One that is there but waits for others of the first nodes to be there for
+    /// the first time is no universe that one of them could have lost: it says what an empty disk says.
+    pub fn hello(&self) -> proto::HelloResponse {
+        let state = self.state();
+        let own =
+            state.own.as_ref().filter(|own| own.first.iter().all(|id| state.known.contains(&NodeId(*id))));
+        proto::HelloResponse { node: own.map_or(0, |own| own.id), known: ids(&state.known) }
+    }
+
+    /// What is known of another node. One that is new is on this disk before the answer.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    pub fn standing(&self, node: NodeId) -> Result<Standing, IdentityError> {
+        let mut state = self.state();
+        let newer = NodeId(node.0.saturating_add(1))..;
+        if state.known.range(newer).any(|other| number(*other) == number(node)) {
+            return Ok(Standing::Replaced);
+        }
+        if !state.known.insert(node) {
+            return Ok(Standing::Known);
+        }
+        self.keep(KNOWN_FILE, &ids(&state.known))?;
+        Ok(Standing::New)
+    }
+
+    /// The newest id that is known of each number.
+    pub fn newest(&self) -> BTreeMap<u64, NodeId> {
+        self.state().known.iter().map(|id| (number(*id), *id)).collect()
+    }
+
+    fn keep(&self, name: &str, value: &impl Serialize) -> Result<(), IdentityError> {
+        let path = self.directory.join(name);
+        let kept = serde_json::to_vec(value)
+            .map_err(io::Error::from)
+            .and_then(|bytes| replace(&self.directory, &path, &bytes));
+        kept.map_err(|source| IdentityError::Io { path, source })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Own {
+    fn chosen(&self) -> Chosen {
+        let first = self.first.iter().copied().map(NodeId).collect();
+        Chosen { id: NodeId(self.id), first, begun: self.begun }
+    }
+}
+
+fn ids(known: &BTreeSet<NodeId>) -> Vec<u64> {
+    known.iter().map(|id| id.0).collect()
+}
+
+fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>, IdentityError> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(IdentityError::Io { path: path.to_owned(), source }),
+    };
+    let broken = |source| IdentityError::Broken { path: path.to_owned(), source };
+    serde_json::from_slice(&bytes).map(Some).map_err(broken)
+}
+
+/// Puts `bytes` at `path`, all of them or none, durably.
+fn replace(directory: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = File::create(&new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn hello(node: u64, known: &[u64]) -> proto::HelloResponse {
+        proto::HelloResponse { node, known: known.to_vec() }
+    }
+
+    fn fresh(number: u64) -> (TempDir, Identity) {
+        let home = tempfile::tempdir().unwrap();
+        let identity = Identity::open(home.path(), number).unwrap();
+        (home, identity)
+    }
+
+    #[test]
+    fn empty_disks_make_a_universe_in_whatever_order_they_say_hello() {
+        let (_a, a) = fresh(1);
+        let (_b, b) = fresh(2);
+        let first = vec![NodeId(1), NodeId(2)];
+        let chosen = a.choose(&[b.hello()], 1..=2).unwrap();
+        assert_eq!(chosen, Chosen { id: NodeId(1), first: first.clone(), begun: false });
+        // It has taken its id, but what it waits for has not been there yet.
+        assert_eq!(a.hello(), hello(0, &[1]));
+        let chosen = b.choose(&[a.hello()], 1..=2).unwrap();
+        assert_eq!(chosen, Chosen { id: NodeId(2), first, begun: false });
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::New);
+        assert_eq!(a.hello(), hello(1, &[1, 2]));
+    }
+
+    #[test]
+    fn a_disk_that_was_lost_is_another_node() {
+        let (_a, a) = fresh(1);
+        let chosen = a.choose(&[hello(2, &[1, 2, 3]), hello(3, &[1, 2, 3, 1 << 16 | 1])], 1..=3).unwrap();
+        assert_eq!(chosen, Chosen { id: NodeId(2 << 16 | 1), first: Vec::new(), begun: false });
+    }
+
+    #[test]
+    fn it_is_so_even_while_the_others_wait_for_a_third() {
+        let (_a, a) = fresh(1);
+        let chosen = a.choose(&[hello(0, &[1, 2]), hello(0, &[])], 1..=3).unwrap();
+        assert_eq!(chosen.id, NodeId(1 << 16 | 1));
+        assert_eq!(chosen.first, []);
+    }
+
+    #[test]
+    fn a_number_that_is_new_to_a_universe_joins_it() {
+        let (_d, d) = fresh(4);
+        let universe = hello(1, &[1, 2, 3]);
+        let chosen = d.choose(&[universe.clone(), universe.clone(), universe], 1..=4).unwrap();
+        assert_eq!((chosen.id, chosen.first), (NodeId(1 << 16 | 4), Vec::new()));
+        assert_eq!(d.hello().node, 1 << 16 | 4);
+    }
+
+    #[test]
+    fn what_was_chosen_and_heard_stays() {
+        let (home, a) = fresh(1);
+        let chosen = a.choose(&[hello(0, &[])], 1..=2).unwrap();
+        a.begun().unwrap();
+        assert_eq!(a.standing(NodeId(1 << 16 | 2)).unwrap(), Standing::New);
+        drop(a);
+        let a = Identity::open(home.path(), 1).unwrap();
+        assert_eq!(a.chosen(), Some(Chosen { begun: true, ..chosen }));
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::Replaced);
+        assert_eq!(a.standing(NodeId(1 << 16 | 2)).unwrap(), Standing::Known);
+        assert_eq!(a.newest()[&2], NodeId(1 << 16 | 2));
+        assert!(matches!(Identity::open(home.path(), 2), Err(IdentityError::Other { found: 1, .. })));
+    }
+}
