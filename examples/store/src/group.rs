@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use raft::{
-    Config, RawNode, Ready, StateRole,
+    Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
     eraftpb::{
         ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry as RaftEntry,
         EntryType, Message, MessageType,
@@ -52,6 +52,8 @@ pub const FIRST_SPLIT: SplitId = SplitId(1);
 const FIRST_ENTRY: (u64, u64) = (1, 1);
 /// A replica that waits for the one beside it so many ticks asks for a snapshot instead.
 const STALL_TICKS: u32 = 200;
+/// A snapshot of which nothing is heard for so many ticks is sent again.
+const SNAPSHOT_TICKS: u32 = 300;
 
 /// In the engine, what begins with this is where a split's replica is: split.
 const CHECKPOINTS: u8 = b'c';
@@ -104,8 +106,6 @@ pub enum Dropped {
         from: u64,
         /// Whom it is for.
         to: u64,
-        /// The entry that made the split's nodes what they are, as far as is known here.
-        conf_index: u64,
     },
     /// The others remember this node to have more than it has.
     #[error(
@@ -189,7 +189,9 @@ impl<D: Disk> Groups<D> {
         for (split, mut log) in logs {
             log.clamp_commit();
             let checkpoint = checkpoints.remove(&split).unwrap_or_default();
-            groups.insert(split, Group::new(me, split, log, checkpoint, Arc::clone(&engine))?);
+            let is_new = !gone.contains_key(&split);
+            let group = Group::new(me, split, log, checkpoint, Arc::clone(&engine), is_new)?;
+            groups.insert(split, group);
         }
         Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0 })
     }
@@ -231,6 +233,7 @@ impl<D: Disk> Groups<D> {
     /// When the node must stop.
     pub fn turn(&mut self, post: &mut dyn Post) -> Result<Vec<(SplitId, Applied)>, NodeError> {
         let mut readies = Vec::new();
+        let mut restarted = false;
         if self.wal.begins_segment() {
             self.say_hard_states_again()?;
         }
@@ -242,6 +245,7 @@ impl<D: Disk> Groups<D> {
                 // These rest on nothing that is not on disk yet: followers write while this node does.
                 group.say(ready.take_messages(), post);
                 let restart = group.install(&ready, &self.engine)?;
+                restarted |= restart.is_some();
                 let record = Record {
                     split: split.0,
                     hard_state: ready.hs().cloned(),
@@ -268,6 +272,9 @@ impl<D: Disk> Groups<D> {
         for group in self.groups.values_mut() {
             group.serve_snapshot()?;
         }
+        if restarted {
+            self.drop_absorbed()?;
+        }
         Ok(applied)
     }
 
@@ -282,6 +289,7 @@ impl<D: Disk> Groups<D> {
     ///
     /// When the node must stop.
     pub fn checkpoint(&mut self) -> Result<(), NodeError> {
+        self.drop_absorbed()?;
         let mut batch = Batch::default();
         for group in self.groups.values() {
             group.save(&mut batch);
@@ -308,17 +316,18 @@ impl<D: Disk> Groups<D> {
         Ok(())
     }
 
-    /// Removes this node's replica of a split whose nodes are others since the entry `conf_index`.
+    /// Removes this node's replica of a split, whose leader of `term` said that it is none of the split's nodes when its
+    /// own log ended at `last`. What came later may be of a time when it is one again.
     ///
     /// # Errors
     ///
     /// When the node must stop.
-    pub fn leave(&mut self, split: SplitId, conf_index: u64) -> Result<bool, NodeError> {
-        let leaves = self.groups.get(&split).is_some_and(|group| group.conf_index < conf_index);
-        if leaves {
-            self.destroy(split)?;
-        }
-        Ok(leaves)
+    pub fn leave(&mut self, split: SplitId, term: u64, last: u64) -> Result<(), NodeError> {
+        let leaves = self
+            .groups
+            .get(&split)
+            .is_some_and(|group| group.term() <= term && group.raft.raft.raft_log.last_index() <= last);
+        if leaves { self.destroy(split, term) } else { Ok(()) }
     }
 
     /// One of the splits.
@@ -366,14 +375,15 @@ impl<D: Disk> Groups<D> {
         Ok(())
     }
 
-    /// A leader speaks of a split that this node does not have: it was given a replica, which a snapshot will fill.
+    /// Somebody speaks of a split that this node does not have: it was given a replica, which a snapshot will fill, or
+    /// was to cut it off from another and is not so far yet.
     fn admit(&mut self, split: SplitId, message: &Message) -> Result<(), Dropped> {
-        let leads = matches!(
-            message.get_msg_type(),
-            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
-        );
+        let is_new = !self.gone.contains_key(&split);
+        let votes =
+            matches!(message.get_msg_type(), MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+        let wanted = leads(message) || (votes && is_new);
         let late = self.gone.get(&split).is_some_and(|term| message.term < *term);
-        if !leads || late || message.to != self.me.0 {
+        if !wanted || late || message.to != self.me.0 {
             return Err(Dropped::Unknown(split));
         }
         let nothing = Range::between(Bytes::new(), Some(Bytes::new())).ok();
@@ -384,9 +394,9 @@ impl<D: Disk> Groups<D> {
         let made = self.engine.write(batch).and_then(|()| self.engine.sync());
         let log = RaftLog::after(0, 0, ConfState::default());
         // A disk that fails here fails at the next turn too, which stops the node.
-        let group = made
-            .ok()
-            .and_then(|()| Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine)).ok());
+        let group = made.ok().and_then(|()| {
+            Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine), is_new).ok()
+        });
         self.groups.insert(split, group.ok_or(Dropped::Unknown(split))?);
         Ok(())
     }
@@ -396,10 +406,7 @@ impl<D: Disk> Groups<D> {
             let Some(group) = self.groups.get_mut(&split) else { return Ok(()) };
             let Some(entry) = group.backlog.front() else { return Ok(()) };
             if entry.get_entry_type() != EntryType::EntryNormal {
-                if self.change_nodes(split)? {
-                    self.destroy(split)?;
-                    return Ok(());
-                }
+                group.change_nodes()?;
                 continue;
             }
             if entry.data.is_empty() {
@@ -422,25 +429,30 @@ impl<D: Disk> Groups<D> {
         }
     }
 
-    /// Applies a change of nodes. True if this node is none of them any more.
-    fn change_nodes(&mut self, split: SplitId) -> Result<bool, NodeError> {
-        let Some(group) = self.groups.get_mut(&split) else { return Ok(false) };
-        let Some(entry) = group.pop() else { return Ok(false) };
-        let change = wire::decode_conf_change(&entry.data)?;
-        let conf = group.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(split, error))?;
-        let stays = [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
-            .iter()
-            .any(|nodes| nodes.contains(&self.me.0));
-        group.raft.mut_store().set_conf_state(conf);
-        group.conf_index = entry.index;
-        group.replica.change_nodes();
-        Ok(!stays)
+    /// A snapshot may be of a time after a merge: what this node has of the right half is part of it already. A split
+    /// never loses where it begins, so one that another covers, of a higher generation, is no more.
+    fn drop_absorbed(&mut self) -> Result<(), NodeError> {
+        let filled = |group: &&Group| group.is_filled();
+        let absorbed: Vec<_> = self
+            .groups
+            .values()
+            .filter(filled)
+            .filter(|half| {
+                self.groups.values().filter(filled).any(|into| {
+                    into.split != half.split
+                        && into.replica.generation() > half.replica.generation()
+                        && into.replica.range().covers(half.replica.range())
+                })
+            })
+            .map(|half| half.split)
+            .collect();
+        absorbed.into_iter().try_for_each(|split| self.destroy(split, u64::MAX))
     }
 
-    fn destroy(&mut self, split: SplitId) -> Result<(), NodeError> {
+    fn destroy(&mut self, split: SplitId, term: u64) -> Result<(), NodeError> {
         let Some(group) = self.groups.remove(&split) else { return Ok(()) };
         let mut batch = Batch::default();
-        self.note_gone(split, group.raft.raft.term, &mut batch);
+        self.note_gone(split, term, &mut batch);
         group.replica.erase(&mut batch).map_err(|error| NodeError::Replica(split, error))?;
         self.engine.write(batch)?;
         Ok(self.engine.sync()?)
@@ -484,7 +496,8 @@ impl<D: Disk> Groups<D> {
             if let Some(met) = met.filter(|met| met.term > FIRST_ENTRY.1) {
                 log.set_hard_state(met);
             }
-            self.groups.insert(right, Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine))?);
+            let group = Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine), true)?;
+            self.groups.insert(right, group);
         } else {
             self.engine.write(batch)?;
             self.engine.sync()?;
@@ -543,6 +556,12 @@ pub struct Group {
     /// The entry that made the split's nodes what they are.
     conf_index: u64,
     stalled_ticks: u32,
+    /// How often it has stalled as a leader.
+    stalls: usize,
+    /// This node has never had another replica of the split, and so has never promised anything of it.
+    is_new: bool,
+    /// Ticks since each node was sent a snapshot that it has not answered to.
+    snapshot_ticks: BTreeMap<u64, u32>,
 }
 
 impl Group {
@@ -552,6 +571,7 @@ impl Group {
         log: RaftLog,
         checkpoint: Checkpoint,
         engine: Arc<dyn Engine>,
+        is_new: bool,
     ) -> Result<Self, NodeError> {
         let place = usize::try_from(me.0 % ELECTION_PLACES).unwrap_or_default();
         let patience = ELECTION_TICKS + place * ELECTION_APART_TICKS;
@@ -585,6 +605,9 @@ impl Group {
             checkpoint_index: index,
             conf_index,
             stalled_ticks: 0,
+            stalls: 0,
+            is_new,
+            snapshot_ticks: BTreeMap::new(),
         })
     }
 
@@ -633,7 +656,7 @@ impl Group {
         };
         change.set_changes(changes.iter().map(single).collect::<Vec<_>>().into());
         if changes.len() > 1 {
-            change.set_transition(ConfChangeTransition::Implicit);
+            change.set_transition(ConfChangeTransition::Explicit);
         }
         Ok(self.raft.propose_conf_change(Vec::new(), change)?)
     }
@@ -652,13 +675,23 @@ impl Group {
 
     /// Whether its nodes are being changed.
     pub fn changes_nodes(&self) -> bool {
-        !self.raft.store().conf_state().voters_outgoing.is_empty() || self.raft.raft.has_pending_conf()
+        self.is_joint() || self.raft.raft.has_pending_conf()
+    }
+
+    /// Whether it is between the nodes that it had and those that it will have.
+    fn is_joint(&self) -> bool {
+        !self.raft.store().conf_state().voters_outgoing.is_empty()
     }
 
     /// Whether `node` has nearly all of the log, as its leader knows.
     pub fn has_caught_up(&self, node: NodeId) -> bool {
         let last = self.raft.raft.raft_log.last_index();
-        self.raft.raft.prs().get(node.0).is_some_and(|progress| progress.matched + CAUGHT_UP_ENTRIES >= last)
+        self.raft
+            .raft
+            .prs()
+            .get(node.0)
+            // Nothing matches before there has been a snapshot, however short the log is.
+            .is_some_and(|progress| progress.matched > 0 && progress.matched + CAUGHT_UP_ENTRIES >= last)
     }
 
     /// Walks over all rows to know how many there are.
@@ -670,9 +703,19 @@ impl Group {
         self.replica.measure().map_err(|error| NodeError::Replica(self.split, error))
     }
 
-    /// The entry that made the split's nodes what they are.
-    pub fn conf_index(&self) -> u64 {
-        self.conf_index
+    /// Whether this node is one of the split's, as far as its own replica knows.
+    pub fn is_member(&self) -> bool {
+        let conf = self.raft.store().conf_state();
+        [&conf.voters, &conf.learners, &conf.voters_outgoing, &conf.learners_next]
+            .iter()
+            .any(|nodes| nodes.contains(&self.me.0))
+    }
+
+    /// What a node that is none of this split's is told by its leader: the term, and where the log ends.
+    pub fn farewell(&self, node: NodeId) -> Option<(u64, u64)> {
+        let raft = &self.raft.raft;
+        let gone = raft.state == StateRole::Leader && raft.prs().get(node.0).is_none();
+        gone.then(|| (raft.term, raft.raft_log.last_index()))
     }
 
     /// Who leads, as far as this node knows.
@@ -700,6 +743,12 @@ impl Group {
         if !self.backlog.is_empty() {
             self.stalled_ticks += 1;
         }
+        let leads = self.raft.raft.state == StateRole::Leader;
+        if leads && self.is_joint() && !self.raft.raft.has_pending_conf() {
+            // What is refused now is asked for again at the next tick.
+            self.raft.propose_conf_change(Vec::new(), ConfChangeV2::default()).ok();
+        }
+        self.repeat_snapshots();
         // A split that was cut off is led where the whole was led, under the lease that it brought with it.
         let inherits = self
             .replica
@@ -712,27 +761,46 @@ impl Group {
         }
     }
 
+    /// A snapshot that was lost is not missed by consensus, which sends nothing else until it hears of it.
+    fn repeat_snapshots(&mut self) {
+        let prs = self.raft.raft.prs();
+        let sent: Vec<u64> = prs
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(id, _)| *id)
+            .collect();
+        self.snapshot_ticks.retain(|node, _| sent.contains(node));
+        for node in sent {
+            let ticks = self.snapshot_ticks.entry(node).or_default();
+            *ticks += 1;
+            if *ticks > SNAPSHOT_TICKS {
+                self.snapshot_ticks.remove(&node);
+                self.raft.report_snapshot(node, SnapshotStatus::Failure);
+            }
+        }
+    }
+
     fn step(&mut self, message: Message) -> Result<(), Dropped> {
-        let stranger = Dropped::Stranger { from: message.from, to: message.to, conf_index: self.conf_index };
+        let stranger = Dropped::Stranger { from: message.from, to: message.to };
         if message.to != self.me.0 {
             return Err(stranger);
         }
         let kind = message.get_msg_type();
-        if !self.is_filled() {
-            // It has promised nothing to anybody yet, so it does not vote either.
-            let vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
-            return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
-        }
-        // A leader may have nodes in the split that this replica has not heard of; others may not.
-        let known = self.raft.raft.prs().get(message.from).is_some();
-        let leads =
-            matches!(kind, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
-        if !known && !leads {
-            return Err(stranger);
-        }
         let last = self.raft.raft.raft_log.last_index();
         if kind == MessageType::MsgHeartbeat && message.commit > last {
             return Err(Dropped::Forgot { acknowledged: message.commit, last });
+        }
+        if !self.is_filled() {
+            // Of a replica that was here before, the promises are forgotten.
+            let vote =
+                !self.is_new && matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+            return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
+        }
+        // Others may know of nodes that this replica has not heard of yet; its leader knows them all.
+        let stray =
+            self.raft.raft.state == StateRole::Leader && self.farewell(NodeId(message.from)).is_some();
+        if stray && !leads(&message) {
+            return Err(stranger);
         }
         Ok(self.raft.step(message)?)
     }
@@ -844,6 +912,28 @@ impl Group {
         }
     }
 
+    /// A node that is none of the split's any more keeps its replica until the leader says so: further on in the log it
+    /// may be one again, and what it has acknowledged it must have.
+    fn change_nodes(&mut self) -> Result<(), NodeError> {
+        let Some(entry) = self.backlog.front() else { return Ok(()) };
+        let (index, change) = (entry.index, wire::decode_conf_change(&entry.data)?);
+        // Two leaders may have asked for the end of one change.
+        if !change.changes.is_empty() || self.is_joint() {
+            let conf =
+                self.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(self.split, error))?;
+            self.raft.mut_store().set_conf_state(conf);
+            self.conf_index = index;
+            self.replica.change_nodes();
+            // Consensus takes nothing from a leader that is none of the nodes, and elects no other while it is heard.
+            if self.raft.raft.state == StateRole::Leader && !self.is_member() {
+                let term = self.raft.raft.term;
+                self.raft.raft.become_follower(term, 0);
+            }
+        }
+        self.pop();
+        Ok(())
+    }
+
     fn apply_front(&mut self, entry: Entry) -> Result<Applied, NodeError> {
         let term = self.front_term();
         let applied = self.replica.apply(entry, term);
@@ -868,9 +958,18 @@ impl Group {
 
     /// The split beside it may never come to where it is waited for, since the others are past that.
     fn stall(&mut self) {
-        if self.stalled_ticks >= STALL_TICKS {
-            self.stalled_ticks = 0;
+        if self.stalled_ticks < STALL_TICKS {
+            return;
+        }
+        self.stalled_ticks = 0;
+        let others: Vec<_> = self.nodes().0.into_iter().filter(|node| *node != self.me).collect();
+        if self.raft.raft.state != StateRole::Leader {
+            // What is refused now is asked for again when it has stalled as long again.
             self.raft.request_snapshot().ok();
+        } else if let Some(other) = others.get(self.stalls % others.len().max(1)) {
+            // Nobody gives a leader a snapshot: one who is past this leads instead.
+            self.stalls += 1;
+            self.transfer(*other);
         }
     }
 
@@ -922,6 +1021,12 @@ impl Group {
     }
 }
 
+/// Whether only a leader says so.
+fn leads(message: &Message) -> bool {
+    use MessageType::{MsgAppend, MsgHeartbeat, MsgSnapshot};
+    matches!(message.get_msg_type(), MsgAppend | MsgHeartbeat | MsgSnapshot)
+}
+
 /// What a node becomes to a split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeChange {
@@ -943,6 +1048,14 @@ fn remember(
     record: Record,
     checkpoint: &Checkpoint,
 ) -> Result<(), NodeError> {
+    // A replica without a snapshot has nothing: the records are of one that was here before.
+    if checkpoint.index == 0 {
+        if let Some(hard_state) = record.hard_state {
+            log.set_hard_state(hard_state);
+        }
+        log.clamp_commit();
+        return Ok(());
+    }
     if record.restart.is_some() {
         log.restart(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone());
     }

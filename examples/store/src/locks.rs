@@ -1,8 +1,10 @@
 //! Locks on rows and ranges at a split's leader, held until a transaction has ended. Who waits for whom is decided by
 //! age (wound-wait, Rosenkrantz et al. 1978): an older transaction ends a younger holder, a younger one waits.
 //!
-//! So a wait goes from younger to older, or to a prepared transaction, which asks for nothing more: no circle of
-//! waits can close. A retry keeps its age, so every transaction becomes the oldest in the end, and nobody starves.
+//! So a wait goes from younger to older, or to a prepared transaction. That one may still wait at another split, which
+//! could close a circle: [`LockTable::prepared_in_the_way`] says which are older's hindrance, for their coordinators to
+//! end them unless the decision stands. A retry keeps its age, so every transaction becomes the oldest in the end, and
+//! nobody starves.
 
 use std::{
     cmp::Reverse,
@@ -148,6 +150,22 @@ impl LockTable {
             self.note(txn, lock);
         }
         self.holders.insert(txn, Holder { age, held, waits_for: None, prepared: true });
+    }
+
+    /// Prepared transactions that older ones wait for. Each may wait for such an older one at another split, where it is
+    /// not prepared yet.
+    pub fn prepared_in_the_way(&self) -> BTreeSet<TxnId> {
+        let mut found = BTreeSet::new();
+        for (age, txn) in &self.waiting {
+            let wanted = self.holders.get(txn).and_then(|holder| holder.waits_for.as_ref());
+            for other in wanted.map(|wanted| self.holders_against(*txn, wanted)).unwrap_or_default() {
+                let younger = |holder: &Holder| holder.prepared && holder.age > *age;
+                if self.holders.get(&other).is_some_and(younger) {
+                    found.insert(other);
+                }
+            }
+        }
+        found
     }
 
     /// The transaction has ended, either way: its locks go to those who wait.
@@ -313,6 +331,17 @@ mod tests {
         assert_eq!(locks.acquire(txn(1), age(1), exclusive(row("a"))), Ok(Changes::default()));
         assert_eq!(locks.acquire(txn(2), age(2), shared(row("b"))), Err(LockError::Prepared));
         assert_eq!(locks.release(txn(2)), granted(1));
+    }
+
+    #[test]
+    fn a_prepared_transaction_in_the_way_of_an_older_one_is_named() {
+        let mut locks = LockTable::default();
+        locks.acquire(txn(2), age(2), exclusive(row("a"))).unwrap();
+        locks.prepare(txn(2));
+        locks.acquire(txn(3), age(3), exclusive(row("a"))).unwrap();
+        assert!(locks.prepared_in_the_way().is_empty(), "a younger one has time");
+        locks.acquire(txn(1), age(1), exclusive(row("a"))).unwrap();
+        assert_eq!(locks.prepared_in_the_way(), [txn(2)].into());
     }
 
     #[test]

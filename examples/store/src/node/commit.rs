@@ -438,7 +438,9 @@ impl<D: Disk> Node<D> {
         if self.commits.contains_key(&txn) {
             return;
         }
-        let Some((leader, replica)) = self.led(coordinator) else { return };
+        let speaker = self.groups.iter().find(|(_, group)| group.replica().speaks_for(coordinator));
+        let Some(speaker) = speaker.map(|(split, _)| split) else { return };
+        let Some((leader, replica)) = self.led(speaker) else { return };
         match replica.outcome(txn) {
             Some(outcome) => {
                 let passed = told(outcome).is_none_or(|at| now.is_after(at));
@@ -448,8 +450,8 @@ impl<D: Disk> Node<D> {
             }
             None => {
                 let Ok(entry) = leader.resolve(replica, txn, Outcome::Aborted, now) else { return };
-                if self.propose(coordinator, &entry) {
-                    self.aborts.entry((coordinator, txn)).or_default().insert(split);
+                if self.propose(speaker, &entry) {
+                    self.aborts.entry((speaker, txn)).or_default().insert(split);
                 }
             }
         }
@@ -463,6 +465,7 @@ impl<D: Disk> Node<D> {
         if self.ticks.is_multiple_of(ASK_TICKS) {
             self.log_aborts(now);
             self.settle();
+            self.wound_promises();
         }
         if self.ticks.is_multiple_of(TELL_TICKS) {
             self.tell_again(now);
@@ -554,6 +557,30 @@ impl<D: Disk> Node<D> {
         }
     }
 
+    /// An older transaction waits for a promise of this one at another split: if it waits itself, it ends.
+    pub(super) fn wounded(&mut self, txn: TxnId) {
+        let Some(commit) = self.commits.get(&txn) else { return };
+        let undecided = matches!(commit.stage, Stage::Locking | Stage::Locked);
+        let waits = commit.stage == Stage::Locking || commit.votes.missing().next().is_some();
+        if undecided && waits {
+            self.status.wounded += 1;
+            self.abort(txn, &Refused::Aborted);
+        }
+    }
+
+    /// What is promised is nobody's to end but its coordinator's.
+    fn wound_promises(&mut self) {
+        let mut wounds = Vec::new();
+        for (split, group) in self.groups.iter_mut() {
+            let Some((leader, replica)) = group.leader() else { continue };
+            let promises = leader.promises_in_the_way(replica);
+            wounds.extend(promises.into_iter().map(|(txn, coordinator)| (split, txn, coordinator)));
+        }
+        for (split, txn, coordinator) in wounds {
+            self.say_to_leader(coordinator, PeerMessage::Wound { split, txn, coordinator });
+        }
+    }
+
     fn doubt(&mut self, now: Interval) {
         let mut asked = Vec::new();
         for (split, group) in self.groups.iter_mut() {
@@ -566,7 +593,12 @@ impl<D: Disk> Node<D> {
             );
         }
         for (split, txn, coordinator) in asked {
-            self.say_to_leader(coordinator, PeerMessage::Ask { split, txn, coordinator });
+            let ask = PeerMessage::Ask { split, txn, coordinator };
+            match self.leader_of(coordinator) {
+                Some(leader) => self.say(leader, ask),
+                // It has become part of another: somebody leads that.
+                None => self.say_to_all(&ask),
+            }
         }
     }
 }

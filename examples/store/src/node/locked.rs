@@ -88,6 +88,15 @@ impl<D: Disk> Node<D> {
             places.iter().filter_map(|place| reading.keys.get(*place)).map(Range::point).collect();
         self.count(split, spans.first());
         let (attempt, token) = (reading.attempt, reading.token);
+        if let Some(LockWait { then: Then::Read(before), .. }) =
+            self.lock_waits.get_mut(&(split, attempt.txn))
+            && before.todo.front() == reading.todo.front()
+            && before.keys == reading.keys
+        {
+            // Its client has asked again: one answer is enough, and the later token has it.
+            let before = std::mem::replace(before, reading);
+            return self.answer(before.token, Err(Refused::Busy("the transaction has asked again")));
+        }
         match self.lock_shared(split, attempt, &reading.held, spans, now) {
             Ok(changes) => self.wait(split, attempt.txn, Then::Read(reading), changes, now),
             Err(refused) => self.answer(token, Err(refused)),
@@ -127,6 +136,14 @@ impl<D: Disk> Node<D> {
             }
         };
         self.count(split, Some(&wanted));
+        if let Some(LockWait { then: Then::Scan(before), .. }) =
+            self.lock_waits.get_mut(&(split, attempt.txn))
+            && before.asked == range
+            && before.limit == limit
+        {
+            let before = std::mem::replace(&mut before.token, token);
+            return self.answer(before, Err(Refused::Busy("the transaction has asked again")));
+        }
         match self.lock_shared(split, attempt, &held, vec![wanted.clone()], now) {
             Ok(changes) => {
                 let scanning = Scanning { token, held, asked: range, locked: wanted, limit };

@@ -263,6 +263,7 @@ impl<D: Disk> Node<D> {
         }
         if self.ticks.is_multiple_of(CLOSE_TICKS) {
             self.close_all(now);
+            self.ask_to_leave();
         }
         if self.ticks.is_multiple_of(COLLECT_TICKS) {
             self.collect_all(now);
@@ -337,8 +338,8 @@ impl<D: Disk> Node<D> {
     fn hear(&mut self, from: NodeId, message: PeerMessage, now: Interval) {
         match message {
             PeerMessage::Raft { split, message } => {
-                if let Err(Dropped::Stranger { conf_index, .. }) = self.groups.step(split, &message) {
-                    self.say(from, PeerMessage::Gone { split, conf_index });
+                if let Err(Dropped::Stranger { .. }) = self.groups.step(split, &message) {
+                    self.bid_farewell(from, split);
                 }
             }
             PeerMessage::Prepare { split, attempt, held, writes, coordinator } => {
@@ -354,14 +355,16 @@ impl<D: Disk> Node<D> {
             PeerMessage::Ask { split, txn, coordinator } => {
                 self.asked_for_decision(from, split, txn, coordinator, now);
             }
+            PeerMessage::Wound { txn, .. } => self.wounded(txn),
             PeerMessage::Close { split, at } => self.close(split, at, now),
             PeerMessage::Routes(routes) => {
                 for route in routes {
                     self.learn(route);
                 }
             }
-            PeerMessage::Gone { split, conf_index } => {
-                let left = self.groups.leave(split, conf_index);
+            PeerMessage::Leaving { split } => self.bid_farewell(from, split),
+            PeerMessage::Gone { split, term, last } => {
+                let left = self.groups.leave(split, term, last);
                 self.note_failure(left);
             }
             PeerMessage::Retire { split, into } => self.begin_retire(split, into, now),
@@ -441,6 +444,12 @@ impl<D: Disk> Node<D> {
     fn say_to_leader(&mut self, split: SplitId, message: PeerMessage) {
         if let Some(leader) = self.leader_of(split) {
             self.say(leader, message);
+        }
+    }
+
+    fn say_to_all(&mut self, message: &PeerMessage) {
+        for node in self.heard.keys().copied().chain([self.config.me]).collect::<BTreeSet<_>>() {
+            self.say(node, message.clone());
         }
     }
 
@@ -559,12 +568,36 @@ impl<D: Disk> Node<D> {
         let me = self.config.me;
         let told: Vec<_> =
             self.routes.iter().filter(|route| all || route.leader == Some(me)).cloned().collect();
-        if told.is_empty() {
-            return;
-        }
+        // Who has nothing to tell is there all the same.
         let others: Vec<_> = self.heard.keys().copied().filter(|node| *node != me).collect();
         for node in others {
             self.say(node, PeerMessage::Routes(told.clone()));
+        }
+    }
+
+    /// Tells a node that is none of the split's so, if this one leads it and so knows.
+    fn bid_farewell(&mut self, to: NodeId, split: SplitId) {
+        let told = self.groups.get(split).and_then(|group| group.farewell(to));
+        if let Some((term, last)) = told {
+            self.say(to, PeerMessage::Gone { split, term, last });
+        }
+    }
+
+    /// Asks about replicas that this node should not have, as far as it knows.
+    fn ask_to_leave(&mut self) {
+        let leaving: Vec<_> = self
+            .groups
+            .iter()
+            .filter(|(_, group)| group.is_filled() && !group.is_member())
+            .map(|(split, group)| (split, group.nodes().0))
+            .collect();
+        for (split, nodes) in leaving {
+            let known = self.routes.get(split).map(|route| route.nodes.clone()).unwrap_or_default();
+            for node in nodes.into_iter().chain(known).collect::<BTreeSet<_>>() {
+                if node != self.config.me {
+                    self.say(node, PeerMessage::Leaving { split });
+                }
+            }
         }
     }
 

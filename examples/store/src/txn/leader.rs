@@ -398,8 +398,18 @@ impl Leader {
             let Changes { granted, wounded } = self.abandon(replica, txn);
             changes.granted.extend(granted);
             changes.wounded.extend(wounded);
+            // It may wait for something: it has to hear that it does so in vain.
+            if !self.locks.knows(txn) {
+                changes.wounded.push(txn);
+            }
         }
         changes
+    }
+
+    /// Promises that older transactions wait for, with who decides about them.
+    pub fn promises_in_the_way(&self, replica: &Replica) -> Vec<(TxnId, SplitId)> {
+        let promised = |txn: TxnId| Some((txn, replica.prepared.get(&txn)?.coordinator));
+        self.locks.prepared_in_the_way().into_iter().filter_map(promised).collect()
     }
 
     /// Whether the transaction holds locks here or waits for some.

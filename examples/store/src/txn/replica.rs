@@ -1,4 +1,8 @@
-use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::ControlFlow,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
@@ -115,6 +119,8 @@ pub struct State {
     pub outcomes_since: Timestamp,
     /// Whom it waits to be part of.
     pub retired: Option<SplitId>,
+    /// Splits that have become part of it: it speaks for them as a coordinator.
+    pub absorbed: BTreeSet<SplitId>,
 }
 
 /// The replicated state of one split: a function of its log.
@@ -138,6 +144,7 @@ pub struct Replica {
     pub(crate) newest: Timestamp,
     pub(crate) term: u64,
     retired: Option<SplitId>,
+    absorbed: BTreeSet<SplitId>,
     /// Rows and bytes, about: what is written counts until the next walk over all rows.
     size: (u64, u64),
 }
@@ -170,6 +177,7 @@ impl Replica {
             newest: state.newest,
             term: state.term,
             retired: state.retired,
+            absorbed: state.absorbed,
             size: (0, 0),
             engine,
         };
@@ -190,6 +198,7 @@ impl Replica {
             term: self.term,
             outcomes_since: self.outcomes_since,
             retired: self.retired,
+            absorbed: self.absorbed.clone(),
         }
     }
 
@@ -280,6 +289,7 @@ impl Replica {
             newest: self.newest,
             term: 0,
             retired: None,
+            absorbed: BTreeSet::new(),
             size: (0, 0),
         };
         half.take_from(self, half_batch)?;
@@ -306,6 +316,8 @@ impl Replica {
         self.take_from(right, batch)?;
         self.range = Range::between(self.range.start().clone(), right.range.end().cloned())
             .map_err(|_| ReplicaError::Elsewhere)?;
+        self.absorbed.insert(right.split);
+        self.absorbed.extend(&right.absorbed);
         self.generation = self.generation.max(right.generation) + 1;
         self.safe.close(entry.closed);
         right.erase(batch)
@@ -414,6 +426,11 @@ impl Replica {
     /// Decisions made here, with those who must hear of them.
     pub fn unsettled(&self) -> impl Iterator<Item = (TxnId, &[SplitId])> {
         self.unsettled.iter().map(|(txn, participants)| (*txn, participants.as_slice()))
+    }
+
+    /// Whether it speaks for `split` as a coordinator: it is that one, or that one has become part of it.
+    pub fn speaks_for(&self, split: SplitId) -> bool {
+        self.split == split || self.absorbed.contains(&split)
     }
 
     /// Whom it waits to be part of, if it serves nobody any more.

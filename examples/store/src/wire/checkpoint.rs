@@ -132,6 +132,7 @@ impl From<&Checkpoint> for pb::Checkpoint {
             term: state.term,
             outcomes_since: state.outcomes_since.0,
             retired: state.retired.map(|split| split.0),
+            absorbed: state.absorbed.iter().map(|split| split.0).collect(),
         }
     }
 }
@@ -160,6 +161,7 @@ impl TryFrom<pb::Checkpoint> for Checkpoint {
                 term: wire.term,
                 outcomes_since: Timestamp(wire.outcomes_since),
                 retired: wire.retired.map(SplitId),
+                absorbed: wire.absorbed.into_iter().map(SplitId).collect(),
             },
         })
     }
@@ -231,6 +233,7 @@ mod tests {
                     term: 10,
                     outcomes_since: Timestamp(11),
                     retired: Some(SplitId(12)),
+                    absorbed: [SplitId(18)].into(),
                 },
             },
             rows: vec![(key, Version { at: Timestamp(13), value: Some(Bytes::from_static(b"v")) })],

@@ -243,6 +243,8 @@ pub(in crate::wire) struct Checkpoint {
     pub(in crate::wire) outcomes_since: u64,
     #[prost(uint64, optional, tag = "14")]
     pub(in crate::wire) retired: Option<u64>,
+    #[prost(uint64, repeated, tag = "15")]
+    pub(in crate::wire) absorbed: Vec<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -392,6 +394,16 @@ pub(in crate::wire) struct Route {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct Gone {
+    #[prost(uint64, tag = "1")]
+    pub(in crate::wire) split: u64,
+    #[prost(uint64, tag = "2")]
+    pub(in crate::wire) term: u64,
+    #[prost(uint64, tag = "3")]
+    pub(in crate::wire) last: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 pub(in crate::wire) struct Routes {
     #[prost(message, repeated, tag = "1")]
     pub(in crate::wire) routes: Vec<Route>,
@@ -416,14 +428,18 @@ pub(in crate::wire) enum Said {
     #[prost(message, tag = "8")]
     Routes(Routes),
     #[prost(message, tag = "9")]
-    Gone(Pair),
+    Gone(Gone),
     #[prost(message, tag = "10")]
     Retire(Pair),
+    #[prost(message, tag = "11")]
+    Leaving(Pair),
+    #[prost(message, tag = "12")]
+    Wound(About),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in crate::wire) struct Peer {
-    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Said", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub(in crate::wire) said: Option<Said>,
 }
 

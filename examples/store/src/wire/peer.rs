@@ -101,6 +101,16 @@ pub enum PeerMessage {
         /// Who decides.
         coordinator: SplitId,
     },
+    /// An older transaction waits for what a participant has promised: unless all promises are there, this one waits for
+    /// an older one itself, and ends.
+    Wound {
+        /// Which participant.
+        split: SplitId,
+        /// Of which transaction.
+        txn: TxnId,
+        /// Who decides.
+        coordinator: SplitId,
+    },
     /// A replica wants to show a moment.
     Close {
         /// Of which split.
@@ -110,12 +120,19 @@ pub enum PeerMessage {
     },
     /// Splits that the node knows of.
     Routes(Vec<Route>),
-    /// To a node that is none of the split's any more.
+    /// From a node that has a replica of a split of which it is none any more, as far as it knows.
+    Leaving {
+        /// Which split.
+        split: SplitId,
+    },
+    /// From a split's leader to a node that is none of the split's.
     Gone {
         /// Which split.
         split: SplitId,
-        /// The entry that made its nodes what they are, as far as the other knows.
-        conf_index: u64,
+        /// The leader's term.
+        term: u64,
+        /// Where its log ends.
+        last: u64,
     },
     /// To the leader of a split that is to be part of the one to its left.
     Retire {
@@ -156,12 +173,14 @@ pub fn encode_peer(message: &PeerMessage) -> Vec<u8> {
         }),
         PeerMessage::Heard { split, txn, coordinator } => Said::Heard(about(*split, *txn, *coordinator)),
         PeerMessage::Ask { split, txn, coordinator } => Said::Ask(about(*split, *txn, *coordinator)),
+        PeerMessage::Wound { split, txn, coordinator } => Said::Wound(about(*split, *txn, *coordinator)),
         PeerMessage::Close { split, at } => Said::Close(pb::Pair { split: split.0, number: at.0 }),
         PeerMessage::Routes(routes) => {
             Said::Routes(pb::Routes { routes: routes.iter().map(Into::into).collect() })
         }
-        PeerMessage::Gone { split, conf_index } => {
-            Said::Gone(pb::Pair { split: split.0, number: *conf_index })
+        PeerMessage::Leaving { split } => Said::Leaving(pb::Pair { split: split.0, number: 0 }),
+        PeerMessage::Gone { split, term, last } => {
+            Said::Gone(pb::Gone { split: split.0, term: *term, last: *last })
         }
         PeerMessage::Retire { split, into } => Said::Retire(pb::Pair { split: split.0, number: into.0 }),
     };
@@ -201,9 +220,16 @@ pub fn decode_peer(bytes: Bytes) -> Result<PeerMessage, WireError> {
             let (split, txn, coordinator) = of(Some(about))?;
             PeerMessage::Ask { split, txn, coordinator }
         }
+        Said::Wound(about) => {
+            let (split, txn, coordinator) = of(Some(about))?;
+            PeerMessage::Wound { split, txn, coordinator }
+        }
         Said::Close(pair) => PeerMessage::Close { split: SplitId(pair.split), at: Timestamp(pair.number) },
         Said::Routes(routes) => PeerMessage::Routes(each(routes.routes)?),
-        Said::Gone(pair) => PeerMessage::Gone { split: SplitId(pair.split), conf_index: pair.number },
+        Said::Leaving(pair) => PeerMessage::Leaving { split: SplitId(pair.split) },
+        Said::Gone(gone) => {
+            PeerMessage::Gone { split: SplitId(gone.split), term: gone.term, last: gone.last }
+        }
         Said::Retire(pair) => PeerMessage::Retire { split: SplitId(pair.split), into: SplitId(pair.number) },
     })
 }
@@ -259,7 +285,7 @@ mod tests {
             (any::<u64>(), any::<u64>()).prop_map(|(at, random)| TxnId { started: Timestamp(at), random });
         let id = || any::<u64>().prop_map(SplitId);
         let time = || any::<u64>().prop_map(Timestamp);
-        (id(), txn, id(), time(), any::<Option<u64>>(), 0..11).prop_map(
+        (id(), txn, id(), time(), any::<Option<u64>>(), 0..14).prop_map(
             |(split, txn, coordinator, at, number, kind)| match kind {
                 0 => PeerMessage::Raft { split, message: Bytes::from_static(b"raft") },
                 1 => PeerMessage::Prepare {
@@ -284,6 +310,9 @@ mod tests {
                     leader: number.map(NodeId),
                     term: 3,
                 }]),
+                13 => PeerMessage::Wound { split, txn, coordinator },
+                10 => PeerMessage::Leaving { split },
+                11 => PeerMessage::Gone { split, term: at.0, last: coordinator.0 },
                 _ => PeerMessage::Retire { split, into: coordinator },
             },
         )

@@ -1,42 +1,44 @@
-//! Clients that move money between rows of both splits, and readers of snapshots that must always see all of it.
+//! Clients that move money, count it, and watch each other, and what they saw.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, collections::BTreeMap};
 
 use bytes::Bytes;
 use store::{
     keys::{Key, Range},
     locks::Age,
-    mvcc::{Mutation, Version},
-    truetime::{Interval, Timestamp},
-    txn::{Attempt, Coordinator, Outcome, Refusal, Snapshot, SplitId, TxnId, Verdict},
+    mvcc::Mutation,
+    node::{Answer, Found, Held, Moment, Refused, Request},
+    truetime::Timestamp,
+    txn::{Attempt, TxnId},
 };
 
-use crate::world::{MS, SPLITS, World};
+use crate::world::{MS, World};
 
-pub(crate) const ROWS: u64 = 4;
-/// A client that has got nowhere for so long gives up the attempt.
+pub(crate) const ROWS: u64 = 6;
+pub(crate) const TABLES: [&str; 2] = ["a", "b"];
 const PATIENCE_MS: u64 = 4_000;
-const DAWDLE_MS: u64 = 2_000;
+/// A request without an answer is sent again after so long.
+const RESEND_MS: u64 = 600;
 
-/// Row `row` of a split, which is the table of that name.
-pub(crate) fn key(split: SplitId, row: u64) -> Key {
-    Key::new(table(split), &[b'a' + row as u8]).unwrap()
+pub(crate) fn key(table: &str, row: u64) -> Key {
+    Key::new(table, format!("r{row}").as_bytes()).unwrap()
 }
 
-fn table(split: SplitId) -> &'static str {
-    if split == SPLITS[0] { "left" } else { "right" }
+pub(crate) fn all_keys() -> impl Iterator<Item = Key> {
+    TABLES.into_iter().flat_map(|table| (0..ROWS).map(move |row| key(table, row)))
 }
 
-fn amount(value: &Option<Bytes>) -> i64 {
-    value.as_ref().map_or(0, |bytes| text(bytes).split(':').next().unwrap().parse().unwrap())
+fn text(bytes: &Bytes) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-fn text(bytes: &Bytes) -> &str {
-    std::str::from_utf8(bytes).unwrap()
+/// The money in a value, which the transaction's number follows so that no two are alike.
+fn amount(value: Option<&str>) -> i64 {
+    value.and_then(|value| value.split(':').next()).map_or(0, |amount| amount.parse().unwrap())
 }
 
-/// A version that somebody saw. Values carry the transaction that wrote them, so that no two are alike.
-#[derive(Clone, Debug)]
+/// A row as somebody saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) key: Key,
     pub(crate) at: Timestamp,
@@ -44,13 +46,14 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn new(key: &Key, version: Option<&Version>) -> Self {
-        let value = version.and_then(|version| version.value.as_ref()).map(|bytes| text(bytes).to_owned());
-        Self { key: key.clone(), at: version.map_or(Timestamp::ZERO, |version| version.at), value }
-    }
-
     pub(crate) fn amount(&self) -> i64 {
-        amount(&self.value.clone().map(Bytes::from))
+        amount(self.value.as_deref())
+    }
+}
+
+impl From<&Found> for Seen {
+    fn from(found: &Found) -> Self {
+        Self { key: found.key.clone(), at: found.version, value: found.value.as_ref().map(text) }
     }
 }
 
@@ -63,7 +66,7 @@ pub(crate) struct Record {
     pub(crate) end: u64,
     pub(crate) committed: Option<Timestamp>,
     pub(crate) reads: Vec<Seen>,
-    pub(crate) writes: Vec<(Key, String)>,
+    pub(crate) writes: Vec<(Key, Option<String>)>,
 }
 
 /// A snapshot as its reader saw it.
@@ -73,50 +76,47 @@ pub(crate) struct Shown {
     pub(crate) start: u64,
     pub(crate) end: u64,
     pub(crate) at: Timestamp,
-    pub(crate) rows: Vec<Seen>,
+    /// It was to show everything that was over before it began.
+    pub(crate) fresh: bool,
+    pub(crate) rows: BTreeMap<Key, Seen>,
 }
 
-struct Part {
-    split: SplitId,
-    row: u64,
-    /// Where it holds locks: node, life, term.
-    lead: Option<(usize, u64, u64)>,
+/// What a transaction does.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    /// One row loses what another gets.
+    Transfer,
+    /// Reads a whole table under a lock, and writes how much it found into a row of the other one, or takes a row away.
+    Count,
+    /// Writes without reading: another transaction's number.
+    Blind,
 }
 
-enum Stage {
-    Read(usize),
-    Lock(usize),
-    Prepare(usize),
-    Vote(usize),
-    Decide,
-    Answer,
-}
-
-struct Transfer {
+struct Transaction {
     attempt: Attempt,
+    work: Work,
     start: u64,
-    parts: Vec<Part>,
-    stage: Stage,
-    waits: bool,
-    /// Its coordinator takes its time, so that participants change their leaders between promise and decision.
-    dawdles: bool,
-    votes: Option<Coordinator>,
+    held: Vec<Held>,
+    /// Rows or the range still to be read.
+    keys: Vec<Key>,
+    range: Option<Range>,
     reads: Vec<Seen>,
-    written: Vec<(Key, String)>,
+    writes: Vec<Mutation>,
+    committing: bool,
 }
 
-struct Reading {
+struct Snapshot {
     start: u64,
-    at: Timestamp,
-    done: usize,
-    newest: Timestamp,
-    rows: Vec<Seen>,
+    fresh: bool,
+    moment: Moment,
+    todo: Vec<Range>,
+    rows: BTreeMap<Key, Seen>,
 }
 
 enum Doing {
     Nothing,
-    Transfer(Box<Transfer>),
-    Reading(Reading),
+    Transaction(Box<Transaction>),
+    Snapshot(Snapshot),
 }
 
 pub(crate) struct Client {
@@ -124,6 +124,11 @@ pub(crate) struct Client {
     age: Option<Age>,
     made: u64,
     doing: Doing,
+    /// Token of what was asked last, and when.
+    asked: Option<(u64, u64)>,
+    /// The last refusals.
+    heard: Vec<Refused>,
+    not_before: u64,
     /// Ends what it is at and begins nothing.
     pub(crate) rests: bool,
     pub(crate) records: Vec<Record>,
@@ -137,33 +142,63 @@ impl Client {
             age: None,
             made: 0,
             doing: Doing::Nothing,
+            asked: None,
+            heard: vec![],
+            not_before: 0,
             rests: false,
             records: vec![],
             shown: vec![],
         }
     }
 
+    pub(crate) fn tell(&self) -> String {
+        let doing = match &self.doing {
+            Doing::Nothing => "nothing".to_owned(),
+            Doing::Snapshot(snapshot) => format!("a snapshot of {:?}", snapshot.todo),
+            Doing::Transaction(txn) => {
+                format!("{:?} {:?} {:?} {:?} since {}", txn.attempt, txn.work, txn.keys, txn.range, txn.start)
+            }
+        };
+        format!("client {} is at {doing}, heard {:?}", self.number, self.heard)
+    }
+
     pub(crate) fn step(&mut self, world: &mut World) {
+        if world.truth < self.not_before {
+            return;
+        }
+        if let Some((token, when)) = self.asked {
+            match world.told.remove(&token) {
+                Some(answer) => {
+                    self.asked = None;
+                    return self.hear(world, answer);
+                }
+                None if world.truth - when < RESEND_MS * MS => return,
+                None => self.asked = None,
+            }
+        }
         match std::mem::replace(&mut self.doing, Doing::Nothing) {
             Doing::Nothing if !self.rests && world.rng.one_in(8) => self.begin(world),
             Doing::Nothing => {}
-            Doing::Reading(reading) => self.read_on(world, reading),
-            Doing::Transfer(transfer) => self.transfer_on(world, transfer),
+            Doing::Snapshot(snapshot) if world.truth - snapshot.start > PATIENCE_MS * MS => {}
+            Doing::Snapshot(snapshot) => self.ask_snapshot(world, snapshot),
+            Doing::Transaction(txn) if world.truth - txn.start > PATIENCE_MS * MS => {
+                self.end(world, *txn, None, false);
+            }
+            Doing::Transaction(txn) => self.ask_transaction(world, txn),
         }
     }
 
     fn begin(&mut self, world: &mut World) {
-        let at = world.rng.below(3) as usize;
-        let now = world.now(at);
+        let any = world.rng.below(3) as usize;
+        let now = world.now(any);
         if world.rng.one_in(3) {
-            let reading = Reading {
-                start: world.truth,
-                at: now.latest,
-                done: 0,
-                newest: Timestamp::ZERO,
-                rows: vec![],
+            let (fresh, moment) = match world.rng.below(3) {
+                0 => (false, Moment::Within(std::time::Duration::from_millis(300))),
+                _ => (true, Moment::Now),
             };
-            self.doing = Doing::Reading(reading);
+            let todo = TABLES.iter().map(|table| Range::table(table).unwrap()).collect();
+            let snapshot = Snapshot { start: world.truth, fresh, moment, todo, rows: BTreeMap::new() };
+            self.doing = Doing::Snapshot(snapshot);
             return;
         }
         self.made += 1;
@@ -172,263 +207,205 @@ impl Client {
             Some(Age { first, client, attempt }) => Age { first, client, attempt: Reverse(attempt.0 + 1) },
             None => Age { first: now.latest, client: self.number, attempt: Reverse(0) },
         });
-        let part = |world: &mut World, split| Part { split, row: world.rng.below(ROWS), lead: None };
-        let first = SPLITS[world.rng.below(2) as usize];
-        let mut parts = vec![part(world, first)];
-        if !world.rng.one_in(3) {
-            let other = if first == SPLITS[0] { SPLITS[1] } else { SPLITS[0] };
-            parts.push(part(world, other));
-        }
-        self.doing = Doing::Transfer(Box::new(Transfer {
+        let mut transaction = Transaction {
             attempt: Attempt { txn, age },
+            work: Work::Transfer,
             start: world.truth,
-            parts,
-            stage: Stage::Read(0),
-            waits: false,
-            dawdles: world.rng.one_in(30),
-            votes: None,
+            held: vec![],
+            keys: vec![],
+            range: None,
             reads: vec![],
-            written: vec![],
-        }));
-    }
-
-    fn transfer_on(&mut self, world: &mut World, mut transfer: Box<Transfer>) {
-        let patience = world.truth - transfer.start < PATIENCE_MS * MS;
-        match transfer.on(world).filter(|_| patience) {
-            Some(None) => self.doing = Doing::Transfer(transfer),
-            end => {
-                let committed = end.flatten();
-                transfer.let_go(world);
-                if committed.is_some() {
-                    self.age = None;
-                }
-                self.records.push(Record {
-                    client: self.number,
-                    txn: transfer.attempt.txn,
-                    start: transfer.start,
-                    end: world.truth,
-                    committed,
-                    writes: transfer.written,
-                    reads: transfer.reads,
-                });
-            }
-        }
-    }
-
-    fn read_on(&mut self, world: &mut World, mut reading: Reading) {
-        let Some(split) = SPLITS.get(reading.done) else {
-            if world.now(0).is_after(reading.newest) && world.now(1).is_after(reading.newest) {
-                let Reading { start, at, rows, .. } = reading;
-                self.shown.push(Shown { client: self.number, start, end: world.truth, at, rows });
-            } else {
-                self.doing = Doing::Reading(reading);
-            }
-            return;
+            writes: vec![],
+            committing: false,
         };
-        if world.truth - reading.start > PATIENCE_MS * MS {
-            return;
+        let some = |world: &mut World| key(TABLES[world.rng.below(2) as usize], world.rng.below(ROWS));
+        match world.rng.below(8) {
+            0 => {
+                transaction.work = Work::Count;
+                let table = TABLES[world.rng.below(2) as usize];
+                transaction.range = Some(Range::table(table).unwrap());
+            }
+            1 => {
+                transaction.work = Work::Blind;
+                let key = Key::new("c", format!("r{}", world.rng.below(ROWS)).as_bytes()).unwrap();
+                let value = Some(Bytes::from(format!("0:{}", txn.random)));
+                transaction.writes.push(Mutation { key, value });
+                transaction.committing = true;
+            }
+            _ => {
+                let (from, to) = (some(world), some(world));
+                transaction.keys = if from == to { vec![from] } else { vec![from, to] };
+            }
         }
-        let range = Range::table(table(*split)).unwrap();
-        let any = world.rng.below(3) as usize;
-        let now = world.now(any);
-        let whole = world.group(any, *split).is_some_and(|group| {
-            let followed = group.replica().safe_time().safe_within(&range) >= reading.at;
-            let led = group.leader().is_some_and(|(leader, replica)| {
-                leader.snapshot(replica, &range, reading.at, now) == Ok(Snapshot::Whole)
+        self.doing = Doing::Transaction(Box::new(transaction));
+    }
+
+    fn ask_snapshot(&mut self, world: &mut World, snapshot: Snapshot) {
+        let range = snapshot.todo[0].clone();
+        let to = world.rng.below(world.machines.len() as u64) as usize;
+        let limit = 1 + world.rng.below(5) as usize;
+        let token = world.ask(to, Request::SnapshotScan { range, moment: snapshot.moment, limit });
+        self.asked = Some((token, world.truth));
+        self.doing = Doing::Snapshot(snapshot);
+    }
+
+    fn ask_transaction(&mut self, world: &mut World, txn: Box<Transaction>) {
+        let (attempt, held) = (txn.attempt, txn.held.clone());
+        let (to, request) = if let Some(range) = &txn.range {
+            let first = Key::decode(range.start().clone()).unwrap_or_else(|_| {
+                Key::new(std::str::from_utf8(&range.start()[..1]).unwrap(), b"\0").unwrap()
             });
-            followed || led
-        });
-        if whole {
-            let rows = world.group(any, *split).unwrap().replica().rows();
-            let found = rows.scan(&range, reading.at, usize::MAX).unwrap();
-            reading.newest = reading.newest.max(found.newest);
-            reading.rows.extend(found.rows.iter().map(|(key, version)| Seen::new(key, Some(version))));
-            reading.done += 1;
-        }
-        self.doing = Doing::Reading(reading);
-    }
-}
-
-impl Part {
-    /// Within one split money moves from a row to the next; across two it leaves the one row for the other's.
-    fn keys(&self) -> Vec<Key> {
-        vec![key(self.split, self.row), key(self.split, (self.row + 1) % ROWS)]
-    }
-}
-
-impl Transfer {
-    /// `Some(Some(at))` is committed, `Some(None)` goes on, `None` is over without an answer.
-    fn on(&mut self, world: &mut World) -> Option<Option<Timestamp>> {
-        match self.stage {
-            Stage::Read(at) => self.read(world, at)?,
-            Stage::Lock(at) => self.lock(world, at)?,
-            Stage::Prepare(at) => self.prepare(world, at)?,
-            Stage::Vote(at) => self.vote(world, at)?,
-            Stage::Decide => self.decide(world)?,
-            Stage::Answer => return self.answer(world),
-        }
-        Some(None)
-    }
-
-    fn read(&mut self, world: &mut World, at: usize) -> Option<()> {
-        let split = self.parts[at].split;
-        if self.parts[at].lead.is_none() {
-            let Some(node) = world.leading(split) else { return Some(()) };
-            let (now, life) = (world.now(node), world.nodes[node].life);
-            let spans = self.parts[at].keys().iter().map(Range::point).collect();
-            let (leader, replica) = world.group(node, split)?.leader()?;
-            let term = leader.term();
-            let changes = leader.read(replica, self.attempt, true, spans, now).ok()?;
-            self.parts[at].lead = Some((node, life, term));
-            world.absorb(node, split, changes);
-        }
-        if !self.has_locks(world, at)? {
-            return Some(());
-        }
-        let (node, ..) = self.parts[at].lead?;
-        let keys = self.parts[at].keys();
-        let rows = world.group(node, split)?.replica().rows();
-        self.reads.extend(keys.iter().map(|key| Seen::new(key, rows.newest(key))));
-        self.stage = if at + 1 < self.parts.len() { Stage::Read(at + 1) } else { Stage::Lock(0) };
-        Some(())
-    }
-
-    fn lock(&mut self, world: &mut World, at: usize) -> Option<()> {
-        let (node, now) = self.at_leader(world, at)?;
-        let split = self.parts[at].split;
-        if at == 0 && self.votes.is_none() {
-            let others = self.parts.iter().skip(1).map(|part| part.split);
-            self.votes = Some(Coordinator::new(others, now));
-        }
-        if !self.waits {
-            let writes = self.writes(world, at)?;
-            let (leader, replica) = world.group(node, split)?.leader()?;
-            let changes = leader.lock_writes(replica, self.attempt, true, &writes, now).ok()?;
-            self.waits = true;
-            world.absorb(node, split, changes);
-        }
-        if self.has_locks(world, at)? {
-            self.waits = false;
-            self.stage = match at {
-                0 if self.parts.len() > 1 => Stage::Lock(1),
-                0 => Stage::Decide,
-                _ => Stage::Prepare(at),
-            };
-        }
-        Some(())
-    }
-
-    fn prepare(&mut self, world: &mut World, at: usize) -> Option<()> {
-        let (node, now) = self.at_leader(world, at)?;
-        let split = self.parts[at].split;
-        let writes = self.writes(world, at)?;
-        let coordinator = self.parts[0].split;
-        let (leader, replica) = world.group(node, split)?.leader()?;
-        let entry = leader.prepare(replica, self.attempt, writes.clone(), coordinator, now).ok()?;
-        self.note(&writes);
-        world.propose(node, split, &entry);
-        self.stage = Stage::Vote(at);
-        Some(())
-    }
-
-    fn vote(&mut self, world: &mut World, at: usize) -> Option<()> {
-        let (node, _) = self.at_leader(world, at)?;
-        let (txn, split) = (self.attempt.txn, self.parts[at].split);
-        let replica = world.group(node, split)?.replica();
-        if replica.outcome(txn).is_some() {
-            return None;
-        }
-        let promise =
-            replica.in_doubt().find(|(promised, _)| *promised == txn).map(|(_, promise)| promise.at);
-        if let Some(promise) = promise {
-            self.votes.as_mut()?.prepared(split, promise);
-            self.stage = Stage::Decide;
-        }
-        Some(())
-    }
-
-    fn decide(&mut self, world: &mut World) -> Option<()> {
-        let (node, now) = self.at_leader(world, 0)?;
-        if self.dawdles && !world.calm && !world.rng.one_in(DAWDLE_MS) {
-            return Some(());
-        }
-        let Verdict::Commit(floor) = self.votes.as_ref()?.verdict() else { return None };
-        let (txn, split) = (self.attempt.txn, self.parts[0].split);
-        let writes = self.writes(world, 0)?;
-        let others = self.parts.iter().skip(1).map(|part| part.split).collect();
-        let (leader, replica) = world.group(node, split)?.leader()?;
-        match leader.commit(replica, txn, writes.clone(), others, floor, now) {
-            Ok(entry) => {
-                self.note(&writes);
-                world.propose(node, split, &entry);
-                self.stage = Stage::Answer;
-                Some(())
-            }
-            Err(Refusal::LeaseTooShort) => Some(()),
-            Err(_) => None,
-        }
-    }
-
-    fn answer(&mut self, world: &mut World) -> Option<Option<Timestamp>> {
-        let (node, now) = self.at_leader(world, 0)?;
-        match world.group(node, self.parts[0].split)?.replica().outcome(self.attempt.txn) {
-            None => Some(None),
-            Some(Outcome::Aborted) => None,
-            Some(Outcome::Committed(at)) => Some(now.is_after(at).then_some(at)),
-        }
-    }
-
-    fn let_go(&mut self, world: &mut World) {
-        for at in 0..self.parts.len() {
-            let Some((node, _)) = self.at_leader(world, at) else { continue };
-            let split = self.parts[at].split;
-            let left = world.group(node, split).and_then(|group| group.leader());
-            let changes = left.map(|(leader, replica)| leader.abandon(replica, self.attempt.txn));
-            // A commit that is applied keeps its locks until its timestamp has passed: the node sees to that.
-            world.absorb(node, split, changes.unwrap_or_default());
-        }
-    }
-
-    /// Where part `at` has its locks, if that leader still leads.
-    fn at_leader(&self, world: &mut World, at: usize) -> Option<(usize, Interval)> {
-        let (node, life, term) = self.parts[at].lead?;
-        let same = world.nodes[node].life == life;
-        let (leader, _) = world.group(node, self.parts[at].split)?.leader()?;
-        (same && leader.term() == term).then(|| (node, world.now(node)))
-    }
-
-    /// Whether what was asked for last is granted. Nothing when the transaction was wounded.
-    fn has_locks(&self, world: &mut World, at: usize) -> Option<bool> {
-        let (node, _) = self.at_leader(world, at)?;
-        let split = self.parts[at].split;
-        if world.nodes[node].granted.remove(&(split, self.attempt.txn)) {
-            return Some(true);
-        }
-        let (leader, _) = world.group(node, split)?.leader()?;
-        leader.knows(self.attempt.txn).then_some(false)
-    }
-
-    fn note(&mut self, writes: &[Mutation]) {
-        let written = writes.iter().filter_map(|write| Some((write.key.clone(), write.value.as_ref()?)));
-        self.written.extend(written.map(|(key, value)| (key, text(value).to_owned())));
-    }
-
-    fn writes(&self, world: &mut World, at: usize) -> Option<Vec<Mutation>> {
-        let (node, _) = self.at_leader(world, at)?;
-        let part = &self.parts[at];
-        let keys = part.keys();
-        let rows = world.group(node, part.split)?.replica().rows();
-        let held = |key| rows.newest(key).map_or(0, |row| amount(&row.value));
-        // Alone: from the first row to the second. With another split: this row loses what that one gets, and the
-        // second row is only read.
-        let change = match (self.parts.len(), at) {
-            (1, _) => [-1, 1],
-            (_, 0) => [-1, 0],
-            _ => [1, 0],
+            (world.leader(&first), Request::Scan { attempt, held, range: range.clone(), limit: 4 })
+        } else if let Some(key) = txn.keys.first().filter(|_| !txn.committing) {
+            (world.leader(key), Request::Read { attempt, held, keys: vec![key.clone()] })
+        } else {
+            let writes = txn.writes.clone();
+            (world.leader(&writes[0].key), Request::Commit { attempt, held, writes })
         };
-        let changed = keys.iter().zip(change).filter(|(_, change)| *change != 0);
-        let new = changed.map(|(key, change)| (key.clone(), held(key) + change));
-        let value = |amount| Some(Bytes::from(format!("{amount}:{}", self.attempt.txn.random)));
-        Some(new.map(|(key, amount)| Mutation { key, value: value(amount) }).collect())
+        let token = world.ask(to, request);
+        self.asked = Some((token, world.truth));
+        self.doing = Doing::Transaction(txn);
+    }
+
+    fn hear(&mut self, world: &mut World, answer: Result<Answer, Refused>) {
+        if let Err(refused) = &answer {
+            self.heard.truncate(8);
+            self.heard.insert(0, refused.clone());
+        }
+        match std::mem::replace(&mut self.doing, Doing::Nothing) {
+            Doing::Nothing => {}
+            Doing::Snapshot(snapshot) => self.hear_snapshot(world, snapshot, answer),
+            Doing::Transaction(txn) => self.hear_transaction(world, txn, answer),
+        }
+    }
+
+    fn hear_snapshot(&mut self, world: &mut World, mut snapshot: Snapshot, answer: Result<Answer, Refused>) {
+        match answer {
+            Ok(Answer::Scanned { rows, at, rest, .. }) => {
+                snapshot.rows.extend(rows.iter().map(|found| (found.key.clone(), Seen::from(found))));
+                snapshot.moment = Moment::Exactly(at);
+                match rest {
+                    Some(rest) => snapshot.todo[0] = rest,
+                    None => {
+                        snapshot.todo.remove(0);
+                    }
+                }
+                if snapshot.todo.is_empty() {
+                    let Snapshot { start, fresh, rows, .. } = snapshot;
+                    let (client, end) = (self.number, world.truth);
+                    self.shown.push(Shown { client, start, end, at, fresh, rows });
+                } else {
+                    self.doing = Doing::Snapshot(snapshot);
+                }
+            }
+            Err(Refused::Collected { .. }) => {}
+            _ => {
+                self.not_before = world.truth + 5 * MS;
+                self.doing = Doing::Snapshot(snapshot);
+            }
+        }
+    }
+
+    fn hear_transaction(
+        &mut self,
+        world: &mut World,
+        mut txn: Box<Transaction>,
+        answer: Result<Answer, Refused>,
+    ) {
+        match answer {
+            Ok(Answer::Rows { rows, held, .. }) => {
+                txn.held = held;
+                txn.reads.extend(rows.iter().map(Seen::from));
+                txn.keys.remove(0);
+                if txn.keys.is_empty() {
+                    txn.plan_transfer();
+                }
+                self.doing = Doing::Transaction(txn);
+            }
+            Ok(Answer::Scanned { rows, held, rest, .. }) => {
+                txn.held = held;
+                txn.reads.extend(rows.iter().map(Seen::from));
+                txn.range = rest;
+                if txn.range.is_none() {
+                    txn.plan_count(world);
+                }
+                self.doing = Doing::Transaction(txn);
+            }
+            Ok(Answer::Committed { at }) => self.end(world, *txn, Some(at), false),
+            Err(Refused::Aborted | Refused::Ended) => self.end(world, *txn, None, true),
+            Ok(_) => panic!("{answer:?}"),
+            Err(_) => {
+                // Not now, or not here.
+                self.not_before = world.truth + 5 * MS;
+                self.doing = Doing::Transaction(txn);
+            }
+        }
+    }
+
+    fn end(&mut self, world: &mut World, txn: Transaction, committed: Option<Timestamp>, _over: bool) {
+        if committed.is_some() {
+            self.age = None;
+        } else if !txn.committing {
+            let all = world.machines.len();
+            for at in 0..all {
+                world.ask(at, Request::Rollback { txn: txn.attempt.txn });
+            }
+        }
+        let writes = txn.writes.iter().map(|write| (write.key.clone(), write.value.as_ref().map(text)));
+        self.records.push(Record {
+            client: self.number,
+            txn: txn.attempt.txn,
+            start: txn.start,
+            end: world.truth,
+            committed,
+            writes: if txn.committing { writes.collect() } else { vec![] },
+            reads: txn.reads,
+        });
+    }
+}
+
+impl Transaction {
+    fn plan_transfer(&mut self) {
+        let reads = self.reads.clone();
+        let changes: &[i64] = if reads.len() == 2 { &[-1, 1] } else { &[0] };
+        for (seen, change) in reads.iter().zip(changes) {
+            self.write(&seen.key, seen.amount() + change);
+        }
+        self.committing = true;
+    }
+
+    /// A row that nobody knew of, or one that is no more, changes what others have counted: money goes from one of the
+    /// rows found to another row of the same table.
+    fn plan_count(&mut self, world: &mut World) {
+        let all = self.reads.len() as u64;
+        let table = match self.reads.first() {
+            Some(seen) => seen.key.table().to_owned(),
+            None => TABLES[0].to_owned(),
+        };
+        // What a scan does not show is not there.
+        for row in 0..ROWS {
+            let key = key(&table, row);
+            if !self.reads.iter().any(|seen| seen.key == key) && all > 0 {
+                self.reads.push(Seen { key, at: Timestamp::ZERO, value: None });
+            }
+        }
+        if all < 2 {
+            let key = Key::new("c", b"count").unwrap();
+            self.write(&key, 0);
+            self.committing = true;
+            return;
+        }
+        let rich: Vec<Seen> = self.reads.iter().filter(|seen| seen.value.is_some()).cloned().collect();
+        let gone = &rich[world.rng.below(all) as usize];
+        let other = rich.iter().find(|seen| seen.key != gone.key).unwrap();
+        self.writes.push(Mutation { key: gone.key.clone(), value: None });
+        let (other_key, sum) = (other.key.clone(), other.amount() + gone.amount());
+        self.write(&other_key, sum);
+        self.committing = true;
+    }
+
+    fn write(&mut self, key: &Key, amount: i64) {
+        let value = format!("{amount}:{}", self.attempt.txn.random);
+        self.writes.push(Mutation { key: key.clone(), value: Some(Bytes::from(value)) });
     }
 }

@@ -324,6 +324,29 @@ impl World {
         led
     }
 
+    /// How everything is, for a person to see what is wrong.
+    pub(crate) fn tell(&self) -> String {
+        let mut told = String::new();
+        for machine in &self.machines {
+            told += &format!("\n  {:?}", machine.id);
+            for (split, group) in machine.node.iter().flat_map(|node| node.groups().iter()) {
+                let replica = group.replica();
+                told += &format!(
+                    "\n    {split:?} term {} led by {:?}, nodes {:?}, applied {}, generation {}, {:?}, lease {:?}, retired {:?}",
+                    group.term(),
+                    group.led_by(),
+                    group.nodes(),
+                    group.applied(),
+                    replica.generation(),
+                    replica.range(),
+                    replica.lease().granted(),
+                    replica.retired(),
+                );
+            }
+        }
+        told
+    }
+
     /// A millisecond of true time.
     pub(crate) fn step(&mut self) {
         self.truth += MS;
