@@ -136,6 +136,13 @@ pub(crate) struct Target {
     pub(crate) address: String,
 }
 
+/// Rows that one node is asked for, by where each is among all that are asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Group {
+    pub(crate) splits: Vec<u64>,
+    pub(crate) rows: Vec<(usize, Row)>,
+}
+
 /// A try that failed, and who was asked, if anybody.
 pub(crate) type Failed = (Fault, Option<Target>);
 
