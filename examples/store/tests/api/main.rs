@@ -1,5 +1,12 @@
 //! The store as its users have it: processes on loopback, the client crate, an independent client, the shell.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "what a test does not expect is a failure of it"
+)]
+
 mod cluster;
 mod refused;
 
