@@ -18,6 +18,10 @@ enum Command {
     Demo(cmd::demo::Args),
     /// Ask nodes by hand: tables, rows, transactions, splits.
     Shell(cmd::shell::Args),
+    /// Have everything go wrong that can, and write down what clients saw.
+    Torture(cmd::torture::Args),
+    /// Measure it on this machine, beside others.
+    Bench(cmd::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -25,6 +29,8 @@ fn main() -> ExitCode {
         Command::Node(args) => cmd::node::run(args),
         Command::Demo(args) => cmd::demo::run(args),
         Command::Shell(args) => cmd::shell::run(args),
+        Command::Torture(args) => cmd::torture::run(args),
+        Command::Bench(args) => cmd::bench::run(args),
     };
     match result {
         Ok(code) => code,

@@ -4,13 +4,11 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rtime_clock::adjtime::{self, Timex};
-use rustix::time::{ClockId, clock_gettime};
 
-const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const NANOS_PER_MICRO: u64 = 1_000;
 
 /// `STA_UNSYNC` of `adjtimex(2)`: nobody disciplines the kernel's clock, so its error is unknown.
@@ -121,14 +119,16 @@ impl Fixed {
 
 impl TrueTime for Fixed {
     fn now(&self) -> Result<Interval, ClockError> {
-        let now = clock_gettime(ClockId::Realtime);
-        let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-        let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
-        Ok(Interval::around(
-            Timestamp(seconds.saturating_mul(NANOS_PER_SECOND).saturating_add(nanos)),
-            self.epsilon,
-        ))
+        Ok(Interval::around(reading(), self.epsilon))
     }
+}
+
+/// What the machine's clock says. Asked for through the C library and not straight of the kernel, so that a library
+/// loaded before it can be wrong on purpose: that is how `torture` skews the clocks of nodes.
+fn reading() -> Timestamp {
+    #[expect(clippy::disallowed_methods, reason = "this is where the store's time comes from")]
+    let now = SystemTime::now();
+    Timestamp(nanos(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()))
 }
 
 /// The machine's clock with the error that the kernel's own discipline vouches for.
@@ -204,6 +204,8 @@ fn nanos(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NANOS_PER_SECOND: u64 = 1_000_000_000;
 
     const EPSILON: Duration = Duration::from_millis(1);
 

@@ -1,8 +1,10 @@
 //! One file a subcommand.
 
+pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod node;
 pub(crate) mod shell;
+pub(crate) mod torture;
 
 use std::{
     fs,
