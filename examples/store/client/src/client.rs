@@ -23,7 +23,7 @@ use crate::{
     error::{Fault, Reason, fault},
     key,
     proto::{self, admin_client::AdminClient, store_client::StoreClient},
-    routes::Routes,
+    routes::{Routes, merged},
     schema::{Table, place, sorted},
 };
 
@@ -134,6 +134,13 @@ pub(crate) struct Target {
     /// For which splits; none where anybody knows.
     pub(crate) splits: Vec<u64>,
     pub(crate) address: String,
+}
+
+/// Rows that one node is asked for, by where each is among all that are asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Group {
+    pub(crate) splits: Vec<u64>,
+    pub(crate) rows: Vec<(usize, Row)>,
 }
 
 /// A try that failed, and who was asked, if anybody.
@@ -317,7 +324,7 @@ impl Client {
         }
     }
 
-    /// The splits, as the nodes know them now.
+    /// The splits and nodes, as all nodes that answer know them now.
     ///
     /// # Errors
     ///
@@ -325,11 +332,9 @@ impl Client {
     pub async fn splits(&self) -> Result<proto::ListSplitsResponse, Error> {
         let mut pace = self.pace();
         loop {
-            let target = Target { splits: Vec::new(), address: self.anybody() };
-            let send = |mut node: Store, request| async move { node.list_splits(request).await };
-            match self.ask(&pace.quick(), &target.address, proto::ListSplitsRequest {}, send).await {
-                Ok(splits) => return Ok(splits),
-                Err(fault) => self.pause(&mut pace, (fault, Some(target))).await?,
+            match self.ask_splits(&pace).await {
+                Ok(answers) => return Ok(merged(answers)),
+                Err(fault) => self.pause(&mut pace, (fault, None)).await?,
             }
         }
     }
@@ -512,6 +517,14 @@ impl Client {
         if !Arc::ptr_eq(&now, seen) {
             return Ok(now);
         }
+        let answers = self.ask_splits(pace).await?;
+        let routes = Arc::new(Routes::of(answers));
+        *lock(&self.inner.routes) = Arc::clone(&routes);
+        Ok(routes)
+    }
+
+    /// What all nodes say that answer soon, by the address of each.
+    async fn ask_splits(&self, pace: &Pace) -> Result<Vec<(String, proto::ListSplitsResponse)>, Fault> {
         let mut asked: FuturesUnordered<_> = self
             .addresses()
             .into_iter()
@@ -539,9 +552,7 @@ impl Client {
             let silent = || Fault::unreachable("no node says what splits there are".to_owned());
             return Err(Fault { lost: false, ..failed.unwrap_or_else(silent) });
         }
-        let routes = Arc::new(Routes::of(answers));
-        *lock(&self.inner.routes) = Arc::clone(&routes);
-        Ok(routes)
+        Ok(answers)
     }
 
     /// One try at one node of [`proto::store_client`].

@@ -4,7 +4,7 @@ use std::{cmp::Reverse, collections::BTreeMap};
 
 use bytes::Bytes;
 
-use crate::proto::{ListSplitsResponse, SplitInfo};
+use crate::proto::{ListSplitsResponse, NodeInfo, SplitInfo};
 
 /// A split, and whom to ask for it.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,7 +12,6 @@ pub(crate) struct Route {
     pub(crate) split: u64,
     start: Bytes,
     end: Option<Bytes>,
-    generation: u64,
     nodes: Vec<u64>,
     leader: Option<String>,
 }
@@ -25,39 +24,20 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    /// What nodes say, each of which may be behind: of two splits in one place the one with the higher generation is
-    /// right, and nobody knows better who leads than the leader.
+    /// What nodes say.
     pub(crate) fn of(answers: Vec<(String, ListSplitsResponse)>) -> Self {
-        let mut nodes = BTreeMap::new();
-        let mut told: Vec<(String, SplitInfo)> = Vec::new();
-        for (by, answer) in answers {
-            nodes.extend(answer.nodes.into_iter().map(|node| (node.id, node.address)));
-            told.extend(answer.splits.into_iter().map(|split| (by.clone(), split)));
+        let ListSplitsResponse { splits, nodes } = merged(answers);
+        let route = |split: SplitInfo| Route {
+            split: split.id,
+            start: split.start,
+            end: split.end,
+            nodes: split.nodes,
+            leader: Some(split.leader_address).filter(|address| !address.is_empty()),
+        };
+        Self {
+            splits: splits.into_iter().map(route).collect(),
+            nodes: nodes.into_iter().map(|node| (node.id, node.address)).collect(),
         }
-        told.sort_by_key(|(by, split)| {
-            (
-                Reverse(split.generation),
-                split.leader_address != *by,
-                split.leader_address.is_empty(),
-                split.id,
-            )
-        });
-        let mut splits: Vec<Route> = Vec::new();
-        for (_, split) in told {
-            let route = Route {
-                split: split.id,
-                start: split.start,
-                end: split.end,
-                generation: split.generation,
-                nodes: split.nodes,
-                leader: Some(split.leader_address).filter(|address| !address.is_empty()),
-            };
-            if !splits.iter().any(|other| other.overlaps(&route)) {
-                splits.push(route);
-            }
-        }
-        splits.sort_by(|a, b| a.start.cmp(&b.start));
-        Self { splits, nodes }
     }
 
     /// The split that has `place`.
@@ -101,17 +81,37 @@ impl Routes {
     }
 }
 
-impl Route {
-    fn overlaps(&self, other: &Self) -> bool {
-        let before = |a: &Self, b: &Self| b.end.as_ref().is_none_or(|end| a.start < *end);
-        self.split == other.split || (before(self, other) && before(other, self))
+/// What nodes say, by the address each was asked at. Each may be behind: of two splits in one place the one with the
+/// higher generation is right, and nobody knows better who leads, and what is in a split, than its leader.
+pub(crate) fn merged(answers: Vec<(String, ListSplitsResponse)>) -> ListSplitsResponse {
+    let mut nodes = BTreeMap::new();
+    let mut told: Vec<(String, SplitInfo)> = Vec::new();
+    for (by, answer) in answers {
+        nodes.extend(answer.nodes.into_iter().map(|node| (node.id, node.address)));
+        told.extend(answer.splits.into_iter().map(|split| (by.clone(), split)));
     }
+    told.sort_by_key(|(by, split)| {
+        (Reverse(split.generation), split.leader_address != *by, split.leader_address.is_empty(), split.id)
+    });
+    let mut splits: Vec<SplitInfo> = Vec::new();
+    for (_, split) in told {
+        if !splits.iter().any(|other| overlap(other, &split)) {
+            splits.push(split);
+        }
+    }
+    splits.sort_by(|a, b| a.start.cmp(&b.start));
+    let nodes = nodes.into_iter().map(|(id, address)| NodeInfo { id, address }).collect();
+    ListSplitsResponse { splits, nodes }
+}
+
+fn overlap(a: &SplitInfo, b: &SplitInfo) -> bool {
+    let before = |a: &SplitInfo, b: &SplitInfo| b.end.as_ref().is_none_or(|end| a.start < *end);
+    a.id == b.id || (before(a, b) && before(b, a))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::NodeInfo;
 
     fn info(
         id: u64,

@@ -6,7 +6,7 @@ use futures::future::join_all;
 
 use crate::{
     Client, Error, Found, Moment, Range, Reason, Row,
-    client::{Failed, Pace, Store, Target, in_order},
+    client::{Failed, Group, Pace, Store, Target, in_order},
     proto,
     schema::{place, sorted},
     txn::page_limit,
@@ -60,14 +60,14 @@ impl Client {
         shown: &mut Shown,
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
-        let mut groups: BTreeMap<String, (Vec<u64>, Vec<(usize, Row)>)> = BTreeMap::new();
+        let mut groups: BTreeMap<String, Group> = BTreeMap::new();
         let turn = self.turn();
         for (index, place, row) in missing {
             match self.snapshot_target(place, shown, turn, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
-                    group.0.extend(splits);
-                    group.1.push((*index, row.clone()));
+                    group.splits.extend(splits);
+                    group.rows.push((*index, row.clone()));
                 }
                 Err(why) => return (Vec::new(), Some(why)),
             }
@@ -78,7 +78,7 @@ impl Client {
             }
         }
         let moment = shown.moment();
-        let asked = groups.into_iter().map(|(address, (mut splits, rows))| {
+        let asked = groups.into_iter().map(|(address, Group { mut splits, rows })| {
             splits.dedup();
             let request = proto::SnapshotReadRequest {
                 rows: rows.iter().map(|(_, row)| row.clone().into()).collect(),

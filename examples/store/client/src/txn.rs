@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     Client, Error, Found, Range, Row,
-    client::{Failed, Pace, Store, Target, in_order},
+    client::{Failed, Group, Pace, Store, Target, in_order},
     proto,
     schema::{place, sorted},
 };
@@ -118,19 +118,19 @@ impl Txn {
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
         let mut failed = None;
-        let mut groups: BTreeMap<String, (Vec<u64>, Vec<(usize, Row)>)> = BTreeMap::new();
+        let mut groups: BTreeMap<String, Group> = BTreeMap::new();
         for (index, place, row) in missing {
             self.read_at.get_or_insert_with(|| place.clone());
             match self.client.leader_at(place, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
-                    group.0.extend(splits);
-                    group.1.push((*index, row.clone()));
+                    group.splits.extend(splits);
+                    group.rows.push((*index, row.clone()));
                 }
                 Err(why) => failed = Some(why),
             }
         }
-        let asked = groups.into_iter().map(|(address, (mut splits, rows))| {
+        let asked = groups.into_iter().map(|(address, Group { mut splits, rows })| {
             splits.dedup();
             let request = proto::ReadRequest {
                 transaction: Some(self.transaction.clone()),

@@ -6,7 +6,11 @@ pub(crate) mod node;
 pub(crate) mod shell;
 pub(crate) mod torture;
 
-use std::{fs, io, path::Path};
+use std::{
+    fs,
+    io::{self, IsTerminal as _},
+    path::Path,
+};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,7 +19,8 @@ use tracing_subscriber::EnvFilter;
 /// Log lines go to standard error, as many as RUST_LOG says.
 fn log(default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let ansi = io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).init();
 }
 
 /// Completes when somebody wants the process to end.

@@ -33,6 +33,9 @@ pub(crate) struct Args {
     /// an NTP client must tell it.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     epsilon: Option<Duration>,
+    /// How long what rows held before is kept, for snapshots of the past.
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    keep: Duration,
     /// A file to write when the node serves.
     #[arg(long, value_name = "FILE")]
     ready: Option<PathBuf>,
@@ -68,8 +71,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(epsilon) => Arc::new(Fixed::new(epsilon)),
         None => Arc::new(Kernel::new(EPSILON_MAX)),
     };
-    let options =
-        serve::Options { number: args.id, nodes, state: args.state, clock, seed: fastrand::u64(..) };
+    let options = serve::Options {
+        number: args.id,
+        nodes,
+        state: args.state,
+        clock,
+        keep: args.keep,
+        seed: fastrand::u64(..),
+    };
 
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
     let result = runtime.block_on(async {

@@ -63,6 +63,8 @@ pub struct Options {
     pub state: PathBuf,
     /// What time it is.
     pub clock: Arc<dyn TrueTime>,
+    /// How long versions of rows are kept.
+    pub keep: Duration,
     /// All that is random comes from it.
     pub seed: u64,
 }
@@ -149,7 +151,7 @@ pub async fn serve(
     ready: impl FnOnce(NodeId, SocketAddr),
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let Options { number, nodes, state, clock, seed } = options;
+    let Options { number, nodes, state, clock, keep, seed } = options;
     check(number, &nodes)?;
     let address = listener.local_addr().map_err(ServeError::Start)?;
     let addresses = Addresses::new(nodes);
@@ -201,7 +203,7 @@ pub async fn serve(
         () = &mut stop => return Ok(()),
     };
     let mut core = tokio::select! {
-        core = start(&shared, &state, &chosen, node_seed, &mut tasks) => core?,
+        core = start(&shared, &state, &chosen, keep, node_seed, &mut tasks) => core?,
         served = &mut server => return Ok(served?),
         () = &mut stop => return Ok(()),
     };
@@ -256,7 +258,10 @@ async fn choose(shared: &Shared) -> Result<Chosen, ServeError> {
         for ((number, address), answer) in others.iter().zip(answers) {
             match answer {
                 Ok(answer) => heard.push(answer),
-                Err(error) => silent.push(format!("node {number} at {address} ({error})")),
+                Err(error) => {
+                    let why = peers::chain(error.as_ref());
+                    silent.push(format!("node {number} at {address} ({why})"));
+                }
             }
         }
         if silent.is_empty() {
@@ -286,6 +291,7 @@ async fn start(
     shared: &Arc<Shared>,
     state: &std::path::Path,
     chosen: &Chosen,
+    keep: Duration,
     seed: u64,
     tasks: &mut JoinSet<()>,
 ) -> Result<Core, ServeError> {
@@ -297,7 +303,7 @@ async fn start(
     }
     let engine = Arc::new(Lsm::open(&rows)?);
     let (outgoing, streams) = peers::outgoing(chosen.id, &shared.addresses);
-    let config = Config::new(chosen.id, chosen.first.clone(), seed);
+    let config = Config { keep, ..Config::new(chosen.id, chosen.first.clone(), seed) };
     let (opened, is_open) = oneshot::channel();
     let clock = Arc::clone(&shared.clock);
     let mut core = Core::start(config, disk, engine, clock, outgoing, opened).map_err(ServeError::Start)?;

@@ -202,7 +202,7 @@ pub(super) async fn hello(address: &str, me: Option<NodeId>) -> Result<HelloResp
     tokio::time::timeout(HELLO, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
 }
 
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut words: Vec<String> = Vec::new();
     for error in std::iter::successors(Some(error), |error| error.source()) {
         let next = match error.downcast_ref::<Status>() {

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use store_client::{Found, proto};
+use prost::Message as _;
+use store_client::{Found, TABLES, Table, proto};
 
 /// Rows of cells, each column as wide as it must be; those of numbers to the right.
 pub(super) fn table(head: &[&str], numbers: &[usize], rows: &[Vec<String>]) -> String {
@@ -33,12 +34,25 @@ pub(super) fn table(head: &[&str], numbers: &[usize], rows: &[Vec<String>]) -> S
 /// Rows that were asked for or found.
 pub(super) fn found(rows: &[Found]) -> String {
     let cells = |found: &Found| {
-        let value = found.value.as_deref().map_or_else(|| "(none)".to_owned(), value);
+        let value = match &found.value {
+            None => "(none)".to_owned(),
+            Some(bytes) if found.row.table == TABLES => declaration(bytes),
+            Some(bytes) => value(bytes),
+        };
         let version = if found.version == 0 { String::new() } else { found.version.to_string() };
         vec![found.row.to_string(), value, version]
     };
     let rows: Vec<_> = rows.iter().map(cells).collect();
     table(&["row", "value", "written"], &[], &rows)
+}
+
+/// What a row of the table of tables says: a table's key, as `create` takes it.
+fn declaration(bytes: &[u8]) -> String {
+    let table = proto::CreateTableRequest::decode(bytes).ok().and_then(|table| Table::from_proto(table).ok());
+    let Some(table) = table else { return value(bytes) };
+    let parts: Vec<_> =
+        table.key().iter().map(|part| format!("{} {}", part.name, part.kind.name())).collect();
+    parts.join(", ")
 }
 
 /// Text as it is, but for what would move the cursor; everything else as hex.
