@@ -33,6 +33,7 @@ const STEPS_MAX: u64 = 30_000;
 const NODES: usize = 4;
 
 type Heard = Result<Answer, Refused>;
+type Loss = Box<dyn Fn(usize, usize, &PeerMessage) -> bool>;
 
 struct Machine {
     node: Option<Node<Directory>>,
@@ -48,7 +49,7 @@ struct Cluster {
     tokens: u64,
     answers: BTreeMap<u64, Heard>,
     /// From, to, message: whether it is lost.
-    loses: Box<dyn Fn(usize, usize, &PeerMessage) -> bool>,
+    loses: Loss,
 }
 
 struct Post {
@@ -116,10 +117,9 @@ impl Cluster {
             self.machines[at].clock.advance(STEP);
             let now = self.now(at);
             let machine = &mut self.machines[at];
-            if let Some(node) = machine.node.as_mut().filter(|_| !machine.paused) {
-                if self.steps % TICK_STEPS == at as u64 {
-                    node.tick(now);
-                }
+            let ticks = !machine.paused && self.steps % TICK_STEPS == at as u64;
+            if let Some(node) = machine.node.as_mut().filter(|_| ticks) {
+                node.tick(now);
             }
         }
         while self.exchange() {}
@@ -244,7 +244,12 @@ impl Cluster {
     }
 
     #[track_caller]
-    fn commit(&mut self, attempt: Attempt, held: &[Held], writes: &[(&str, &str)]) -> Result<Timestamp, Refused> {
+    fn commit(
+        &mut self,
+        attempt: Attempt,
+        held: &[Held],
+        writes: &[(&str, &str)],
+    ) -> Result<Timestamp, Refused> {
         match self.led(writes[0].0, commit(attempt, held, writes))? {
             Answer::Committed { at } => Ok(at),
             other => panic!("{other:?}"),
@@ -300,7 +305,7 @@ fn commit(attempt: Attempt, held: &[Held], writes: &[(&str, &str)]) -> Request {
     Request::Commit { attempt, held: held.to_vec(), writes: writes.iter().map(write).collect() }
 }
 
-fn cut_off(at: usize) -> Box<dyn Fn(usize, usize, &PeerMessage) -> bool> {
+fn cut_off(at: usize) -> Loss {
     Box::new(move |from, to, _| from == at || to == at)
 }
 
@@ -333,9 +338,8 @@ fn a_stale_read_after_a_change_of_leader_does_not_happen() {
     let read = cluster.asked(old, Request::Read { attempt, held: vec![], keys: vec![key("a")] });
     assert!(matches!(read, Err(Refused::NotLeader { .. })), "{read:?}");
     cluster.loses = Box::new(|_, _, _| false);
-    cluster.until("it has heard", |cluster| {
-        cluster.snapshot(old, "a", Moment::Now) == Ok(Some("two".into()))
-    });
+    cluster
+        .until("it has heard", |cluster| cluster.snapshot(old, "a", Moment::Now) == Ok(Some("two".into())));
 }
 
 #[test]

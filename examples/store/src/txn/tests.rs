@@ -312,8 +312,7 @@ fn restored(replica: &Replica, engine: &Arc<Memory>) -> Replica {
 #[test]
 fn a_log_applied_again_over_later_rows_leads_to_the_same() {
     let engine = Arc::new(Memory::default());
-    let first =
-        Replica::restore(Arc::<Memory>::clone(&engine) as _, SplitId(1), State::default()).unwrap();
+    let first = Replica::restore(Arc::<Memory>::clone(&engine) as _, SplitId(1), State::default()).unwrap();
     let before = first.state();
     let mut split = Split { replica: first, leader: Leader::new(ME, 1) };
     let mut log = vec![];
