@@ -124,6 +124,14 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
             }
         }
     }
+    for machine in &world.machines {
+        let groups = machine.node.iter().flat_map(|node| node.groups().iter());
+        for (split, group) in groups {
+            if !led.iter().any(|(_, led)| *led == split) || !group.is_filled() || !group.is_member() {
+                return Err(format!("{:?} keeps what is left of {split:?}: {}", machine.id, world.tell()));
+            }
+        }
+    }
     if end.is_some() {
         return Err(format!("nobody leads what begins at {end:?}: {led:?}"));
     }
