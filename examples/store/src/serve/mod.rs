@@ -19,9 +19,8 @@ use std::{
 
 use store_client::proto::{admin_server::AdminServer, peers_server::PeersServer, store_server::StoreServer};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use tonic::transport::{Server, server::TcpIncoming};
 
 use api::Api;
 pub use api::{COMMIT_BYTES_MAX, ROWS_MAX, SCAN_ROWS_MAX, VALUE_BYTES_MAX};
@@ -175,12 +174,13 @@ pub async fn serve(
     health.set_not_serving::<StoreServer<Api>>().await;
     let mut tasks = JoinSet::new();
     let listener = tokio_listener(listener).map_err(ServeError::Start)?;
+    // Answers are small, and whoever asked waits: gathering them only adds delay.
+    let incoming_connections = TcpIncoming::from(listener).with_nodelay(Some(true));
     let stopping = shared.stopping.clone();
     let api = Api { shared: Arc::clone(&shared) };
     let incoming = peers::Incoming { shared: Arc::clone(&shared) };
     let mut server = std::pin::pin!(
         Server::builder()
-            .tcp_nodelay(true)
             .max_concurrent_streams(STREAMS_MAX)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -191,7 +191,7 @@ pub async fn serve(
                     .max_decoding_message_size(peers::PARCEL_BYTES_MAX + REQUEST_BYTES_MAX),
             )
             .add_service(health_service)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+            .serve_with_incoming_shutdown(incoming_connections, async move {
                 stopping.cancelled().await;
             })
     );
