@@ -7,7 +7,7 @@ use identity::json;
 use serde_json::Value as Json;
 
 use crate::object::{AttributeValue, MAX_EXACT_INTEGER, exact_integer};
-use crate::template::is_plain_id;
+use crate::template::{is_key, is_plain_id};
 
 /// Largest body that is read whole to be judged.
 pub const MAX_JUDGED_BODY_BYTES: usize = 1 << 20;
@@ -16,7 +16,7 @@ pub(crate) const DEFAULT_BODY_BYTES: usize = 64 * 1024;
 /// Largest body passed on unread that a map may allow.
 pub(crate) const MAX_OPAQUE_BODY_BYTES: usize = 1 << 30;
 /// Objects that one list names: each is decided about.
-const MAX_LIST: usize = 256;
+pub(crate) const MAX_LIST: usize = 256;
 /// Longest text member: a memo, not a document.
 const MAX_TEXT_BYTES: usize = 4096;
 
@@ -54,6 +54,8 @@ pub enum BodyRule {
 pub(crate) enum MemberType {
     /// A text that may name an object: `[A-Za-z0-9._-]+`.
     Id,
+    /// Ids joined by `/`, which may name an object too: a row of a store.
+    Key,
     /// An integer of at most 53 bits.
     Int,
     /// Any text without NUL.
@@ -72,7 +74,8 @@ pub(crate) struct Member {
 }
 
 impl Member {
-    pub(crate) const NAMES: [&'static str; 6] = ["id", "int", "text", "bool", "[id]", "[int]"];
+    pub(crate) const NAMES: [&'static str; 8] =
+        ["id", "key", "int", "text", "bool", "[id]", "[key]", "[int]"];
 
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (name, optional) = match text.strip_suffix('?') {
@@ -80,12 +83,13 @@ impl Member {
             None => (text, false),
         };
         let (name, many) = match name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
-            Some(name @ ("id" | "int")) => (name, true),
+            Some(name @ ("id" | "key" | "int")) => (name, true),
             Some(_) => return None,
             None => (name, false),
         };
         let kind = match name {
             "id" => MemberType::Id,
+            "key" => MemberType::Key,
             "int" => MemberType::Int,
             "text" => MemberType::Text,
             "bool" => MemberType::Bool,
@@ -100,6 +104,7 @@ impl MemberType {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Id => "id",
+            Self::Key => "key",
             Self::Int => "int",
             Self::Text => "text",
             Self::Bool => "bool",
@@ -119,7 +124,7 @@ pub(crate) fn read_json(members: &Members, body: &[u8]) -> Result<Values, String
         let member = members.get(name).ok_or_else(|| unlisted(name))?;
         let read = if member.many { json_list(member.kind, value) } else { json_value(member.kind, value) };
         let value = read.ok_or_else(|| match member.many {
-            true => format!("the member {name:?} is not a list of 1 to {MAX_LIST} ids or integers"),
+            true => wrong_list(name, MAX_LIST),
             false => wrong_type(name, member.kind),
         })?;
         values.insert(name.clone(), value);
@@ -135,7 +140,7 @@ fn json_list(kind: MemberType, json: &Json) -> Option<AttributeValue> {
 
 fn json_value(kind: MemberType, json: &Json) -> Option<AttributeValue> {
     match (kind, json) {
-        (MemberType::Id | MemberType::Text, Json::String(text)) => text_value(kind, text),
+        (MemberType::Id | MemberType::Key | MemberType::Text, Json::String(text)) => text_value(kind, text),
         (MemberType::Int, json) => exact_integer(json).map(AttributeValue::Long),
         (MemberType::Bool, Json::Bool(value)) => Some(AttributeValue::Bool(*value)),
         _ => None,
@@ -161,7 +166,7 @@ pub(crate) fn read_form(members: &Members, body: &[u8]) -> Result<Values, String
 
 fn form_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
     match kind {
-        MemberType::Id | MemberType::Text => text_value(kind, text),
+        MemberType::Id | MemberType::Key | MemberType::Text => text_value(kind, text),
         MemberType::Int => canonical_integer(text).map(AttributeValue::Long),
         MemberType::Bool => match text {
             "true" => Some(AttributeValue::Bool(true)),
@@ -181,6 +186,7 @@ fn canonical_integer(text: &str) -> Option<i64> {
 pub(crate) fn text_value(kind: MemberType, text: &str) -> Option<AttributeValue> {
     let good = match kind {
         MemberType::Id => is_plain_id(text),
+        MemberType::Key => is_key(text),
         _ => text.len() <= MAX_TEXT_BYTES && !text.contains('\0'),
     };
     good.then(|| AttributeValue::Text(text.into()))
@@ -201,9 +207,14 @@ fn unlisted(name: &str) -> String {
     format!("the member {:?} is not one of this route's", crate::record::cut(name))
 }
 
+pub(crate) fn wrong_list(name: &str, most: usize) -> String {
+    format!("the member {name:?} is not a list of 1 to {most} ids, keys or integers")
+}
+
 pub(crate) fn wrong_type(name: &str, kind: MemberType) -> String {
     let wanted = match kind {
         MemberType::Id => "an id (A-Z a-z 0-9 . _ -)",
+        MemberType::Key => "a key (1 to 16 ids with `/` between them)",
         MemberType::Int => "an integer in its one spelling, of at most 53 bits",
         MemberType::Text => "a text",
         MemberType::Bool => "true or false",
@@ -309,6 +320,34 @@ mod tests {
             assert!(read_form(&members(), bad.as_bytes()).is_err(), "{bad}");
         }
         assert!(read_form(&members(), b"from=1%37&to=42&amount_cents=-5&memo=caf%C3%A9&urgent=true").is_ok());
+    }
+
+    #[test]
+    fn keys_are_read_in_every_kind_of_body() {
+        let members: Members = [("row", "key"), ("prefix", "key?"), ("rows", "[key]?")]
+            .into_iter()
+            .map(|(name, kind)| (name.to_owned(), Member::parse(kind).unwrap()))
+            .collect();
+        let json = read_json(&members, br#"{"row":"alice/17","rows":["a","b/c"]}"#).unwrap();
+        assert_eq!(json["row"], AttributeValue::Text("alice/17".into()));
+        assert_eq!(json["rows"].to_string(), r#"["a", "b/c"]"#);
+        assert!(!json.contains_key("prefix"));
+        let form = read_form(&members, b"row=alice%2F17&prefix=a").unwrap();
+        assert_eq!(form["row"], json["row"]);
+        for bad in [
+            r#"{"row":"alice//17"}"#,
+            r#"{"row":"alice/17/"}"#,
+            r#"{"row":"alice%2F17"}"#,
+            r#"{"row":"a","prefix":""}"#,
+            r#"{"row":"a","rows":[]}"#,
+            r#"{"row":"a","rows":["b",""]}"#,
+            r#"{"row":["a"]}"#,
+        ] {
+            assert!(read_json(&members, bad.as_bytes()).is_err(), "{bad}");
+        }
+        for other in ["[key", "[[key]]", "[key?]", "keys", "[text]", "[bool]"] {
+            assert_eq!(Member::parse(other), None, "{other}");
+        }
     }
 
     proptest! {

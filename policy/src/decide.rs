@@ -409,9 +409,9 @@ impl ServicePolicy {
     fn record_asked(&self, asked: &Asked<'_>, occasion: &Occasion<'_>) -> DecisionRecord {
         let mut record = self.record(Some(asked.caller), occasion);
         let types = &self.shared.schema.types;
-        let objects = asked.objects.iter().map(|object| {
+        let objects = asked.objects.iter().enumerate().map(|(at, object)| {
             let attributes =
-                types.get(object.kind()).map(|kind| asked.gather(object, kind).0).unwrap_or_default();
+                types.get(object.kind()).map(|kind| asked.gather(at, object, kind).0).unwrap_or_default();
             RecordedObject { told_by: asked.told_by(&attributes), attributes, ..bare_object(object) }
         });
         asked.understood(objects.collect()).write(&mut record);

@@ -36,9 +36,9 @@ impl<'a> Asked<'a> {
         Understood { route: self.mapped.map(Mapped::route), action: self.action, objects }
     }
 
-    /// The attributes of an object in the order of its type, borrowed. `None` if one is not as the type wants
+    /// The attributes of the `at`-th object in the order of its type, borrowed. `None` if one is not as the type wants
     /// it: what is wrong is for [`gather`] to say.
-    fn values(&self, object: &ObjectRef, kind: &ObjectType) -> Option<Values<'a>> {
+    fn values(&self, at: usize, object: &ObjectRef, kind: &ObjectType) -> Option<Values<'a>> {
         let told = self.attributes.of(object);
         let plan = self.mapped.map(|mapped| (mapped, mapped.route.plan.attributes.as_slice()));
         let mut values = Values::new();
@@ -49,9 +49,9 @@ impl<'a> Asked<'a> {
             };
             let value = match source {
                 Told::App => told.and_then(|told| told.get(name)).map(|value| admitted(*spec, value)),
-                Told::Request(place) => {
-                    mapped.and_then(|mapped| mapped.value(place)).map(|value| read(*spec, value))
-                }
+                Told::Request(place) => mapped
+                    .and_then(|mapped| mapped.told(place, spec.kind, at))
+                    .map(|value| read(*spec, value)),
                 Told::User(claim) => self.caller.user.as_deref().map(|user| {
                     let claim = match claim {
                         Claim::Subject => &user.id,
@@ -76,12 +76,12 @@ impl<'a> Asked<'a> {
     }
 
     /// One attribute of one object, from where the route takes it.
-    fn known(&self, object: &ObjectRef, name: &str) -> Option<AttributeValue> {
+    fn known(&self, at: usize, object: &ObjectRef, name: &str) -> Option<AttributeValue> {
         let Some(mapped) = self.mapped else { return self.attributes.get(object, name).cloned() };
         match mapped.route.attributes.get(name)? {
             (Source::Entities | Source::Response(_), _) => self.attributes.get(object, name).cloned(),
             (Source::Relations, _) => mapped.route.relations.get(object, name).cloned(),
-            (source, kind) => mapped.known_attribute(source, *kind, self.caller.user.as_deref()),
+            (source, kind) => mapped.known_attribute(at, source, *kind, self.caller.user.as_deref()),
         }
     }
 
@@ -98,12 +98,13 @@ impl<'a> Asked<'a> {
     /// The attributes that the type declares, for the record, and what is wrong with them.
     pub(crate) fn gather(
         &self,
+        at: usize,
         object: &ObjectRef,
         kind: &ObjectType,
     ) -> (BTreeMap<String, AttributeValue>, Option<String>) {
         let (mut attributes, mut flaw) = (BTreeMap::new(), None);
         for (name, spec) in &kind.attributes {
-            match self.known(object, name) {
+            match self.known(at, object, name) {
                 Some(value) if spec.kind.admits(&value) => drop(attributes.insert(name.clone(), value)),
                 Some(_) => {
                     flaw = Some(format!("the attribute `{name}` of {object} is not a {}", spec.kind));
@@ -156,7 +157,7 @@ impl ServicePolicy {
         else {
             return false;
         };
-        let ruling = self.rule_swiftly(asked, action, object, kind, now);
+        let ruling = self.rule_swiftly(asked, action, (0, object), kind, now);
         let denied = matches!(ruling, Some(Ruling::Forbidden(_) | Ruling::Unpermitted));
         if denied {
             in_force::decided(true);
@@ -170,8 +171,8 @@ impl ServicePolicy {
         self.check_trust_domain(asked.caller).ok()?;
         let action = self.shared().schema.actions.get(asked.action)?;
         let mut permitted_by = None;
-        for object in asked.objects {
-            let kind = self.shared().schema.types.get(object.kind())?;
+        for object in asked.objects.iter().enumerate() {
+            let kind = self.shared().schema.types.get(object.1.kind())?;
             match self.rule_swiftly(asked, action, object, kind, now)? {
                 Ruling::Permitted(entry) => permitted_by = permitted_by.or(Some(entry)),
                 Ruling::Forbidden(_) | Ruling::Failed(_) | Ruling::Unpermitted => return None,
@@ -184,11 +185,11 @@ impl ServicePolicy {
         &self,
         asked: &Asked<'_>,
         action: &Action,
-        object: &ObjectRef,
+        (at, object): (usize, &ObjectRef),
         kind: &ObjectType,
         now: Duration,
     ) -> Option<Ruling> {
-        let values = asked.values(object, kind)?;
+        let values = asked.values(at, object, kind)?;
         let now = i64::try_from(now.as_secs()).ok()?;
         self.shared().engine.rule(asked.caller, action, object, kind, &values, now)
     }
@@ -215,7 +216,7 @@ impl ServicePolicy {
                 let reason = format!("the schema has no type `{}`", object.kind());
                 return builtin("request.unknown", reason, recorded);
             };
-            let (attributes, missing) = asked.gather(object, kind);
+            let (attributes, missing) = asked.gather(seen, object, kind);
             let told_by = asked.told_by(&attributes);
             let mut entry = RecordedObject { attributes, told_by, ..bare_object(object) };
             if let Some(flaw) = missing {
@@ -234,7 +235,7 @@ impl ServicePolicy {
             let subject = shared.engine.subject(caller, action, kind, Some(object));
             let panel = if over_all { Panel::All } else { Panel::Some(shared.engine.candidates(subject)) };
             let answer = shared.ask(&question, &panel);
-            if let Some(swift) = self.rule_swiftly(asked, action, object, kind, occasion.now) {
+            if let Some(swift) = self.rule_swiftly(asked, action, (seen, object), kind, occasion.now) {
                 shadow::compared(swift == answer.ruling);
                 if swift != answer.ruling {
                     tracing::error!(

@@ -2,7 +2,7 @@
 
 mod list;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ use crate::problem::{Problem, Problems, suggest};
 use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
-use crate::schema::{ObjectType, ServiceSchema};
+use crate::schema::{AttributeSpec, ObjectType, ServiceSchema};
 use list::DraftList;
 pub(crate) use list::List;
 
-use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Place, is_field_path, is_name};
+use crate::template::{CaptureType, ObjectTemplate, PathTemplate, Piece, Place, is_field_path, is_name};
 
 /// The `body_type` of gRPC messages.
 const GRPC: &str = "grpc";
@@ -65,6 +65,7 @@ impl std::fmt::Display for Source {
             Self::Request(Place::Path(name)) => write!(f, "path:{name}"),
             Self::Request(Place::Query(name)) => write!(f, "query:{name}"),
             Self::Request(Place::Body(name)) => write!(f, "body:/{name}"),
+            Self::Request(Place::First(name)) => write!(f, "body:/{name}/0"),
             Self::Claim(Claim::Subject) => f.write_str("claim:sub"),
             Self::Claim(Claim::Issuer) => f.write_str("claim:iss"),
             Self::Claim(Claim::Client) => f.write_str("claim:client_id"),
@@ -472,18 +473,17 @@ impl Reader<'_> {
         let (body, message) = self.message(&draft, &method, &path, body, &members);
         self.check_upgrade(&draft, &method);
         let query = self.query(&draft);
-        let places = Places { path: &path, query: &query, members: &members };
+        // A list of JSON is a member of its own; those of a message go with their repeated field.
+        let lists = message.as_ref().map(|message| message.lists());
+        let places = Places { path: &path, query: &query, members: &members, lists: lists.as_ref() };
         let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
         let object_type = schema.types.get(&kind)?;
-        // Of a list in the body nobody knows how many there are.
-        let many = objects.iter().any(|object| places.is_list(object));
-        let count = if many { usize::MAX } else { objects.len() };
-        let attributes = self.attributes(&draft, &method, object_type, &places, count);
+        let attributes = self.attributes(&draft, &method, object_type, &places, &objects);
         let source = attributes_from(&attributes);
         let list = self.list_of(&draft, &method, schema, source).map(Box::new);
         let action = action?;
         (self.problems.0.len() == before).then_some(())?;
-        let plan = Plan::new(&path, &query, &objects, object_type, &attributes);
+        let plan = Plan::new(&path, &query, &members, &objects, object_type, &attributes);
         let kind = kind.into();
         let upgrade = draft.upgrade.map(|protocol| protocol.value);
         Some(Route {
@@ -583,10 +583,10 @@ impl Reader<'_> {
         }
         let kind = draft.body_type.as_ref().map(|kind| kind.value.as_str());
         if let (true, Some(kind)) =
-            (members.values().any(|member| member.many), kind.filter(|kind| *kind != "json"))
+            (members.values().any(|member| member.many), kind.filter(|kind| !matches!(*kind, "json" | GRPC)))
         {
             self.say(draft.span.clone(), format!("a body of type {kind:?} has no lists"))
-                .hint("a list names objects in JSON only");
+                .hint("a list names objects in JSON and in gRPC messages only");
         }
         let stated = draft.body.is_some() || draft.body_type.is_some() || draft.body_max_bytes.is_some();
         if stated && matches!(method, "GET" | "HEAD") {
@@ -709,13 +709,42 @@ impl Reader<'_> {
                     self.say(span.clone(), message);
                 }
             }
-            if places.lists_of(&template) > 1 {
-                self.say(span.clone(), "one object is named by one list");
+            if places.lists_of(&template).len() > 1 {
+                self.say(span.clone(), "one object is named by one list")
+                    .hint("lists of one repeated field of a message are one, taken element by element");
+            }
+            if let [Piece::Value(place)] = template.pieces()
+                && places.member(place).is_some_and(|member| member.optional && !member.many)
+            {
+                self.say(span.clone(), format!("{place} may be missing, and the id is nothing else"));
+            }
+            if let Err(message) = template.check_keys(|place| places.is_key(place)) {
+                self.say(span.clone(), message);
             }
             kind = kind.or(Some(full));
             objects.push(template);
         }
+        self.check_lists(draft, places, &objects);
         Some((objects, kind?))
+    }
+
+    /// Of a message one repeated field names objects; and a list that may be empty never leaves a request without any.
+    fn check_lists(&mut self, draft: &Draft, places: &Places<'_>, objects: &[ObjectTemplate]) {
+        let span = draft.objects.first().map_or(draft.span.clone(), |first| first.span.clone());
+        let named: BTreeSet<&str> = objects.iter().flat_map(|object| places.lists_of(object)).collect();
+        if places.lists.is_some() && named.len() > 1 {
+            let named = named.into_iter().collect::<Vec<_>>().join("` and `");
+            self.say(
+                span.clone(),
+                format!("the objects of a message are named by one repeated field, not by `{named}`"),
+            );
+        }
+        let optional =
+            |object: &ObjectTemplate| object.places().find(|place| places.is_optional_list(place)).cloned();
+        if let Some(Some(place)) = objects.iter().map(optional).reduce(Option::and) {
+            self.say(span, format!("{place} may be empty, and then nothing names an object"))
+                .hint("make it not optional, or name an object besides that is there in any case");
+        }
     }
 
     fn check_kind(&mut self, full: &str, span: &Range<usize>, schema: &ServiceSchema, action: Option<&str>) {
@@ -738,9 +767,11 @@ impl Reader<'_> {
         method: &str,
         object: &ObjectType,
         places: &Places<'_>,
-        objects: usize,
+        objects: &[ObjectTemplate],
     ) -> BTreeMap<String, (Source, AttributeType)> {
         let mut sources = BTreeMap::new();
+        // Of a list in the body nobody knows how many there are.
+        let several = objects.len() > 1 || objects.iter().any(|object| places.is_list(object));
         for (name, source) in &draft.attributes {
             let Some(spec) = object.attributes.get(&name.value) else {
                 let known: Vec<&str> = object.attributes.keys().map(String::as_str).collect();
@@ -751,13 +782,21 @@ impl Reader<'_> {
                 continue;
             };
             match parse_source(&source.value).and_then(|parsed| {
-                places.gives(&parsed, spec.kind, method)?;
+                places.gives(&parsed, *spec, method)?;
                 Ok(parsed)
             }) {
-                Ok(Source::Request(_) | Source::Claim(_) | Source::Response(_)) if objects > 1 => {
+                Ok(Source::Request(place)) if places.tells_each(&place, spec.kind) => {
+                    match places.check_each(&place, *spec, objects) {
+                        Ok(()) => {
+                            drop(sources.insert(name.value.clone(), (Source::Request(place), spec.kind)))
+                        }
+                        Err(message) => drop(self.say(source.span.clone(), message)),
+                    }
+                }
+                Ok(Source::Request(_) | Source::Claim(_) | Source::Response(_)) if several => {
                     self.say(
                         source.span.clone(),
-                        "several objects take their attributes from `entities` only",
+                        "several objects take their attributes from `entities` only, or from the list that names them",
                     );
                 }
                 Ok(parsed) => drop(sources.insert(name.value.clone(), (parsed, spec.kind))),
@@ -818,6 +857,8 @@ struct Places<'a> {
     path: &'a PathTemplate,
     query: &'a [String],
     members: &'a Members,
+    /// Where the body is a message: the way to the repeated field of each list.
+    lists: Option<&'a BTreeMap<String, String>>,
 }
 
 impl Places<'_> {
@@ -835,13 +876,21 @@ impl Places<'_> {
                 let member =
                     self.members.get(name).ok_or_else(|| format!("`body` does not list `{name}`"))?;
                 let kind = match (member.kind, member.many) {
-                    (MemberType::Id | MemberType::Text, false) => AttributeType::Text,
+                    (MemberType::Id | MemberType::Key | MemberType::Text, false) => AttributeType::Text,
                     (MemberType::Int, false) => AttributeType::Long,
                     (MemberType::Bool, _) => AttributeType::Bool,
-                    (MemberType::Id | MemberType::Text, true) => AttributeType::SetOfText,
+                    (MemberType::Id | MemberType::Key | MemberType::Text, true) => AttributeType::SetOfText,
                     (MemberType::Int, true) => AttributeType::SetOfLong,
                 };
                 Ok((kind, member.optional))
+            }
+            Place::First(name) => {
+                let whole = Place::Body(name.clone());
+                if self.is_key(&whole) || !self.members.contains_key(name) {
+                    self.kind(&whole)
+                } else {
+                    Err(format!("{place} is a part of a key, and `{name}` is none"))
+                }
             }
         }
     }
@@ -850,34 +899,84 @@ impl Places<'_> {
         self.kind(place)?;
         match place {
             Place::Path(_) | Place::Query(_) => Ok(()),
-            Place::Body(name) => match self.members.get(name) {
-                Some(Member { kind: MemberType::Id | MemberType::Int, optional: false, .. }) => Ok(()),
+            Place::Body(name) | Place::First(name) => match self.members.get(name) {
+                Some(Member { kind: MemberType::Id | MemberType::Int, optional, many })
+                    if *many || !optional =>
+                {
+                    Ok(())
+                }
+                // Without a key, all that have one are meant: nothing stands at its place.
+                Some(Member { kind: MemberType::Key, .. }) => Ok(()),
                 _ => Err(format!(
-                    "the member `{name}` names an object, so it is an \"id\" or \"int\" and not optional"
+                    "the member `{name}` names an object, so it is an \"id\", \"int\" or \"key\", and not optional \
+                     unless it is a \"key\" or a list"
                 )),
             },
         }
     }
 
+    fn member(&self, place: &Place) -> Option<Member> {
+        self.members.get(place.member()?).copied()
+    }
+
+    fn is_key(&self, place: &Place) -> bool {
+        self.member(place).is_some_and(|member| member.kind == MemberType::Key)
+    }
+
+    fn is_optional_list(&self, place: &Place) -> bool {
+        self.member(place).is_some_and(|member| member.many && member.optional)
+    }
+
     /// Whether an object is one for each value of a list.
     fn is_list(&self, object: &ObjectTemplate) -> bool {
-        self.lists_of(object) > 0
+        !self.lists_of(object).is_empty()
     }
 
-    fn lists_of(&self, object: &ObjectTemplate) -> usize {
-        let many = |place: &&Place| match place {
-            Place::Body(name) => self.members.get(name).is_some_and(|member| member.many),
-            Place::Path(_) | Place::Query(_) => false,
-        };
-        object.places().filter(many).count()
+    /// The lists that an object is named by; what leads through one repeated field of a message is one.
+    fn lists_of<'t>(&'t self, object: &'t ObjectTemplate) -> BTreeSet<&'t str> {
+        let places = object.places().filter(|place| self.member(place).is_some_and(|member| member.many));
+        let way = |name| self.lists.and_then(|lists| lists.get(name)).map_or(name, String::as_str);
+        places.filter_map(Place::member).map(way).collect()
     }
 
-    /// Whether a source can give an attribute of a type.
-    fn gives(&self, source: &Source, wanted: AttributeType, method: &str) -> Result<(), String> {
+    /// Whether a place tells an attribute of each object by itself: a list does that tells one value and not many.
+    fn tells_each(&self, place: &Place, wanted: AttributeType) -> bool {
+        let scalar = !matches!(wanted, AttributeType::SetOfText | AttributeType::SetOfLong);
+        scalar && self.member(place).is_some_and(|member| member.many)
+    }
+
+    /// INVARIANT: what is told of an object so depends on its name alone, or of two elements that name one object only
+    /// the first would be judged.
+    fn check_each(
+        &self,
+        place: &Place,
+        spec: AttributeSpec,
+        objects: &[ObjectTemplate],
+    ) -> Result<(), String> {
+        let mut listed = objects.iter().filter(|object| self.is_list(object));
+        let names = |object: &ObjectTemplate| object.places().any(|named| named.member() == place.member());
+        match (listed.next().is_some_and(names), listed.next()) {
+            (true, None) if spec.required && objects.len() > 1 => Err(format!(
+                "{place} tells nothing of the other object of this route, of which the attribute is required too"
+            )),
+            (true, None) => Ok(()),
+            (true, Some(_)) => Err(format!("{place} tells of one object what another list names")),
+            (false, _) => Err(format!("{place} is a list that does not name the object")),
+        }
+    }
+
+    /// Whether a source can give an attribute.
+    fn gives(&self, source: &Source, spec: AttributeSpec, method: &str) -> Result<(), String> {
+        let wanted = spec.kind;
         match source {
+            Source::Request(place) if self.tells_each(place, wanted) => match (self.kind(place)?.0, wanted) {
+                (AttributeType::SetOfText, AttributeType::Text)
+                | (AttributeType::SetOfLong, AttributeType::Long) => Ok(()),
+                (kind, _) => Err(format!("{place} is a {kind}, the attribute a {wanted}")),
+            },
             Source::Request(place) => {
                 let (kind, optional) = self.kind(place)?;
-                if optional {
+                if optional && spec.required {
                     return Err(format!("{place} may be missing; an attribute needs a value"));
                 }
                 // A path's integer is also its one spelling as text.
@@ -905,8 +1004,11 @@ fn parse_source(text: &str) -> Result<Source, String> {
         None if text == "relations" => Ok(Source::Relations),
         Some(("path", capture)) => Ok(Source::Request(Place::Path(name(capture)?))),
         Some(("body", pointer)) => match pointer.strip_prefix('/') {
-            Some(member) if is_field_path(member) => Ok(Source::Request(Place::Body(member.to_owned()))),
-            Some(member) => Err(format!("`{member}` is not a name")),
+            Some(member) => match (member.strip_suffix("/0"), is_field_path(member)) {
+                (_, true) => Ok(Source::Request(Place::Body(member.to_owned()))),
+                (Some(key), _) if is_field_path(key) => Ok(Source::Request(Place::First(key.to_owned()))),
+                _ => Err(format!("`{member}` is not a name, nor the first part of a key (NAME/0)")),
+            },
             None => Err("a body member is written body:/name".into()),
         },
         Some(("claim", claim)) => match claim {

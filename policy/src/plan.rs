@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 use smol_str::{SmolStr, SmolStrBuilder};
 
+use crate::body::{Member, Members};
 use crate::map::{Claim, Source};
 use crate::object::AttributeType;
 use crate::schema::ObjectType;
@@ -49,12 +50,26 @@ pub(crate) enum Told {
 
 /// The id of an object, with places by number.
 #[derive(Debug, Clone)]
-pub(crate) struct Id(SmallVec<[IdPiece; 1]>);
+pub(crate) struct Id {
+    pieces: SmallVec<[IdPiece; 1]>,
+    /// The list by whose values there is one object each.
+    pub(crate) list: Option<ListPlace>,
+}
+
+/// A place with a list.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ListPlace {
+    pub(crate) place: usize,
+    /// Whether it may name no object, because another is named in any case.
+    pub(crate) optional: bool,
+}
 
 #[derive(Debug, Clone)]
 enum IdPiece {
     Text(String),
     Value(usize),
+    /// A value that may be missing: there is nothing at its place then.
+    Maybe(usize),
 }
 
 impl Plan {
@@ -62,6 +77,7 @@ impl Plan {
     pub(crate) fn new(
         path: &PathTemplate,
         query: &[String],
+        members: &Members,
         objects: &[ObjectTemplate],
         kind: &ObjectType,
         sources: &BTreeMap<String, (Source, AttributeType)>,
@@ -81,18 +97,30 @@ impl Plan {
                     Place::Query(name) => {
                         Taken::Query(query.iter().position(|listed| listed == name).unwrap_or(usize::MAX))
                     }
-                    Place::Body(_) => Taken::Body,
+                    Place::Body(_) | Place::First(_) => Taken::Body,
                 });
                 plan.places.push(place.clone());
                 plan.places.len() - 1
             })
         };
         for object in objects {
+            let mut list = None;
             let pieces = object.pieces().iter().map(|piece| match piece {
                 Piece::Text(text) => IdPiece::Text(text.clone()),
-                Piece::Value(place) => IdPiece::Value(number(place)),
+                Piece::Value(at) => {
+                    let place = number(at);
+                    match at.member().and_then(|name| members.get(name)) {
+                        Some(Member { many: true, optional, .. }) => {
+                            list = Some(ListPlace { place, optional: *optional });
+                            IdPiece::Value(place)
+                        }
+                        Some(Member { optional: true, .. }) => IdPiece::Maybe(place),
+                        _ => IdPiece::Value(place),
+                    }
+                }
             });
-            plan.ids.push(Id(pieces.collect()));
+            let pieces = pieces.collect();
+            plan.ids.push(Id { pieces, list });
         }
         for name in kind.attributes.keys() {
             plan.attributes.push(match sources.get(name) {
@@ -111,34 +139,24 @@ impl Plan {
         self.places.iter().position(|known| known == place)
     }
 
-    /// For each place the member of the body that it is, if it is one.
-    pub(crate) fn body_members(&self) -> impl Iterator<Item = Option<&str>> {
-        self.places.iter().map(|place| match place {
-            Place::Body(name) => Some(name.as_str()),
-            Place::Path(_) | Place::Query(_) => None,
-        })
+    /// Every place, in the order of their numbers.
+    pub(crate) fn places(&self) -> &[Place] {
+        &self.places
     }
 }
 
 impl Id {
-    /// The places that it is made of.
-    pub(crate) fn places(&self) -> impl Iterator<Item = usize> {
-        self.0.iter().filter_map(|piece| match piece {
-            IdPiece::Value(place) => Some(*place),
-            IdPiece::Text(_) => None,
-        })
-    }
-
-    /// The id, once every place has a value.
+    /// The id, once every place has a value but for those that need none.
     pub(crate) fn fill(&self, value: impl Fn(usize) -> Option<SmolStr>) -> Option<SmolStr> {
-        if let [IdPiece::Value(place)] = self.0.as_slice() {
+        if let [IdPiece::Value(place)] = self.pieces.as_slice() {
             return value(*place);
         }
         let mut id = SmolStrBuilder::new();
-        for piece in &self.0 {
+        for piece in &self.pieces {
             match piece {
                 IdPiece::Text(text) => id.push_str(text),
                 IdPiece::Value(place) => id.push_str(&value(*place)?),
+                IdPiece::Maybe(place) => id.push_str(&value(*place).unwrap_or_default()),
             }
         }
         Some(id.finish())

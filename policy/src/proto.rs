@@ -14,7 +14,7 @@ use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver};
 use serde_json::Value as Json;
 use smallvec::SmallVec;
 
-use crate::body::{Member, MemberType, Members, Values, missing, wrong_type};
+use crate::body::{MAX_LIST, Member, MemberType, Members, Values, missing, wrong_list, wrong_type};
 use crate::object::{AttributeValue, MAX_EXACT_INTEGER};
 use crate::problem::suggest;
 
@@ -113,7 +113,12 @@ impl Call {
         })?;
         let wanted: Vec<Wanted<'_>> = members
             .iter()
-            .map(|(name, member)| Wanted { name, path: name.split('.').collect(), member: *member })
+            .map(|(name, member)| Wanted {
+                name,
+                path: name.split('.').collect(),
+                member: *member,
+                repeated: false,
+            })
             .collect();
         let message = Shape::new(&called.input(), &wanted, 0).map_err(|(name, error)| (Some(name), error))?;
         Ok(Self { message: Arc::new(message), streams: called.is_client_streaming() })
@@ -130,6 +135,8 @@ struct Wanted<'a> {
     name: &'a str,
     path: Vec<&'a str>,
     member: Member,
+    /// The way has led through a repeated field.
+    repeated: bool,
 }
 
 /// The fields of a message, of which some are read.
@@ -153,12 +160,29 @@ struct Field {
     /// Whether absence is told apart from the default.
     presence: bool,
     taken: Taken,
+    /// What is taken of each of its elements, if it is repeated.
+    each: Option<Each>,
+}
+
+/// The members that are told once for each element of a repeated field: lists of one length.
+#[derive(Debug)]
+struct Each {
+    members: Vec<String>,
+    /// Whether there may be no element.
+    optional: bool,
 }
 
 #[derive(Debug)]
 enum Taken {
     Not,
-    Value { member: String, kind: MemberType, optional: bool, scalar: Scalar },
+    Value {
+        member: String,
+        kind: MemberType,
+        optional: bool,
+        scalar: Scalar,
+        /// One of a list.
+        many: bool,
+    },
     Within(Shape),
 }
 
@@ -233,7 +257,7 @@ impl Scalar {
 
     fn fits(self, kind: MemberType) -> bool {
         match kind {
-            MemberType::Id | MemberType::Text => self == Self::Text,
+            MemberType::Id | MemberType::Key | MemberType::Text => self == Self::Text,
             MemberType::Bool => self == Self::Bool,
             MemberType::Int => !matches!(self, Self::Text | Self::Bool),
         }
@@ -259,7 +283,7 @@ impl Shape {
         }
         let mut fields = Vec::with_capacity(known.len());
         for field in known {
-            let below: Vec<Wanted<'_>> = wanted
+            let mut below: Vec<Wanted<'_>> = wanted
                 .iter()
                 .filter(|wanted| wanted.path.first() == Some(&field.name()))
                 .map(|wanted| Wanted {
@@ -267,6 +291,7 @@ impl Shape {
                     ..wanted.clone()
                 })
                 .collect();
+            let each = if field.is_list() { Each::new(&field, &mut below)? } else { None };
             let taken = Self::taken(&field, &below, depth)?;
             // An `optional` field of proto3 is written as the only one of a oneof of its own.
             let oneof = field.containing_oneof().filter(|oneof| oneof.fields().len() > 1);
@@ -279,6 +304,7 @@ impl Shape {
                 oneof: oneof.and_then(|oneof| message.oneofs().position(|other| other == oneof)),
                 presence: field.supports_presence(),
                 taken,
+                each,
             });
         }
         Ok(Self { name: message.full_name().to_owned(), descriptor: message.clone(), fields })
@@ -295,8 +321,8 @@ impl Shape {
         let Some(first) = below.first() else { return Ok(Taken::Not) };
         let wrong = |message: String| Err((first.name.to_owned(), message));
         let name = field.full_name();
-        if field.is_list() || field.is_map() {
-            return wrong(format!("{name} is repeated: a request names one object"));
+        if field.is_map() {
+            return wrong(format!("{name} is a map: what is in it has no order and is not read"));
         }
         match (field.kind(), first.path.as_slice()) {
             (Kind::Message(message), [_, ..]) => {
@@ -314,15 +340,21 @@ impl Shape {
             (Kind::Message(_), []) => wrong(format!("{name} is a message, not a value")),
             (_, [further, ..]) => wrong(format!("{name} is no message and has no field `{further}`")),
             (kind, []) => {
-                let Member { kind: wanted, optional, .. } = first.member;
+                let Member { kind: wanted, optional, many } = first.member;
+                if many && !first.repeated {
+                    return wrong(format!("{name} is one value: there is no list to be told"));
+                }
                 let scalar = Scalar::of(&kind).filter(|scalar| scalar.fits(wanted));
                 let Some(scalar) = scalar else {
                     return wrong(format!("{name} is a {kind:?}, which is no {}", wanted.name()));
                 };
-                if optional && !field.supports_presence() {
+                // The default of a text is no key, so what has no key has none for every reader.
+                if optional && !many && !field.supports_presence() && wanted != MemberType::Key {
                     return wrong(format!("{name} is never missing: without a value it is its default"));
                 }
-                Ok(Taken::Value { member: first.name.to_owned(), kind: wanted, optional, scalar })
+                // A list without elements is one thing, an element without the value another.
+                let optional = optional && !many;
+                Ok(Taken::Value { member: first.name.to_owned(), kind: wanted, optional, scalar, many })
             }
         }
     }
@@ -390,26 +422,36 @@ impl Shape {
         match &field.taken {
             Taken::Not => Ok(()),
             Taken::Within(shape) => shape.read_into(bytes, values),
-            Taken::Value { member, kind, scalar, .. } => {
-                let value = value(*scalar, *kind, number, bytes).ok_or_else(|| wrong_type(member, *kind))?;
-                values.insert(member.clone(), value);
+            // Every reader knows packed elements and single ones, in any mixture.
+            Taken::Value { .. } if field.packable && wire == Wire::Length => {
+                let mut packed = Input(bytes);
+                while !packed.0.is_empty() {
+                    self.read_value(field, field.wire, &mut packed, values)?;
+                }
                 Ok(())
             }
+            Taken::Value { optional: true, kind: MemberType::Key, .. }
+                if bytes.is_empty() && !field.presence =>
+            {
+                Ok(())
+            }
+            taken => taken.tell(number, bytes, values),
         }
     }
 
     /// What is absent is its default, which the app sees too, or missing.
     fn complete(&self, seen: &[u32], values: &mut Values) -> Result<(), String> {
         for field in self.fields.iter().filter(|field| !seen.contains(&field.number)) {
+            if let Some(each) = &field.each {
+                each.check(values)?;
+                continue;
+            }
             match &field.taken {
                 Taken::Not => {}
                 Taken::Within(shape) => shape.absent()?,
                 Taken::Value { optional: true, .. } => {}
                 Taken::Value { member, .. } if field.presence => return Err(missing(member)),
-                Taken::Value { member, kind, scalar, .. } => {
-                    let default = value(*scalar, *kind, 0, &[]).ok_or_else(|| wrong_type(member, *kind))?;
-                    values.insert(member.clone(), default);
-                }
+                taken => taken.tell(0, &[], values)?,
             }
         }
         Ok(())
@@ -418,10 +460,83 @@ impl Shape {
     /// An error if something in a message that is not there must be told.
     fn absent(&self) -> Result<(), String> {
         for field in &self.fields {
-            match &field.taken {
-                Taken::Not | Taken::Value { optional: true, .. } => {}
-                Taken::Within(shape) => shape.absent()?,
-                Taken::Value { member, .. } => return Err(missing(member)),
+            match (&field.taken, &field.each) {
+                (_, Some(each)) => each.check(&Values::new())?,
+                (Taken::Not | Taken::Value { optional: true, .. }, None) => {}
+                (Taken::Within(shape), None) => shape.absent()?,
+                (Taken::Value { member, .. }, None) => return Err(missing(member)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The lists that messages tell, and the way to the repeated field that each leads through.
+    pub(crate) fn lists(&self) -> BTreeMap<String, String> {
+        let mut lists = BTreeMap::new();
+        for field in &self.fields {
+            match (&field.taken, &field.each) {
+                (_, Some(each)) => {
+                    lists.extend(each.members.iter().map(|member| (member.clone(), field.name.clone())));
+                }
+                (Taken::Within(shape), None) => {
+                    let below = shape.lists().into_iter();
+                    lists.extend(below.map(|(member, way)| (member, format!("{}.{way}", field.name))));
+                }
+                _ => {}
+            }
+        }
+        lists
+    }
+}
+
+impl Each {
+    /// What the elements of a repeated field are to tell, if anything. The way goes on from one of them.
+    fn new(field: &FieldDescriptor, below: &mut [Wanted<'_>]) -> Result<Option<Self>, (String, String)> {
+        let Some(Member { optional, .. }) = below.first().map(|wanted| wanted.member) else {
+            return Ok(None);
+        };
+        let name = field.full_name();
+        for wanted in below.iter_mut() {
+            let why = if !wanted.member.many {
+                "is repeated: what stands in it is a list, such as \"[id]\""
+            } else if wanted.repeated {
+                "is repeated within a repeated field: a list has no lists in it"
+            } else if wanted.member.optional != optional {
+                "is repeated: of its lists all may be missing, or none"
+            } else {
+                wanted.repeated = true;
+                continue;
+            };
+            return Err((wanted.name.to_owned(), format!("{name} {why}")));
+        }
+        let members = below.iter().map(|wanted| wanted.name.to_owned()).collect();
+        Ok(Some(Self { members, optional }))
+    }
+
+    /// INVARIANT: its lists have one length, since each element tells one value of each.
+    fn check(&self, values: &Values) -> Result<(), String> {
+        match self.members.iter().find(|member| !self.optional && !values.contains_key(*member)) {
+            Some(member) => Err(wrong_list(member, MAX_LIST)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Taken {
+    /// Tells what a field says, as one value or as the next of a list.
+    fn tell(&self, number: u64, bytes: &[u8], values: &mut Values) -> Result<(), String> {
+        let Self::Value { member, kind, scalar, many, .. } = self else { return Ok(()) };
+        let value = value(*scalar, *kind, number, bytes).ok_or_else(|| wrong_type(member, *kind))?;
+        match values.get_mut(member) {
+            Some(AttributeValue::Set(told)) if *many => {
+                if told.len() == MAX_LIST {
+                    return Err(wrong_list(member, MAX_LIST));
+                }
+                told.push(value);
+            }
+            _ => {
+                let value = if *many { AttributeValue::Set(vec![value]) } else { value };
+                values.insert(member.clone(), value);
             }
         }
         Ok(())
@@ -514,6 +629,24 @@ message Move {
   google.protobuf.Timestamp at = 11;
   double rate = 12;
 }
+message Line {
+  Place place = 1;
+  string to = 2;
+  optional int64 limit = 3;
+  repeated Place more = 4;
+  oneof note { string text = 5; bytes picture = 6; }
+}
+message Range { string prefix = 1; optional string from = 2; }
+message Block { string id = 1; repeated Line lines = 2; }
+message Batch {
+  repeated Line lines = 1;
+  repeated int32 numbers = 2;
+  repeated string names = 3;
+  Block block = 4;
+  repeated fixed64 stamps = 5;
+  Range range = 6;
+}
+service Batches { rpc Run(Batch) returns (Batch); }
 service Accounts {
   rpc Transfer(Move) returns (Move);
   rpc Batch(stream Move) returns (Move);
@@ -656,7 +789,10 @@ service Accounts {
             ("from.ibn", "id", "the message bank.Place has no field `ibn`; did you mean `iban`?"),
             ("to.x", "id", "bank.Move.to is no message and has no field `x`"),
             ("tags", "int", "bank.Move.tags is repeated"),
-            ("labels.a", "id", "bank.Move.labels is repeated"),
+            ("tags", "[id]", "which is no id"),
+            ("cents", "[int]", "bank.Move.cents is one value"),
+            ("labels.a", "id", "bank.Move.labels is a map"),
+            ("labels.a", "[id]", "bank.Move.labels is a map"),
             ("extra.value", "id", "bank.Move.extra may hold any message"),
             ("rate", "int", "which is no int"),
             ("cents", "id", "which is no id"),
@@ -674,6 +810,151 @@ service Accounts {
             "the .proto files have no service `bank.Account`; did you mean `bank.Accounts`?"
         );
         assert!(of("/bank.Accounts/Transfers").unwrap_err().1.contains("did you mean `Transfer`?"));
+    }
+
+    fn batch(list: &[(&str, &str)]) -> Result<Call, String> {
+        Call::new(&pool(), "/bank.Batches/Run", &members(list)).map_err(|(_, message)| message)
+    }
+
+    /// Two lists that lead through one field, and what is beside them.
+    fn lines() -> Call {
+        batch(&[("lines.place.iban", "[id]"), ("lines.place.number", "[int]"), ("lines.to", "[key]")])
+            .unwrap()
+    }
+
+    fn line(iban: &[u8], to: &[u8]) -> Vec<u8> {
+        text(1, &[text(1, &text(1, iban)), text(2, to)].concat())
+    }
+
+    fn set(values: &[&str]) -> AttributeValue {
+        AttributeValue::Set(values.iter().map(|value| AttributeValue::Text((*value).into())).collect())
+    }
+
+    #[test]
+    fn lists_are_told_element_by_element() {
+        let message = [
+            line(b"a", b"x/1"),
+            text(1, &[text(2, b"y"), text(1, &[text(1, b"b"), number(2, 7)].concat())].concat()),
+            text(3, b"not read"),
+            line(b"a", b"x/1"),
+        ];
+        let values = lines().message.read(&message.concat()).unwrap();
+        assert_eq!(values["lines.place.iban"], set(&["a", "b", "a"]));
+        assert_eq!(values["lines.to"], set(&["x/1", "y", "x/1"]));
+        let numbers = [0, 7, 0].map(AttributeValue::Long);
+        assert_eq!(values["lines.place.number"], AttributeValue::Set(numbers.into()));
+
+        let below = batch(&[("block.lines.to", "[key]"), ("block.id", "id")]).unwrap();
+        let message = text(4, &[text(2, &text(2, b"x/1")), text(1, b"b"), text(2, &text(2, b"z"))].concat());
+        let values = below.message.read(&message).unwrap();
+        assert_eq!(values["block.lines.to"], set(&["x/1", "z"]));
+        let ways = lines().message.lists().into_values().collect::<Vec<_>>();
+        assert_eq!(ways, ["lines", "lines", "lines"]);
+        assert_eq!(below.message.lists()["block.lines.to"], "block.lines");
+        assert!(below.message.read(&[]).unwrap_err().contains("missing"));
+    }
+
+    #[test]
+    fn every_element_is_read_as_strictly_as_a_message() {
+        let good = line(b"a", b"x/1");
+        let with = |within: Vec<u8>| [good.clone(), text(1, &within), good.clone()].concat();
+        let place = || text(1, &text(1, b"b"));
+        for (bad, why) in [
+            (with([place(), text(2, b"y"), text(2, b"z")].concat()), "`to` of bank.Line appears twice"),
+            (with([place(), place(), text(2, b"y")].concat()), "`place` of bank.Line appears twice"),
+            (with([place(), text(2, b"y"), number(99, 1)].concat()), "no field number 99"),
+            (with([place(), text(2, b"y"), text(5, b"a"), text(6, b"b")].concat()), "only one of its oneof"),
+            (with([place(), number(2, 1)].concat()), "`to` of bank.Line is written as another type"),
+            (with([place(), vec![0x12, 9]].concat()), "cut short"),
+            (with(place()), "\"lines.to\" is not a key"),
+            (with([place(), text(2, b"y/")].concat()), "\"lines.to\" is not a key"),
+            (with([place(), text(2, b"y%2Fz")].concat()), "\"lines.to\" is not a key"),
+            (with(text(2, b"y")), "the member \"lines.place.iban\" is missing"),
+            (with([text(1, &[]), text(2, b"y")].concat()), "\"lines.place.iban\" is not an id"),
+            (with(Vec::new()), "the member \"lines.place.iban\" is missing"),
+            (number(1, 1), "`lines` of bank.Batch is written as another type"),
+            (Vec::new(), "\"lines.place.iban\" is not a list of 1 to 256"),
+            (good.repeat(MAX_LIST + 1), "\"lines.place.iban\" is not a list of 1 to 256"),
+        ] {
+            let error = lines().message.read(&bad).unwrap_err();
+            assert!(error.contains(why), "{error}, not {why}");
+        }
+        assert!(lines().message.read(&good.repeat(MAX_LIST)).is_ok());
+        // Whose presence is told apart is missing where it is absent.
+        let limits = batch(&[("lines.limit", "[int]")]).unwrap();
+        assert!(limits.message.read(&text(1, &number(3, 1))).is_ok());
+        assert!(limits.message.read(&good).unwrap_err().contains("missing"));
+    }
+
+    #[test]
+    fn numbers_are_the_same_list_packed_and_not() {
+        let call = batch(&[("numbers", "[int]"), ("stamps", "[int]")]).unwrap();
+        let stamp = [tag(5, 1), 9u64.to_le_bytes().to_vec()].concat();
+        let long =
+            |values: &[i64]| AttributeValue::Set(values.iter().copied().map(AttributeValue::Long).collect());
+        for numbers in [
+            [number(2, 1), number(2, 300), number(2, 0)].concat(),
+            text(2, &[1, 0xac, 0x02, 0]),
+            [text(2, &[1]), number(2, 300), text(2, &[]), text(2, &[0])].concat(),
+        ] {
+            let values = call.message.read(&[stamp.clone(), numbers].concat()).unwrap();
+            assert_eq!((&values["numbers"], &values["stamps"]), (&long(&[1, 300, 0]), &long(&[9])));
+        }
+        for (bad, why) in [
+            (text(2, &[1, 0xac]), "cut short"),
+            (text(2, &[]), "\"numbers\" is not a list of 1 to 256"),
+            (text(2, &[1; MAX_LIST + 1]), "\"numbers\" is not a list of 1 to 256"),
+            (text(2, &varint(1 << 40)), "\"numbers\" is not an integer"),
+            ([tag(2, 1), vec![0; 8]].concat(), "written as another type"),
+        ] {
+            let error = call.message.read(&[stamp.clone(), bad].concat()).unwrap_err();
+            assert!(error.contains(why), "{error}, not {why}");
+        }
+        assert!(
+            call.message.read(&[text(5, &[0; 12]), number(2, 1)].concat()).unwrap_err().contains("cut short")
+        );
+        let names = batch(&[("names", "[id]")]).unwrap();
+        assert_eq!(
+            names.message.read(&[text(3, b"a"), text(3, b"b")].concat()).unwrap()["names"],
+            set(&["a", "b"])
+        );
+        assert!(names.message.read(&[text(3, b"a"), text(3, b"")].concat()).is_err());
+    }
+
+    #[test]
+    fn lists_and_keys_may_be_missing_where_that_is_said() {
+        let optional = batch(&[("lines.to", "[key]?"), ("block.lines.to", "[key]?")]).unwrap();
+        assert_eq!(optional.message.read(&[]).unwrap(), Values::new());
+        assert_eq!(optional.message.read(&text(1, &text(2, b"x"))).unwrap()["lines.to"], set(&["x"]));
+        assert!(optional.message.read(&text(1, &[])).unwrap_err().contains("\"lines.to\" is not a key"));
+
+        let range = |kind: &str| batch(&[("range.prefix", kind)]).unwrap();
+        let prefix = |text_: &[u8]| text(6, &text(1, text_));
+        assert_eq!(
+            range("key?").message.read(&prefix(b"a/b")).unwrap()["range.prefix"],
+            AttributeValue::Text("a/b".into())
+        );
+        // Whether an empty text is written makes no difference to any reader.
+        for whole in [prefix(b""), text(6, &[]), Vec::new()] {
+            assert_eq!(range("key?").message.read(&whole).unwrap(), Values::new());
+            assert!(range("key").message.read(&whole).is_err());
+        }
+        // Where it does, an empty one is no key.
+        let from = batch(&[("range.from", "key?")]).unwrap();
+        assert_eq!(from.message.read(&text(6, &[])).unwrap(), Values::new());
+        assert!(from.message.read(&text(6, &text(2, b""))).is_err());
+
+        for (list, why) in [
+            (&[("lines.to", "key")][..], "bank.Batch.lines is repeated: what stands in it is a list"),
+            (&[("lines.to", "[key]?"), ("lines.place.iban", "[id]")], "all may be missing, or none"),
+            (&[("lines.more.iban", "[id]")], "bank.Line.more is repeated within a repeated field"),
+            (&[("lines", "[id]")], "bank.Batch.lines is a message, not a value"),
+            (&[("block.id", "[id]")], "bank.Block.id is one value"),
+            (&[("range.prefix", "id?")], "is never missing"),
+        ] {
+            let error = batch(list).unwrap_err();
+            assert!(error.contains(why), "{error}, not {why}");
+        }
     }
 
     #[test]
@@ -698,6 +979,48 @@ service Accounts {
         #[test]
         fn reading_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
             let _unused = transfer().message.read(&bytes);
+            let _unused = lines().message.read(&bytes);
+        }
+
+        /// As many values of each list as there are elements, and those that every reader finds there.
+        #[test]
+        fn lists_that_are_read_are_read_alike_by_others(
+            elements in proptest::collection::vec(("[a-z]{1,2}|", "[a-z]{1,2}(/[a-z]{1,2}){0,2}", proptest::option::of(0i64..9)), 0..6),
+            numbers in proptest::collection::vec((proptest::collection::vec(any::<i32>(), 0..3), any::<bool>()), 0..4),
+            rest in proptest::collection::vec(any::<u8>(), 0..3),
+        ) {
+            let mut message = Vec::new();
+            for (iban, to, count) in &elements {
+                let count = count.map(|count| number(2, count as u64)).unwrap_or_default();
+                let place = text(1, &[text(1, iban.as_bytes()), count].concat());
+                message.extend(text(1, &[place, text(2, to.as_bytes())].concat()));
+            }
+            for (values, packed) in &numbers {
+                let written = values.iter().map(|value| varint(i64::from(*value) as u64));
+                if *packed {
+                    message.extend(text(2, &written.collect::<Vec<_>>().concat()));
+                } else {
+                    message.extend(written.flat_map(|value| [tag(2, 0), value].concat()));
+                }
+            }
+            message.extend(rest);
+            let call = batch(&[("lines.place.iban", "[id]"), ("lines.to", "[key]"), ("numbers", "[int]?")]).unwrap();
+            if let Ok(values) = call.message.read(&message) {
+                let descriptor = pool().get_message_by_name("bank.Batch").unwrap();
+                let other = prost_reflect::DynamicMessage::decode(descriptor, &message[..]).unwrap();
+                let field = |of: &DynamicMessage, name: &str| of.get_field_by_name(name).unwrap().into_owned();
+                let lines = field(&other, "lines");
+                let lines: Vec<_> = lines.as_list().unwrap().iter().map(|line| line.as_message().unwrap().clone()).collect();
+                let told = |read: &dyn Fn(&DynamicMessage) -> prost_reflect::Value| {
+                    AttributeValue::Set(lines.iter().map(|line| AttributeValue::Text(read(line).as_str().unwrap().into())).collect())
+                };
+                let iban = told(&|line| field(field(line, "place").as_message().unwrap(), "iban"));
+                prop_assert_eq!(&values["lines.place.iban"], &iban);
+                prop_assert_eq!(&values["lines.to"], &told(&|line| field(line, "to")));
+                let numbers = field(&other, "numbers");
+                let numbers: Vec<_> = numbers.as_list().unwrap().iter().map(|value| AttributeValue::Long(value.as_i32().unwrap().into())).collect();
+                prop_assert_eq!(values.get("numbers").cloned().unwrap_or(AttributeValue::Set(Vec::new())), AttributeValue::Set(numbers));
+            }
         }
 
         /// Whatever a message says of the object is what every reader of it says.

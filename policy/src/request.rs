@@ -16,6 +16,7 @@ use crate::filter::each;
 use crate::map::{Claim, Route, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
 use crate::record::cut;
+use crate::template::{Place, first_part};
 
 /// Where a sidecar asks its own app for the attributes of objects (`POST`, JSON both ways).
 pub const ENTITIES_PATH: &str = "/.well-known/palisade/entities";
@@ -84,6 +85,8 @@ pub struct Mapped {
     /// Of the places that the route's [`Plan`](crate::plan::Plan) looks at, in its order.
     values: Values,
     objects: SmallVec<[ObjectRef; 1]>,
+    /// For each of the objects, which element of a list named it.
+    elements: SmallVec<[Option<usize>; 1]>,
     /// Service and version of the map, shared with its table.
     pub(crate) origin: Arc<str>,
 }
@@ -95,9 +98,10 @@ impl Mapped {
     /// # Errors
     /// The request does not name its object.
     pub(crate) fn new(route: Arc<Route>, values: Values, origin: Arc<str>) -> Result<Self, Refusal> {
-        let mut mapped = Self { route, values, objects: SmallVec::new(), origin };
+        let (objects, elements) = (SmallVec::new(), SmallVec::new());
+        let mut mapped = Self { route, values, objects, elements, origin };
         if !mapped.route.needs_body() {
-            mapped.objects = mapped.name_objects()?;
+            mapped.name_objects()?;
         }
         Ok(mapped)
     }
@@ -162,12 +166,15 @@ impl Mapped {
             return Err(Refusal::malformed("request.body_length", reason).on(&route));
         }
         let values = values.map_err(|reason| Refusal::malformed("request.body", reason).on(&route))?;
-        for (value, told) in self.values.iter_mut().zip(route.plan.body_members()) {
-            if let Some(told) = told.and_then(|name| values.get(name)) {
-                *value = Some(told.clone());
+        for (value, place) in self.values.iter_mut().zip(route.plan.places()) {
+            if let Some(told) = place.member().and_then(|name| values.get(name)) {
+                *value = Some(match place {
+                    Place::First(_) => first_parts(told),
+                    _ => told.clone(),
+                });
             }
         }
-        self.objects = self.name_objects()?;
+        self.name_objects()?;
         Ok(self)
     }
 
@@ -244,28 +251,41 @@ impl Mapped {
     }
 
     /// INVARIANT: empty exactly as long as a body that names objects has not been read.
-    fn name_objects(&self) -> Result<SmallVec<[ObjectRef; 1]>, Refusal> {
-        let mut objects = SmallVec::new();
-        for id in &self.route.plan.ids {
-            let nameless = || {
-                Refusal::malformed("request.object", "the request does not name its object").on(&self.route)
+    fn name_objects(&mut self) -> Result<(), Refusal> {
+        let route = Arc::clone(&self.route);
+        let nameless =
+            || Refusal::malformed("request.object", "the request does not name its object").on(&route);
+        let (mut objects, mut elements) = (SmallVec::new(), SmallVec::new());
+        for id in &route.plan.ids {
+            // Lists are taken element by element, with the values that are no list beside each.
+            let count = match id.list {
+                None => 1,
+                Some(list) => match self.value(list.place) {
+                    Some(value) => each(value).len(),
+                    None if list.optional => 0,
+                    None => return Err(nameless()),
+                },
             };
-            // A place with a list names an object for each of its values; the others have one value.
-            let count =
-                id.places().filter_map(|place| self.value(place)).map(|value| each(value).len()).max();
-            for at in 0..count.unwrap_or(1) {
-                let value = |place| {
-                    let values = each(self.value(place)?);
-                    values.get(at).or(values.first()).map(plain_text)
+            for at in 0..count {
+                let value = |place| match self.value(place)? {
+                    AttributeValue::Set(values) => values.get(at).map(plain_text),
+                    one => Some(plain_text(one)),
                 };
-                let object =
-                    ObjectRef::shared(Arc::clone(&self.route.kind), id.fill(value).ok_or_else(nameless)?);
-                if !objects.contains(&object) {
+                let object = ObjectRef::shared(Arc::clone(&route.kind), id.fill(value).ok_or_else(nameless)?);
+                let element = id.list.map(|_| at);
+                // What a list tells of an object, it tells of no other that only has the same name.
+                let known =
+                    objects.iter().zip(&elements).any(|(known, named): (&ObjectRef, &Option<usize>)| {
+                        *known == object && named.is_some() == element.is_some()
+                    });
+                if !known {
                     objects.push(object);
+                    elements.push(element);
                 }
             }
         }
-        Ok(objects)
+        (self.objects, self.elements) = (objects, elements);
+        Ok(())
     }
 
     /// What the request says at one of the places that its route looks at.
@@ -273,16 +293,29 @@ impl Mapped {
         self.values.get(place)?.as_ref()
     }
 
-    /// An attribute that the request or the user tells.
+    /// What the request says at a place of the `at`-th object, for an attribute of this type: of a list the value of the
+    /// element that named the object, unless the list is the attribute.
+    pub(crate) fn told(&self, place: usize, kind: AttributeType, at: usize) -> Option<&AttributeValue> {
+        match (self.value(place)?, kind) {
+            (
+                AttributeValue::Set(values),
+                AttributeType::Bool | AttributeType::Long | AttributeType::Text,
+            ) => values.get((*self.elements.get(at)?)?),
+            (value, _) => Some(value),
+        }
+    }
+
+    /// An attribute of the `at`-th object that the request or the user tells.
     pub(crate) fn known_attribute(
         &self,
+        at: usize,
         source: &Source,
         kind: AttributeType,
         user: Option<&identity::txn::User>,
     ) -> Option<AttributeValue> {
         match source {
             Source::Request(place) => {
-                let value = self.value(self.route.plan.position(place)?)?;
+                let value = self.told(self.route.plan.position(place)?, kind, at)?;
                 match (kind, value) {
                     (AttributeType::Long, AttributeValue::Text(text)) => {
                         text.parse().ok().map(AttributeValue::Long)
@@ -306,6 +339,15 @@ fn plain_text(value: &AttributeValue) -> SmolStr {
     match value {
         AttributeValue::Text(text) => text.clone(),
         other => other.to_smolstr(),
+    }
+}
+
+/// Of each key its first part.
+fn first_parts(value: &AttributeValue) -> AttributeValue {
+    match value {
+        AttributeValue::Text(key) => AttributeValue::Text(first_part(key).into()),
+        AttributeValue::Set(keys) => AttributeValue::Set(keys.iter().map(first_parts).collect()),
+        other => other.clone(),
     }
 }
 

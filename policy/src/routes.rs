@@ -357,7 +357,7 @@ mod tests {
         Route {
             template: format!("{method} {path}"),
             method: method.into(),
-            plan: Plan::new(&template, &[], &[], &kind, &BTreeMap::new()),
+            plan: Plan::new(&template, &[], &BTreeMap::new(), &[], &kind, &BTreeMap::new()),
             path: template,
             action: "Read".into(),
             kind: "T".into(),

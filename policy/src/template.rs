@@ -13,6 +13,10 @@ const MAX_PATH_BYTES: usize = 2048;
 pub(crate) const MAX_SEGMENT_BYTES: usize = 128;
 /// Most segments; deeper paths are not what a service's routes look like.
 const MAX_SEGMENTS: usize = 16;
+/// Most parts of a key.
+const MAX_KEY_PARTS: usize = 16;
+/// Longest key: with a table before it, an id that records still hold whole.
+const MAX_KEY_BYTES: usize = 1024;
 /// Longest canonical integer: 2^53 - 1 has 16 digits.
 const MAX_INT_DIGITS: usize = 15;
 
@@ -85,6 +89,21 @@ pub(crate) fn is_plain_id(text: &str) -> bool {
         // Also rules out `.` and `..`; a trailing dot is lost by some readers.
         && !text.starts_with('.')
         && !text.ends_with('.')
+}
+
+/// A key of a store: parts, each with the form of an id, joined by single `/`.
+///
+/// Stores escape what else may stand in a part. An escaped key is none here: nothing is decoded, so nothing is decoded
+/// otherwise than the app does it.
+pub(crate) fn is_key(text: &str) -> bool {
+    text.len() <= MAX_KEY_BYTES
+        && text.split('/').count() <= MAX_KEY_PARTS
+        && text.split('/').all(is_plain_id)
+}
+
+/// The first part of a key.
+pub(crate) fn first_part(key: &str) -> &str {
+    key.split('/').next().unwrap_or_default()
 }
 
 /// A member, capture or parameter name.
@@ -298,6 +317,18 @@ pub(crate) enum Place {
     Query(String),
     /// A top-level member of the body, or of a gRPC message the way to a field, with dots.
     Body(String),
+    /// The first part of such a member that is a key: no object is named by it, but an attribute told.
+    First(String),
+}
+
+impl Place {
+    /// The member of the body that it is or is a part of.
+    pub(crate) fn member(&self) -> Option<&str> {
+        match self {
+            Self::Body(name) | Self::First(name) => Some(name),
+            Self::Path(_) | Self::Query(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Place {
@@ -306,6 +337,7 @@ impl fmt::Display for Place {
             Self::Path(name) => write!(f, "{{{name}}}"),
             Self::Query(name) => write!(f, "{{query:{name}}}"),
             Self::Body(name) => write!(f, "{{body:/{name}}}"),
+            Self::First(name) => write!(f, "{{body:/{name}/0}}"),
         }
     }
 }
@@ -362,6 +394,22 @@ impl ObjectTemplate {
 
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    /// INVARIANT: as [`check_separated`], where some values are keys. Read from the left, a value ends at the first
+    /// character that it cannot hold, so whatever follows a key on the way to another value needs one.
+    pub(crate) fn check_keys(&self, is_key: impl Fn(&Place) -> bool) -> Result<(), String> {
+        for window in self.pieces.windows(3) {
+            if let [Piece::Value(a), Piece::Text(between), Piece::Value(b)] = window
+                && is_key(a)
+                && between.split('/').all(is_plain_text)
+            {
+                return Err(format!(
+                    "`{between}` does not keep the key {a} and {b} apart; use `:`, or put {a} last"
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -466,6 +514,58 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_ids_joined_by_slashes() {
+        for good in ["a", "alice/17", "a.b/-5/C_d", "1/2/3/4/5/6/7/8/9/10/11/12/13/14/15/16"] {
+            assert!(is_key(good), "{good}");
+            assert!(good.starts_with(first_part(good)) && is_plain_id(first_part(good)));
+        }
+        for bad in [
+            "",
+            "/",
+            "/a",
+            "a/",
+            "a//b",
+            "a/.",
+            "a/..",
+            "../a",
+            "a/.b",
+            "a./b",
+            "a%2Fb",
+            "a%25",
+            "a b",
+            "a\\b",
+            "caf\u{e9}",
+            "a/b\0",
+            "a:b",
+            "a*",
+            "1/2/3/4/5/6/7/8/9/10/11/12/13/14/15/16/17",
+        ] {
+            assert!(!is_key(bad), "{bad:?}");
+        }
+        assert!(
+            is_key(&vec!["a".repeat(102); 10].join("/")[..1024])
+                && !is_key(&vec!["a".repeat(102); 10].join("/"))
+        );
+    }
+
+    #[test]
+    fn a_key_stands_last_or_before_what_it_cannot_hold() {
+        let check = |text: &str| {
+            ObjectTemplate::parse(text).unwrap().check_keys(|place| place.member() == Some("key"))
+        };
+        for good in [
+            r#"Row::"{body:/table}/{body:/key}""#,
+            r#"Row::"{body:/key}:{table}""#,
+            r#"R::"{a}/{b}/{body:/key}/x""#,
+        ] {
+            assert_eq!(check(good), Ok(()), "{good}");
+        }
+        for bad in [r#"Row::"{body:/key}/{table}""#, r#"Row::"{body:/key}/x/{table}""#] {
+            assert!(check(bad).unwrap_err().contains("apart"), "{bad}");
+        }
+    }
+
+    #[test]
     fn policy_1_to_10_only_canonical_paths_have_segments() {
         let cases = [
             ("//accounts/2", PathFlaw::EmptySegment),
@@ -514,7 +614,7 @@ mod tests {
                 Piece::Text(text) => text.clone(),
                 Piece::Value(Place::Path(name)) => format!("<{name}>"),
                 Piece::Value(Place::Query(name)) => format!("<?{name}>"),
-                Piece::Value(Place::Body(name)) => format!("<body {name}>"),
+                Piece::Value(Place::Body(name) | Place::First(name)) => format!("<body {name}>"),
             };
             template.pieces().iter().map(piece).collect::<String>()
         };
@@ -586,6 +686,18 @@ mod tests {
             let path: Vec<&str> = path.iter().map(String::as_str).collect();
             if a.matches(&path).is_some() && b.matches(&path).is_some() {
                 prop_assert!(a.overlaps(&b) && b.overlaps(&a));
+            }
+        }
+
+        /// Two requests that differ name two rows, whatever stands in their keys.
+        #[test]
+        fn a_table_and_a_key_make_one_id(
+            one in ("[a/.]{0,4}", "[a/.]{0,5}"), other in ("[a/.]{0,4}", "[a/.]{0,5}"),
+        ) {
+            let good = |(table, key): &(String, String)| is_plain_id(table) && (key.is_empty() || is_key(key));
+            let id = |(table, key): &(String, String)| format!("{table}/{key}");
+            if good(&one) && good(&other) {
+                prop_assert_eq!(id(&one) == id(&other), one == other);
             }
         }
 

@@ -364,8 +364,8 @@ fn answers(policy: &ServicePolicy, asking: &Asking) -> Option<(Answer, Answer, O
         attributes: &asking.attributes,
         mapped: None,
     };
-    let swift = policy.rule_swiftly(&asked, action, &asking.object, kind, asking.now);
-    let (gathered, flaw) = asked.gather(&asking.object, kind);
+    let swift = policy.rule_swiftly(&asked, action, (0, &asking.object), kind, asking.now);
+    let (gathered, flaw) = asked.gather(0, &asking.object, kind);
     assert_eq!(flaw, None);
     let question = shared.question(&asking.caller, &action.uid, &asking.object, kind, &gathered, asking.now);
     let Ok(question) = question else {

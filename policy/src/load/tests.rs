@@ -515,6 +515,168 @@ fn what_is_wrong_with_messages_is_said_where_it_stands() {
     assert!(told.starts_with("services/shop/shop.proto:2:1: "), "{told}");
 }
 
+const ROWS: &str = r#"
+syntax = "proto3";
+package bank;
+message Row { string table = 1; string key = 2; int64 part = 3; }
+message Ask { repeated Row rows = 1; repeated Row others = 2; Row range = 3; string table = 4; }
+service Shop { rpc Look(Ask) returns (Ask); }
+"#;
+const ROWS_SCHEMA: &str = "namespace Shop {\n  entity Row = { table?: String, owner?: String, part?: Long };\n  \
+    entity Strict = { owner: String };\n  \
+    action Look appliesTo { principal: [Mesh::Workload], resource: [Row, Strict], context: Mesh::Context };\n}\n";
+const ROWS_POLICY: &str = "@id(\"own\")\npermit (principal is Mesh::Workload, action == Shop::Action::\"Look\", resource is Shop::Row)\n\
+    when { resource has owner && resource.owner == \"a\" };\n\
+    @id(\"whole\")\npermit (principal is Mesh::Workload, action == Shop::Action::\"Look\", resource == Shop::Row::\"whole\");\n";
+
+fn rows(route: &str) -> Result<Arc<crate::ServicePolicy>, String> {
+    let map = format!(
+        "[[route]]\nmatch = \"POST /bank.Shop/Look\"\naction = \"Look\"\nbody_type = \"grpc\"\n{route}\n"
+    );
+    let (loaded, _dir) = load(&[
+        ("services/shop/map.toml", Some(&map)),
+        ("services/shop/shop.proto", Some(ROWS)),
+        ("services/shop/shop.cedarschema", Some(ROWS_SCHEMA)),
+        ("services/shop/shop.cedar", Some(ROWS_POLICY)),
+    ]);
+    loaded.map(|policies| policies.service("shop").unwrap()).map_err(|problems| problems.to_string())
+}
+
+/// A message by its fields, mapped.
+fn asked(policy: &crate::ServicePolicy, fields: serde_json::Value) -> Result<crate::Mapped, crate::Refusal> {
+    let request = http::Request::post("/bank.Shop/Look").header("content-type", "application/grpc").body(());
+    let mapped = policy.map(&request.unwrap().into_parts().0).unwrap();
+    mapped.with_body(&policy.message("/bank.Shop/Look", fields).unwrap())
+}
+
+fn named(mapped: &crate::Mapped) -> Vec<&str> {
+    mapped.objects().iter().map(crate::ObjectRef::id).collect()
+}
+
+const EACH: &str = "object = 'Row::\"{body:/rows.table}/{body:/rows.key}\"'\n\
+    body = { \"rows.table\" = \"[id]\", \"rows.key\" = \"[key]\", \"rows.part\" = \"[int]\" }\n\
+    attributes = { table = \"body:/rows.table\", owner = \"body:/rows.key/0\" }";
+
+#[test]
+fn a_list_of_rows_is_an_object_each_and_every_one_must_be_permitted() {
+    let policy = rows(EACH).unwrap();
+    let row = |table: &str, key: &str| serde_json::json!({ "table": table, "key": key });
+    let decide = |rows: Vec<serde_json::Value>| {
+        let mapped = asked(&policy, serde_json::json!({ "rows": rows })).unwrap();
+        policy.decide(&web(), &mapped, &crate::Attributes::none(), &occasion())
+    };
+    let mapped =
+        asked(&policy, serde_json::json!({ "rows": [row("t", "a/1"), row("u", "b/1"), row("t", "a/1")] }));
+    assert_eq!(named(&mapped.unwrap()), ["t/a/1", "u/b/1"]);
+    let many: Vec<_> = (0..256).map(|n| row("t", &format!("a/{n}"))).collect();
+    assert!(matches!(decide(many.clone()), crate::Verdict::Permit(_)));
+    for at in [0, 17, 255] {
+        let mut rows = many.clone();
+        rows[at] = row("t", "b/1");
+        let crate::Verdict::Deny(denial) = decide(rows) else { panic!("{at}") };
+        let record = denial.record();
+        assert_eq!(record.explanation.as_ref().unwrap().object.as_deref(), Some("Shop::Row::\"t/b/1\""));
+        assert_eq!(record.objects[at].attributes["owner"], crate::AttributeValue::Text("b".into()));
+        assert_eq!(record.objects[at].told_by["owner"], "body:/rows.key/0");
+        let outcomes = record.objects.iter().filter(|object| object.outcome == Some(crate::Outcome::Permit));
+        assert_eq!(outcomes.count(), at, "those before it were");
+    }
+    let too_many = [many, vec![row("t", "a/257")]].concat();
+    for (rows, why) in [(too_many, "1 to 256"), (vec![], "1 to 256"), (vec![row("", "a")], "not an id")] {
+        let refusal = asked(&policy, serde_json::json!({ "rows": rows })).unwrap_err();
+        assert!(refusal.status() == 400 && refusal.to_string().contains(why), "{refusal}");
+    }
+}
+
+#[test]
+fn an_empty_list_is_fine_where_another_object_is_named() {
+    let whole = EACH.replace("object = ", "object = ['Row::\"whole\"', ").replace("\"'\nbody", "\"']\nbody");
+    let policy = rows(&whole.replace("]\"", "]?\"")).unwrap();
+    let mapped = asked(&policy, serde_json::json!({})).unwrap();
+    assert_eq!(named(&mapped), ["whole"]);
+    let mapped = asked(&policy, serde_json::json!({ "rows": [{ "table": "t", "key": "b" }] })).unwrap();
+    assert_eq!(named(&mapped), ["whole", "t/b"]);
+    let verdict = policy.decide(&web(), &mapped, &crate::Attributes::none(), &occasion());
+    let crate::Verdict::Deny(denial) = verdict else { panic!() };
+    assert_eq!(denial.record().objects[1].attributes.len(), 2);
+    assert!(denial.record().objects[0].attributes.is_empty(), "the list tells nothing of it");
+
+    // A row that has the other object's name is judged as the row that it is.
+    let same = whole.replace("Row::\"whole\"", "Row::\"t/b\"");
+    let policy = rows(&same).unwrap();
+    let mapped = asked(&policy, serde_json::json!({ "rows": [{ "table": "t", "key": "b" }] })).unwrap();
+    assert_eq!(named(&mapped), ["t/b", "t/b"]);
+}
+
+#[test]
+fn without_a_key_nothing_stands_at_its_place() {
+    let route = "object = 'Row::\"{body:/range.table}/{body:/range.key}\"'\n\
+        body = { \"range.table\" = \"id\", \"range.key\" = \"key?\" }\n\
+        attributes = { table = \"body:/range.table\", owner = \"body:/range.key/0\" }";
+    let policy = rows(route).unwrap();
+    for (key, id, allowed) in [("a/1", "t/a/1", true), ("b", "t/b", false), ("", "t/", false)] {
+        let mapped = asked(&policy, serde_json::json!({ "range": { "table": "t", "key": key } })).unwrap();
+        assert_eq!(named(&mapped), [id]);
+        let verdict = policy.decide(&web(), &mapped, &crate::Attributes::none(), &occasion());
+        assert_eq!(matches!(verdict, crate::Verdict::Permit(_)), allowed, "{id}");
+    }
+    let policy = rows(&route.replace("key?", "key")).unwrap();
+    assert!(asked(&policy, serde_json::json!({ "range": { "table": "t" } })).is_err());
+}
+
+#[test]
+fn lists_that_name_nothing_or_too_much_are_said_when_the_map_is_read() {
+    for (from, to, why) in [
+        ("{body:/rows.key}", "{body:/others.key}", "one object is named by one list"),
+        (
+            "\"'\nbody",
+            "\"', 'Row::\"{body:/others.key}\"']\nbody",
+            "by one repeated field, not by `others` and `rows`",
+        ),
+        ("[key]", "key", "bank.Ask.rows is repeated"),
+        ("[key]\"", "[key]?\"", "all may be missing, or none"),
+        ("]\"", "]?\"", "{body:/rows.table} may be empty, and then nothing names an object"),
+        ("table}/{", "key}/{", "does not keep the key {body:/rows.key} and {body:/rows.key} apart"),
+        ("table = \"body:/rows.table\"", "table = \"body:/rows.key/1\"", "nor the first part of a key"),
+        (
+            "table = \"body:/rows.table\"",
+            "table = \"body:/rows.table/0\"",
+            "is a part of a key, and `rows.table` is none",
+        ),
+        (
+            "table = \"body:/rows.table\"",
+            "part = \"body:/rows.table\"",
+            "is a Set<String>, the attribute a Long",
+        ),
+        (
+            "table = \"body:/rows.table\"",
+            "part = \"body:/rows.part\"",
+            "is a list that does not name the object",
+        ),
+        ("table = \"body:/rows.table\"", "table = \"body:/table\"", "or from the list that names them"),
+        ("object = ", "object = ['Row::\"whole\"', ", "required too"),
+        (
+            "Row::\"{body:/rows.table}/{body:/rows.key}",
+            "Row::\"{body:/table}",
+            "is a list that does not name the object",
+        ),
+    ] {
+        let mut route = EACH.replace("body = {", "body = { \"others.key\" = \"[key]\", table = \"id\",");
+        route = route.replace(from, to);
+        if from == "object = " {
+            route = route.replace("Row::", "Strict::").replace("table = \"body:/rows.table\", ", "");
+        }
+        if route.contains("object = [") || route.contains("']\n") {
+            route = route.replace("object = '", "object = ['").replace("\"'\nbody", "\"']\nbody");
+        }
+        let told = rows(&route).err().unwrap_or_else(|| panic!("taken: {route}"));
+        assert!(told.contains(why), "{told}, not {why}");
+    }
+    let nothing =
+        rows("object = 'Row::\"{body:/range.key}\"'\nbody = { \"range.key\" = \"key?\" }").unwrap_err();
+    assert!(nothing.contains("may be missing, and the id is nothing else"), "{nothing}");
+}
+
 /// All files below a directory.
 fn in_memory(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let (mut files, mut folders) = (BTreeMap::new(), vec![dir.to_owned()]);
