@@ -257,10 +257,13 @@ async fn a_node_whose_log_is_broken_does_not_start() {
         client.transact(put).await.unwrap();
     }
     cluster.kill(2);
-    let log = fs::read_dir(cluster.state(2).join("log")).unwrap().next().unwrap().unwrap().path();
-    let mut bytes = fs::read(&log).unwrap();
+    let log = cluster.state(2).join("log");
+    let segment = fs::read_dir(&log).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = fs::read(&segment).unwrap();
     bytes[20] ^= 1;
-    fs::write(&log, bytes).unwrap();
+    fs::write(&segment, bytes).unwrap();
+    // The end of the last segment may be torn. Not so that of one before it.
+    fs::write(log.join("00000000ffffffff.wal"), []).unwrap();
     cluster.start_node(2);
     assert_eq!(cluster.ends(2).code(), Some(1));
     let said = cluster.said(2);
