@@ -330,6 +330,11 @@ impl<D: Disk> Groups<D> {
         if leaves { self.destroy(split, term) } else { Ok(()) }
     }
 
+    /// Whether the split is part of another, as far as this node knows: its number is never given again.
+    pub fn is_absorbed(&self, split: SplitId) -> bool {
+        self.gone.get(&split).is_some_and(|term| *term == u64::MAX)
+    }
+
     /// One of the splits.
     pub fn get(&self, split: SplitId) -> Option<&Group> {
         self.groups.get(&split)

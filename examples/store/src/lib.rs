@@ -1,9 +1,9 @@
 //! A small Spanner: rows in sorted splits, one consensus group a split, strict two-phase locking at its leader,
 //! two-phase commit across splits, versions by commit timestamp, and timestamps from a clock that knows its own error.
 //!
-//! The modules here do no I/O but through [`wal::Disk`] and read no clock but through [`truetime::TrueTime`]: what they
-//! decide is a function of what they are told, so that a seeded simulation owns time, network and disk. `README.md` has
-//! the design and says what is not there yet.
+//! All but [`serve`] does no I/O but through [`wal::Disk`] and [`engine::Engine`] and reads no clock but what it is told:
+//! what a [`node::Node`] decides is a function of that, so that a seeded simulation owns time, network and disk.
+//! `README.md` has the design.
 
 #![forbid(unsafe_code)]
 

@@ -5,12 +5,17 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+#[path = "../ports/mod.rs"]
+mod ports;
+
+use ports::free_addresses;
 
 /// A busy machine and a debug build: generous, because it only bounds a hang.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
@@ -61,7 +66,7 @@ impl Mesh {
     pub(crate) fn new(app: SocketAddr) -> Self {
         // On the binary's own file system, for the hard links.
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let [control, console, echo, echo_admin, caller_app, caller, caller_admin, call] = free_ports();
+        let [control, console, echo, echo_admin, caller_app, caller, caller_admin, call] = free_addresses();
         let mesh = Self {
             directory,
             app,
@@ -217,12 +222,6 @@ attest = {{ path = "caller" }}
 }
 
 static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-
-fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    // All at once, so that no two are the same.
-    let listeners = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap())
-}
 
 /// A process and what it says.
 pub(crate) struct Process {

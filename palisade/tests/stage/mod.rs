@@ -17,6 +17,11 @@ use identity::files::write_private;
 use identity::testing::TestAuthority;
 use tempfile::TempDir;
 
+#[path = "../ports/mod.rs"]
+mod ports;
+
+pub(crate) use ports::free_addresses;
+
 /// A busy machine and a debug build: generous, because it only bounds a hang.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -173,12 +178,6 @@ impl Stage {
         let bundle: String = trusted.iter().map(|authority| authority.bundle().pem()).collect();
         fs::write(self.path(&format!("{who}.ca.crt")), bundle).unwrap();
     }
-}
-
-/// Ports that were free a moment ago: the file has to name them.
-pub(crate) fn free_addresses<const N: usize>() -> [SocketAddr; N] {
-    let held = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    held.map(|listener| listener.local_addr().unwrap())
 }
 
 fn copy(from: &Path, to: &Path) {

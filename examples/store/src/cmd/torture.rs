@@ -115,11 +115,13 @@ async fn torture(args: Args) -> anyhow::Result<ExitCode> {
     let nemesis = Arc::new(Nemesis::new(targets, faults, clock));
     let mut clients = workload::run(&cluster.addresses(), &shared, args.clients, args.seed)?;
     let mut hands = nemesis.run(args.seed);
+    let mut watch = nemesis.keep_watch();
     sleep(Duration::from_secs(args.seconds)).await;
     nemesis.stop();
     let ended = end(&mut hands, "a fault").await;
     nemesis.heal();
     let healed = heal(&session, &shared, &cluster, &mut clients).await;
+    watch.shutdown().await;
     nemesis.bury_all();
     shared.history.finish().context("the history is not whole")?;
     let summary = Summary::gather(&args, &shared, &nemesis, session.client(), &cluster).await;
@@ -139,7 +141,7 @@ async fn torture(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Waits for the nodes, declares the tables, writes the first rows, and cuts them apart.
 async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow::Result<()> {
-    wait_until_all_serve(session, cluster).await?;
+    wait_until_all_serve(session, cluster, false).await?;
     let began = Instant::now();
     for (table, parts) in rows::TABLES {
         let kind = |number: &bool| if *number { store_client::Kind::Int } else { store_client::Kind::Text };
@@ -154,7 +156,7 @@ async fn begin(session: &Session, shared: &Shared, cluster: &Cluster) -> anyhow:
     }
     if cluster.has_others() {
         cluster.start_others()?;
-        wait_until_all_serve(session, cluster).await?;
+        wait_until_all_serve(session, cluster, false).await?;
     }
     workload::set_up(session, shared).await?;
     let cuts = [rows::account(rows::ACCOUNTS / 2), rows::list(0, 0), rows::pair(0, 'b'), rows::register(0)];

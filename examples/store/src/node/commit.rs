@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// A commit that is not decided by then is aborted.
-const DECIDE_WITHIN: Duration = Duration::from_secs(10);
+const DECIDE_WITHIN: Duration = Duration::from_secs(4);
 /// Ticks between asking again for promises that have not come.
 const ASK_TICKS: u64 = 5;
 /// Ticks between telling participants again what was decided.
@@ -347,7 +347,8 @@ impl<D: Disk> Node<D> {
         let stands = replica.in_doubt().find(|(other, _)| *other == txn).map(|(_, promise)| promise.at);
         let ended = replica.outcome(txn);
         let Some((leader, replica)) = self.led(split) else { return };
-        if leader.check_serving(replica, now).is_err() {
+        let serving = leader.check_serving(replica, now);
+        if serving == Err(Refusal::NotServing) {
             return;
         }
         let lost = held.is_some_and(|term| term != leader.term() || !leader.knows(txn));
@@ -363,6 +364,7 @@ impl<D: Disk> Node<D> {
         if let Some(vote) = vote {
             return self.say(from, PeerMessage::Vote { split, txn, coordinator, vote });
         }
+        // A split that is about to change takes nothing new. What it has promised before it still says.
         match leader.lock_writes(replica, attempt, held.is_some(), &writes, now) {
             Ok(changes) => {
                 let promise = Promise { attempt, writes, coordinator, from };

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Longer than any transaction should hold a lock.
-const LOCK_WAIT: Duration = Duration::from_secs(10);
+const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// A transaction that waits for locks at one split.
 pub(super) struct LockWait {

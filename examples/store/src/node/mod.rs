@@ -338,7 +338,8 @@ impl<D: Disk> Node<D> {
     fn hear(&mut self, from: NodeId, message: PeerMessage, now: Interval) {
         match message {
             PeerMessage::Raft { split, message } => {
-                if let Err(Dropped::Stranger { .. }) = self.groups.step(split, &message) {
+                if let Err(Dropped::Stranger { .. } | Dropped::Unknown(_)) = self.groups.step(split, &message)
+                {
                     self.bid_farewell(from, split);
                 }
             }
@@ -575,29 +576,25 @@ impl<D: Disk> Node<D> {
         }
     }
 
-    /// Tells a node that is none of the split's so, if this one leads it and so knows.
+    /// Tells a node that is none of the split's so, if this one leads it, or knows that it is part of another.
     fn bid_farewell(&mut self, to: NodeId, split: SplitId) {
-        let told = self.groups.get(split).and_then(|group| group.farewell(to));
+        let led = self.groups.get(split).and_then(|group| group.farewell(to));
+        let told = if self.groups.is_absorbed(split) { Some((u64::MAX, u64::MAX)) } else { led };
         if let Some((term, last)) = told {
             self.say(to, PeerMessage::Gone { split, term, last });
         }
     }
 
-    /// Asks about replicas that this node should not have, as far as it knows.
+    /// Asks about replicas that this node should not have, as far as it knows, and about those that nobody fills.
     fn ask_to_leave(&mut self) {
         let leaving: Vec<_> = self
             .groups
             .iter()
-            .filter(|(_, group)| group.is_filled() && !group.is_member())
-            .map(|(split, group)| (split, group.nodes().0))
+            .filter(|(_, group)| !group.is_filled() || !group.is_member())
+            .map(|(split, _)| split)
             .collect();
-        for (split, nodes) in leaving {
-            let known = self.routes.get(split).map(|route| route.nodes.clone()).unwrap_or_default();
-            for node in nodes.into_iter().chain(known).collect::<BTreeSet<_>>() {
-                if node != self.config.me {
-                    self.say(node, PeerMessage::Leaving { split });
-                }
-            }
+        for split in leaving {
+            self.say_to_all(&PeerMessage::Leaving { split });
         }
     }
 

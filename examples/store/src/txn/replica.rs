@@ -527,9 +527,12 @@ impl Replica {
         let since = self.outcomes_since;
         let gone: Vec<_> = self
             .outcomes
-            .extract_if(.., |txn, _| txn.started < since && !self.unsettled.contains_key(txn))
+            .keys()
+            .filter(|txn| txn.started < since && !self.unsettled.contains_key(txn))
+            .copied()
             .collect();
-        for (txn, _) in gone {
+        for txn in gone {
+            self.outcomes.remove(&txn);
             batch.delete(outcome_key(self.split, txn));
         }
         Ok(Applied::Collected)

@@ -1,11 +1,12 @@
 //! What the parts promise each other, step by step. Logs here are replicated at once; the simulation is for the rest.
 
-use std::{cmp::Reverse, time::Duration};
+use std::{cmp::Reverse, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
 use super::*;
 use crate::{
+    engine::{Batch, Memory},
     keys::Key,
     lease::NodeId,
     locks::{Age, Changes},
@@ -34,6 +35,10 @@ fn write(row: &str, value: &'static str) -> Vec<Mutation> {
     vec![Mutation { key: key(row), value: Some(Bytes::from_static(value.as_bytes())) }]
 }
 
+fn replica(split: u64) -> Replica {
+    Replica::restore(Arc::new(Memory::default()), SplitId(split), State::default()).unwrap()
+}
+
 /// A split with one replica that is always the leader.
 struct Split {
     replica: Replica,
@@ -42,7 +47,7 @@ struct Split {
 
 impl Split {
     fn new() -> Self {
-        let mut split = Self { replica: Replica::default(), leader: Leader::new(ME, 1) };
+        let mut split = Self { replica: replica(1), leader: Leader::new(ME, 1) };
         split.lead(1, at(1_000));
         split
     }
@@ -137,7 +142,7 @@ fn a_commit_after_an_abort_does_not_happen() {
         },
     };
     assert_eq!(split.log(late), Applied::Ended(attempt(1).txn, Outcome::Aborted));
-    assert!(split.replica.rows().is_empty());
+    assert_eq!(split.replica.rows().newest(&key("a")), Ok(None));
 }
 
 #[test]
@@ -254,7 +259,7 @@ fn an_outcome_is_kept_until_every_participant_has_it() {
     let close = split.leader.close(&split.replica, at(1_300)).unwrap();
     split.log(close);
     let collect = |split: &mut Split| {
-        let entry = split.leader.collect(&split.replica, Timestamp::MAX, at(1_300)).unwrap();
+        let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_300)).unwrap();
         split.log(entry);
     };
     collect(&mut split);
@@ -264,7 +269,7 @@ fn an_outcome_is_kept_until_every_participant_has_it() {
     split.log(settled);
     let close = split.leader.close(&split.replica, at(1_400)).unwrap();
     split.log(close);
-    let entry = split.leader.collect(&split.replica, Timestamp::MAX, at(1_400)).unwrap();
+    let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_400)).unwrap();
     split.log(entry);
     // Forgotten, and so old that nobody can begin it again.
     assert_eq!(split.replica.outcome(txn), Some(Outcome::Aborted));
@@ -296,4 +301,115 @@ fn a_coordinator_decides_at_or_after_every_promise_and_the_arrival() {
     assert_eq!(votes.clone().prepared(SplitId(3), at(1_500).latest), Verdict::Commit(at(1_500).latest));
     assert_eq!(votes.refused(), Verdict::Abort);
     assert_eq!(votes.prepared(SplitId(3), Timestamp(7)), Verdict::Abort);
+}
+
+fn restored(replica: &Replica, engine: &Arc<Memory>) -> Replica {
+    let engine: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(engine);
+    Replica::restore(engine, replica.split(), replica.state()).unwrap()
+}
+
+/// After a crash the log is applied again from the last checkpoint on, over rows that are later already.
+#[test]
+fn a_log_applied_again_over_later_rows_leads_to_the_same() {
+    let engine = Arc::new(Memory::default());
+    let first = Replica::restore(Arc::<Memory>::clone(&engine) as _, SplitId(1), State::default()).unwrap();
+    let before = first.state();
+    let mut split = Split { replica: first, leader: Leader::new(ME, 1) };
+    let mut log = vec![];
+    let mut note = |split: &mut Split, entry: Entry| {
+        log.push(entry.clone());
+        split.log(entry)
+    };
+    split.replica.begin_term(1);
+    let grant = split.replica.lease().wanted(split.leader.tenure(), at(1_000)).unwrap();
+    let lease = split.leader.lease(grant);
+    note(&mut split, lease);
+    for number in [1, 2, 3] {
+        let txn = attempt(number).txn;
+        let writes = write("a", "v");
+        split.lock(number, &writes, at(1_100));
+        let Split { leader, replica } = &mut split;
+        let entry = match number {
+            2 => leader.prepare(replica, attempt(2), writes, SplitId(9), at(1_100)).unwrap(),
+            _ => leader.commit(replica, txn, writes, vec![], at(1_100).latest, at(1_100)).unwrap(),
+        };
+        note(&mut split, entry);
+        if number == 2 {
+            let Split { leader, replica } = &mut split;
+            let outcome = Outcome::Committed(at(1_150).latest);
+            let entry = leader.resolve(replica, txn, outcome, at(1_160)).unwrap();
+            note(&mut split, entry);
+        }
+        split.leader.release(txn);
+    }
+    let Split { leader, replica } = &mut split;
+    let collect = leader.collect(replica, at(1_120).earliest, at(500).earliest, at(1_170)).unwrap();
+    note(&mut split, collect);
+    let engine_dyn: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(&engine);
+    let mut again = Replica::restore(engine_dyn, SplitId(1), before).unwrap();
+    for entry in log {
+        again.apply(entry, 1).unwrap();
+    }
+    assert_eq!(again.state(), split.replica.state());
+    let versions = |replica: &Replica| {
+        let mut all = vec![];
+        replica.rows().versions(&Range::all(), &mut |key, version| all.push((key, version))).unwrap();
+        all
+    };
+    assert_eq!(versions(&again), versions(&split.replica));
+    assert!(again.outcomes().eq(split.replica.outcomes()));
+    assert_eq!(restored(&again, &engine).state(), again.state());
+}
+
+#[test]
+fn a_split_leaves_each_half_its_rows_and_both_the_outcomes() {
+    let mut split = Split::new();
+    split.commit(1, "a", "1", at(1_100));
+    split.commit(2, "m", "2", at(1_200));
+    split.leader.freeze();
+    let refused = split.leader.read(&split.replica, attempt(3), true, vec![], at(1_300));
+    assert_eq!(refused, Err(Refusal::Frozen));
+    let command = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
+    let entry = split.leader.change(&split.replica, command, at(1_300)).unwrap();
+    let (mut batch, mut half) = (Batch::default(), Batch::default());
+    let engine = Arc::new(Memory::default());
+    let right = split.replica.divide(&entry, 1, &mut batch, &mut half).unwrap().unwrap();
+    let written: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(&engine);
+    written.write(half).unwrap();
+    let right = Replica::restore(written, SplitId(2), right.state()).unwrap();
+    assert!(!split.replica.range().contains(&key("m")) && right.range().contains(&key("m")));
+    assert!(right.rows().newest(&key("m")).unwrap().is_some());
+    assert_eq!(right.outcome(attempt(1).txn), split.replica.outcome(attempt(1).txn));
+    assert!(right.outcome(attempt(2).txn).is_some());
+    // Its lease goes on under the same node in the first term that it can lead there, and under nobody else.
+    let tenure = |term| crate::lease::Tenure { node: ME, term };
+    assert!(right.lease().serves(tenure(FIRST_TERM), at(1_400)));
+    assert!(!right.lease().serves(tenure(3), at(1_400)));
+}
+
+#[test]
+fn a_promise_is_never_divided() {
+    let mut split = Split::new();
+    split.prepare(1, write("a", "1"), at(1_100));
+    split.leader.freeze();
+    let command = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
+    assert_eq!(split.leader.change(&split.replica, command.clone(), at(1_200)), Err(Refusal::Committing));
+    let entry = Entry { term: 1, closed: at(1_200).earliest, command };
+    let (mut batch, mut half) = (Batch::default(), Batch::default());
+    assert!(split.replica.divide(&entry, 1, &mut batch, &mut half).unwrap().is_none());
+}
+
+#[test]
+fn who_lets_go_of_its_lease_leaves_no_gap_and_no_overlap() {
+    let mut split = Split::new();
+    let last = split.commit(1, "a", "1", at(1_100));
+    split.leader.freeze();
+    let entry = split.leader.change(&split.replica, Command::Yield, at(1_200)).unwrap();
+    split.log(entry);
+    let now = at(1_210);
+    assert!(!split.replica.lease().serves(split.leader.tenure(), now));
+    split.lead(2, now);
+    assert!(split.replica.lease().serves(split.leader.tenure(), now));
+    let again = split.commit(2, "a", "2", now);
+    assert!(again > last);
 }

@@ -102,8 +102,7 @@ pub(crate) fn raft_snapshot(
     term: u64,
     conf: eraftpb::ConfState,
 ) -> eraftpb::Snapshot {
-    let mut snapshot = eraftpb::Snapshot::default();
-    snapshot.data = image;
+    let mut snapshot = eraftpb::Snapshot { data: image, ..Default::default() };
     let metadata = snapshot.mut_metadata();
     (metadata.index, metadata.term) = (index, term);
     metadata.set_conf_state(conf);
@@ -181,13 +180,14 @@ impl From<&eraftpb::ConfState> for pb::Conf {
 
 pub(super) fn conf(wire: Option<pb::Conf>) -> eraftpb::ConfState {
     let wire = wire.unwrap_or_default();
-    let mut conf = eraftpb::ConfState::default();
-    conf.voters = wire.voters;
-    conf.learners = wire.learners;
-    conf.voters_outgoing = wire.voters_outgoing;
-    conf.learners_next = wire.learners_next;
-    conf.auto_leave = wire.auto_leave;
-    conf
+    eraftpb::ConfState {
+        voters: wire.voters,
+        learners: wire.learners,
+        voters_outgoing: wire.voters_outgoing,
+        learners_next: wire.learners_next,
+        auto_leave: wire.auto_leave,
+        ..Default::default()
+    }
 }
 
 #[cfg(test)]

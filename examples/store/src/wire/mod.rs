@@ -400,6 +400,7 @@ impl TryFrom<pb::RaftEntry> for eraftpb::Entry {
 mod tests {
     use std::cmp::Reverse;
 
+    use bytes::Bytes;
     use proptest::prelude::*;
 
     use super::*;

@@ -199,6 +199,16 @@ pub(crate) struct World {
     network: BTreeMap<(u64, u64), Letter>,
     letters: u64,
     tokens: u64,
+    /// What was asked for under which token.
+    changes: BTreeMap<u64, Change>,
+}
+
+#[derive(Clone, Copy)]
+enum Change {
+    Split,
+    Merge,
+    Move,
+    Lead,
 }
 
 /// What happened in a run, for the test to say that it tested something.
@@ -269,6 +279,7 @@ impl World {
             network: BTreeMap::new(),
             letters: 0,
             tokens: 0,
+            changes: BTreeMap::new(),
         }
     }
 
@@ -419,7 +430,14 @@ impl World {
             }
             _ => Request::Lead { split, node: voters[self.rng.below(voters.len() as u64) as usize] },
         };
-        self.ask(at, request);
+        let counted = match &request {
+            Request::Merge { .. } => Change::Merge,
+            Request::Move { .. } => Change::Move,
+            Request::Lead { .. } => Change::Lead,
+            _ => Change::Split,
+        };
+        let token = self.ask(at, request);
+        self.changes.insert(token, counted);
     }
 
     /// The disk of machine `at` is another, and so is its node.
@@ -460,7 +478,7 @@ impl World {
         while let Some(first) = self.network.first_entry().filter(|first| first.key().0 <= truth) {
             match first.remove() {
                 Letter::Tell { token, answer } => {
-                    self.note(&answer);
+                    self.note(token, &answer);
                     self.told.insert(token, answer);
                 }
                 Letter::Ask { to, token, request } => {
@@ -488,10 +506,14 @@ impl World {
         }
     }
 
-    fn note(&mut self, answer: &Result<Answer, Refused>) {
-        if let Ok(Answer::Split { .. }) = answer {
-            self.counts.splits += 1;
-        }
+    fn note(&mut self, token: u64, answer: &Result<Answer, Refused>) {
+        let Some(change) = self.changes.remove(&token).filter(|_| answer.is_ok()) else { return };
+        *match change {
+            Change::Split => &mut self.counts.splits,
+            Change::Merge => &mut self.counts.merges,
+            Change::Move => &mut self.counts.moves,
+            Change::Lead => &mut self.counts.leads,
+        } += 1;
     }
 
     fn turn(&mut self, at: usize) {

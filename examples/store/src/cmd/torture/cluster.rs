@@ -241,10 +241,11 @@ impl Cluster {
         self.places().into_iter().map(|place| place.address.to_string()).collect()
     }
 
-    /// Where those can be asked that were started.
-    pub(crate) fn started(&self) -> Vec<String> {
-        let running = |node: &&Mutex<Node>| lock(node).child.is_some();
-        self.nodes.iter().filter(running).map(|node| lock(node).place.address.to_string()).collect()
+    /// Where those can be asked that are there by now, dead or alive.
+    pub(crate) fn present(&self) -> Vec<String> {
+        let joined = self.joined.load(Ordering::Relaxed);
+        let present = self.places().into_iter().filter(|place| place.first || joined);
+        present.map(|place| place.address.to_string()).collect()
     }
 
     fn node(&self, id: u64) -> anyhow::Result<MutexGuard<'_, Node>> {

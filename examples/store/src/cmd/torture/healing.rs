@@ -15,19 +15,24 @@ const CALM: Duration = Duration::from_secs(3);
 /// How long clients and hands have to come to their end. A call takes ten seconds, a transaction several calls.
 const END: Duration = Duration::from_secs(120);
 
-/// Waits until every node answers that was started.
+/// Waits until every node answers.
 ///
 /// # Errors
 ///
-/// When one does not within a minute, or dies.
-pub(crate) async fn wait_until_all_serve(session: &Session, cluster: &Cluster) -> anyhow::Result<()> {
+/// When one does not within a minute, or dies while nobody is there to start it again.
+pub(crate) async fn wait_until_all_serve(
+    session: &Session,
+    cluster: &Cluster,
+    watched: bool,
+) -> anyhow::Result<()> {
     let began = Instant::now();
-    for address in cluster.started() {
+    for address in cluster.present() {
         while let Err(error) = session.client().status(&address).await {
             if began.elapsed() > SERVE {
                 return Err(error).with_context(|| format!("the node at {address} does not serve"));
             }
-            if let Some(death) = cluster.deaths().first() {
+            let death = if watched { None } else { cluster.deaths().into_iter().next() };
+            if let Some(death) = death {
                 bail!("node {} died at once: {}", death.node, death.why);
             }
             sleep(Duration::from_millis(100)).await;
@@ -47,7 +52,7 @@ pub(crate) async fn heal(
     cluster: &Cluster,
     clients: &mut JoinSet<()>,
 ) -> anyhow::Result<()> {
-    let served = wait_until_all_serve(session, cluster).await;
+    let served = wait_until_all_serve(session, cluster, true).await;
     let before = shared.acknowledged();
     let began = Instant::now();
     while shared.acknowledged() == before && began.elapsed() < SERVE {
@@ -87,7 +92,7 @@ async fn agree(session: &Session, cluster: &Cluster) -> anyhow::Result<()> {
 /// What nodes do not agree on.
 async fn apart(session: &Session, cluster: &Cluster) -> anyhow::Result<Option<String>> {
     let splits = session.client().splits().await?.splits;
-    for address in cluster.started() {
+    for address in cluster.present() {
         let status = session.client().status(&address).await?;
         let told = splits.iter().filter(|split| split.nodes.contains(&status.node)).count();
         if usize::try_from(status.splits).ok() != Some(told) {

@@ -155,9 +155,15 @@ impl Nemesis {
         }
         let (this, random) = (Arc::clone(self), Random::new(seed, 20));
         hands.spawn(async move { this.hand(random, LIGHT_REST, |fault| !fault.is_held()).await });
-        let this = Arc::clone(self);
-        hands.spawn(async move { this.watch().await });
         hands
+    }
+
+    /// Starts nodes that die by themselves, for as long as the task lives: a disk that was full is one until it is freed.
+    pub(crate) fn keep_watch(self: &Arc<Self>) -> JoinSet<()> {
+        let mut watch = JoinSet::new();
+        let this = Arc::clone(self);
+        watch.spawn(async move { this.watch().await });
+        watch
     }
 
     /// The hands are to heal what they hold and to stop.
@@ -302,7 +308,7 @@ impl Nemesis {
 
     /// Starts nodes that died by themselves.
     async fn watch(&self) {
-        while !self.stopped() {
+        loop {
             for death in self.targets.cluster.deaths() {
                 self.bury(death.node, &death.why);
                 sleep(DEAD_FOR).await;

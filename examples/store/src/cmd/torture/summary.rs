@@ -70,7 +70,7 @@ impl Summary {
             });
         }
         let mut splits = Vec::new();
-        for address in cluster.started() {
+        for address in cluster.present() {
             splits.push(format!("as {address} knows them:\n{}", known_splits(&address).await));
         }
         let deeds = nemesis.deeds();

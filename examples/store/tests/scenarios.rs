@@ -1,0 +1,622 @@
+//! What broke real systems, each once, with whole nodes on real logs and a network that does as it is told.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests are tests"
+)]
+
+use std::{cmp::Reverse, collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use store::{
+    engine::Memory,
+    keys::{Key, Range},
+    lease::{LEASE, NodeId},
+    locks::Age,
+    mvcc::Mutation,
+    node::{Answer, Balance, Config, Found, Held, Moment, Node, Outlet, Refused, Request},
+    truetime::{Interval, Manual, Timestamp, TrueTime as _},
+    txn::{Attempt, SplitId, TxnId},
+    wal::Directory,
+    wire::{PeerMessage, decode_peer},
+};
+use tempfile::TempDir;
+
+const EPSILON: Duration = Duration::from_millis(2);
+const STEP: Duration = Duration::from_millis(1);
+const TICK_STEPS: u64 = 10;
+/// Many times what an election and a lease that runs out take.
+const STEPS_MAX: u64 = 30_000;
+const NODES: usize = 4;
+
+type Heard = Result<Answer, Refused>;
+type Loss = Box<dyn Fn(usize, usize, &PeerMessage) -> bool>;
+
+struct Machine {
+    node: Option<Node<Directory>>,
+    rows: Memory,
+    clock: Manual,
+    paused: bool,
+}
+
+struct Cluster {
+    home: TempDir,
+    machines: Vec<Machine>,
+    steps: u64,
+    tokens: u64,
+    answers: BTreeMap<u64, Heard>,
+    /// From, to, message: whether it is lost.
+    loses: Loss,
+}
+
+struct Post {
+    sent: Vec<(NodeId, Vec<u8>)>,
+    answers: Vec<(u64, Heard)>,
+}
+
+impl Outlet for Post {
+    fn send(&mut self, to: NodeId, message: Vec<u8>) {
+        self.sent.push((to, message));
+    }
+    fn answer(&mut self, token: u64, answer: Heard) {
+        self.answers.push((token, answer));
+    }
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let machine = |_| Machine {
+            node: None,
+            rows: Memory::default(),
+            clock: Manual::new(Timestamp(1_000_000_000_000), EPSILON),
+            paused: false,
+        };
+        let mut cluster = Self {
+            home,
+            machines: (0..NODES).map(machine).collect(),
+            steps: 0,
+            tokens: 0,
+            answers: BTreeMap::new(),
+            loses: Box::new(|_, _, _| false),
+        };
+        (0..NODES).for_each(|at| cluster.open(at));
+        cluster.until("somebody leads", |cluster| cluster.leading("a").is_some());
+        // Until all have heard of each other.
+        cluster.run(Duration::from_secs(1));
+        cluster
+    }
+
+    fn open(&mut self, at: usize) {
+        let me = at as u64 + 1;
+        let first = if me <= 3 { (1..=3).map(NodeId).collect() } else { vec![] };
+        let mut config = Config::new(NodeId(me), first, me);
+        config.balance = Balance::OFF;
+        let disk = Directory::new(&self.home.path().join(me.to_string())).unwrap();
+        let mut node = Node::open(config, disk, Arc::new(self.machines[at].rows.clone())).unwrap();
+        (1..=NODES as u64).for_each(|other| node.meet(NodeId(other)));
+        self.machines[at].node = Some(node);
+    }
+
+    /// `kill -9`: what was written is there, what the engine was not asked to sync may not be.
+    fn kill(&mut self, at: usize) {
+        self.machines[at].node = None;
+        self.machines[at].rows.crash(0);
+    }
+
+    fn now(&self, at: usize) -> Interval {
+        self.machines[at].clock.now().unwrap()
+    }
+
+    fn step(&mut self) {
+        self.steps += 1;
+        for at in 0..NODES {
+            self.machines[at].clock.advance(STEP);
+            let now = self.now(at);
+            let machine = &mut self.machines[at];
+            let ticks = !machine.paused && self.steps % TICK_STEPS == at as u64;
+            if let Some(node) = machine.node.as_mut().filter(|_| ticks) {
+                node.tick(now);
+            }
+        }
+        while self.exchange() {}
+    }
+
+    /// One turn of every node, and what they said. False when nobody said anything.
+    fn exchange(&mut self) -> bool {
+        let mut said = vec![];
+        for at in 0..NODES {
+            let now = self.now(at);
+            let machine = &mut self.machines[at];
+            let Some(node) = machine.node.as_mut().filter(|_| !machine.paused) else { continue };
+            let mut post = Post { sent: vec![], answers: vec![] };
+            node.turn(&|| now, &mut post).unwrap();
+            said.extend(post.sent.into_iter().map(|(to, message)| (at, to.0 as usize - 1, message)));
+            self.answers.extend(post.answers);
+        }
+        let quiet = said.is_empty();
+        for (from, to, message) in said {
+            let read = decode_peer(Bytes::from(message.clone())).unwrap();
+            if (self.loses)(from, to, &read) {
+                continue;
+            }
+            let now = self.now(to);
+            let machine = &mut self.machines[to];
+            if let Some(node) = machine.node.as_mut().filter(|_| !machine.paused) {
+                node.message(NodeId(from as u64 + 1), &message, now);
+            }
+        }
+        !quiet
+    }
+
+    #[track_caller]
+    fn until(&mut self, what: &str, mut reached: impl FnMut(&mut Self) -> bool) {
+        for _ in 0..STEPS_MAX {
+            self.step();
+            if reached(self) {
+                return;
+            }
+        }
+        panic!("it never came to that {what}");
+    }
+
+    fn run(&mut self, time: Duration) {
+        (0..time.as_millis()).for_each(|_| self.step());
+    }
+
+    /// The machine that leads and serves the split of `row`.
+    fn leading(&self, row: &str) -> Option<usize> {
+        let key = key(row);
+        (0..NODES).find(|at| {
+            let now = self.now(*at);
+            let groups = self.machines[*at].node.as_ref().filter(|_| !self.machines[*at].paused);
+            groups.is_some_and(|node| {
+                node.groups().iter().any(|(_, group)| {
+                    let me = store::lease::Tenure { node: NodeId(*at as u64 + 1), term: group.term() };
+                    let replica = group.replica();
+                    replica.range().contains(&key)
+                        && replica.retired().is_none()
+                        && replica.lease().serves(me, now)
+                })
+            })
+        })
+    }
+
+    fn split_of(&self, row: &str) -> SplitId {
+        let at = self.leading(row).unwrap();
+        let groups = self.machines[at].node.as_ref().unwrap().groups();
+        groups.iter().find(|(_, group)| group.replica().range().contains(&key(row))).unwrap().0
+    }
+
+    fn ask(&mut self, at: usize, request: Request) -> u64 {
+        self.tokens += 1;
+        let now = self.now(at);
+        self.machines[at].node.as_mut().unwrap().request(self.tokens, request, now);
+        self.tokens
+    }
+
+    #[track_caller]
+    fn hear(&mut self, token: u64) -> Heard {
+        self.until("an answer comes", |cluster| cluster.answers.contains_key(&token));
+        self.answers.remove(&token).unwrap()
+    }
+
+    fn asked(&mut self, at: usize, request: Request) -> Heard {
+        let token = self.ask(at, request);
+        self.hear(token)
+    }
+
+    /// To whoever leads the split of `row`, again as long as that is all that is wrong.
+    #[track_caller]
+    fn led(&mut self, row: &str, request: Request) -> Heard {
+        for _ in 0..100 {
+            self.until("somebody leads", |cluster| cluster.leading(row).is_some());
+            let at = self.leading(row).unwrap();
+            match self.asked(at, request.clone()) {
+                Err(Refused::NotLeader { .. } | Refused::NotHere { .. } | Refused::Busy(_)) => {
+                    self.run(Duration::from_millis(50));
+                }
+                heard => return heard,
+            }
+        }
+        panic!("never an answer to {request:?}");
+    }
+
+    fn attempt(&self, number: u64) -> Attempt {
+        let started = self.now(0).latest;
+        let age = Age { first: Timestamp(number), client: number, attempt: Reverse(0) };
+        Attempt { txn: TxnId { started, random: number }, age }
+    }
+
+    #[track_caller]
+    fn read(&mut self, attempt: Attempt, held: &mut Vec<Held>, row: &str) -> Option<String> {
+        let request = Request::Read { attempt, held: held.clone(), keys: vec![key(row)] };
+        match self.led(row, request) {
+            Ok(Answer::Rows { rows, held: now, .. }) => {
+                *held = now;
+                value(&rows[0])
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn commit(
+        &mut self,
+        attempt: Attempt,
+        held: &[Held],
+        writes: &[(&str, &str)],
+    ) -> Result<Timestamp, Refused> {
+        match self.led(writes[0].0, commit(attempt, held, writes))? {
+            Answer::Committed { at } => Ok(at),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn write(&mut self, number: u64, row: &str, value: &str) -> Timestamp {
+        let attempt = self.attempt(number);
+        self.commit(attempt, &[], &[(row, value)]).unwrap()
+    }
+
+    #[track_caller]
+    fn snapshot(&mut self, at: usize, row: &str, moment: Moment) -> Result<Option<String>, Refused> {
+        match self.asked(at, Request::SnapshotRead { keys: vec![key(row)], moment })? {
+            Answer::Rows { rows, .. } => Ok(value(&rows[0])),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Cuts the split of `row` there, and waits until the right half is led.
+    #[track_caller]
+    fn cut(&mut self, row: &str) -> SplitId {
+        let split = self.split_of(row);
+        let request = Request::Split { split, at: Some(key(row)) };
+        let Ok(Answer::Split { right }) = self.led(row, request) else { panic!("not split") };
+        self.until("the right half is led", |cluster| {
+            cluster.leading(row).is_some() && cluster.split_of(row) == right
+        });
+        self.run(Duration::from_millis(500));
+        right
+    }
+
+    fn in_doubt(&self) -> usize {
+        let nodes = self.machines.iter().filter_map(|machine| machine.node.as_ref());
+        nodes.flat_map(|node| node.groups().iter()).map(|(_, group)| group.replica().in_doubt().count()).sum()
+    }
+}
+
+fn key(row: &str) -> Key {
+    Key::new("acct", row.as_bytes()).unwrap()
+}
+
+fn value(found: &Found) -> Option<String> {
+    found.value.as_ref().map(|value| String::from_utf8(value.to_vec()).unwrap())
+}
+
+fn commit(attempt: Attempt, held: &[Held], writes: &[(&str, &str)]) -> Request {
+    let write = |(row, value): &(&str, &str)| Mutation {
+        key: key(row),
+        value: Some(Bytes::copy_from_slice(value.as_bytes())),
+    };
+    Request::Commit { attempt, held: held.to_vec(), writes: writes.iter().map(write).collect() }
+}
+
+fn cut_off(at: usize) -> Loss {
+    Box::new(move |from, to, _| from == at || to == at)
+}
+
+#[test]
+fn what_was_committed_is_there_after_all_nodes_were_killed() {
+    let mut cluster = Cluster::start();
+    let at = cluster.write(1, "a", "one");
+    (0..NODES).for_each(|at| cluster.kill(at));
+    (0..NODES).for_each(|at| cluster.open(at));
+    cluster.until("somebody leads", |cluster| cluster.leading("a").is_some());
+    let leader = cluster.leading("a").unwrap();
+    assert_eq!(cluster.snapshot(leader, "a", Moment::Now), Ok(Some("one".into())));
+    assert_eq!(cluster.snapshot(leader, "a", Moment::Exactly(at.before())), Ok(None));
+    assert!(cluster.write(2, "a", "two") > at);
+}
+
+#[test]
+fn a_stale_read_after_a_change_of_leader_does_not_happen() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "one");
+    let old = cluster.leading("a").unwrap();
+    // It is cut off, and does not know it yet.
+    cluster.loses = cut_off(old);
+    cluster.until("another one leads", |cluster| cluster.leading("a").is_some_and(|at| at != old));
+    cluster.write(2, "a", "two");
+    // Asked after that, it must not show what it has.
+    let heard = cluster.snapshot(old, "a", Moment::Now);
+    assert!(matches!(heard, Err(Refused::TooStale { .. })), "{heard:?}");
+    let attempt = cluster.attempt(3);
+    let read = cluster.asked(old, Request::Read { attempt, held: vec![], keys: vec![key("a")] });
+    assert!(matches!(read, Err(Refused::NotLeader { .. })), "{read:?}");
+    cluster.loses = Box::new(|_, _, _| false);
+    cluster
+        .until("it has heard", |cluster| cluster.snapshot(old, "a", Moment::Now) == Ok(Some("two".into())));
+}
+
+#[test]
+fn a_leader_that_was_paused_for_longer_than_its_lease_says_nothing() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "one");
+    let old = cluster.leading("a").unwrap();
+    let attempt = cluster.attempt(2);
+    cluster.machines[old].paused = true;
+    // It was asked in the moment that it stopped.
+    let read = cluster.ask(old, Request::Read { attempt, held: vec![], keys: vec![key("a")] });
+    cluster.run(2 * LEASE);
+    cluster.until("another one leads", |cluster| cluster.leading("a").is_some());
+    cluster.write(3, "a", "two");
+    let write = cluster.ask(old, commit(cluster.attempt(4), &[], &[("a", "three")]));
+    cluster.machines[old].paused = false;
+    // What it had locked before is no answer to a client that asks again.
+    if let Ok(Answer::Rows { rows, held, .. }) = cluster.hear(read) {
+        assert_eq!(value(&rows[0]).as_deref(), Some("one"), "it answered in its own time");
+        let ended = cluster.commit(attempt, &held, &[("a", "of what it read")]);
+        assert_eq!(ended, Err(Refused::Aborted));
+    }
+    assert!(cluster.hear(write).is_err());
+    let leader = cluster.leading("a").unwrap();
+    assert_eq!(cluster.snapshot(leader, "a", Moment::Now), Ok(Some("two".into())));
+}
+
+#[test]
+fn write_skew_through_a_range_does_not_happen() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "on/alice", "yes");
+    cluster.write(2, "on/bob", "yes");
+    let range = Range::rows("acct", b"on/", b"on0").unwrap();
+    let scan = |attempt, held: &[Held]| Request::Scan {
+        attempt,
+        held: held.to_vec(),
+        range: range.clone(),
+        limit: 10,
+    };
+    // Each sees two on call, and wants to go.
+    let (one, two) = (cluster.attempt(10), cluster.attempt(11));
+    let mut held = vec![];
+    for attempt in [one, two] {
+        let Ok(Answer::Scanned { rows, held: now, .. }) = cluster.led("on/", scan(attempt, &[])) else {
+            panic!("not scanned")
+        };
+        assert_eq!(rows.len(), 2);
+        held.push(now);
+    }
+    let leader = cluster.leading("on/").unwrap();
+    // The younger one waits for the older one's range, the older one ends the younger one.
+    let younger = cluster.ask(leader, commit(two, &held[1], &[("on/bob", "no")]));
+    let older = cluster.commit(one, &held[0], &[("on/alice", "no")]);
+    assert!(older.is_ok(), "{older:?}");
+    assert_eq!(cluster.hear(younger).unwrap_err(), Refused::Aborted);
+}
+
+#[test]
+fn a_commit_that_is_sent_again_happens_once() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "1");
+    let attempt = cluster.attempt(2);
+    let first = cluster.commit(attempt, &[], &[("a", "2")]).unwrap();
+    cluster.write(3, "a", "3");
+    // To the same leader, and to the next.
+    assert_eq!(cluster.commit(attempt, &[], &[("a", "2")]), Ok(first));
+    let leader = cluster.leading("a").unwrap();
+    cluster.kill(leader);
+    cluster.until("another one leads", |cluster| cluster.leading("a").is_some());
+    assert_eq!(cluster.commit(attempt, &[], &[("a", "2")]), Ok(first));
+    let leader = cluster.leading("a").unwrap();
+    assert_eq!(cluster.snapshot(leader, "a", Moment::Now), Ok(Some("3".into())));
+}
+
+#[test]
+fn a_transaction_in_doubt_ends_when_its_coordinator_is_lost() {
+    for logged in [false, true] {
+        let mut cluster = Cluster::start();
+        cluster.cut("m");
+        // The left half coordinates: it hears no vote, or nobody hears what it decided.
+        cluster.loses = Box::new(move |from, to, message| match message {
+            PeerMessage::Vote { .. } => !logged && from != to,
+            PeerMessage::Decided { .. } | PeerMessage::Ask { .. } => logged,
+            _ => false,
+        });
+        // Votes within a machine are not sent: the halves are led by two.
+        let left = cluster.leading("a").unwrap();
+        let other = (0..3).find(|at| *at != left).unwrap();
+        let (right, node) = (cluster.split_of("m"), NodeId(other as u64 + 1));
+        assert!(cluster.led("m", Request::Lead { split: right, node }).is_ok());
+        cluster.until("another one leads the right half", |cluster| cluster.leading("m") == Some(other));
+        cluster.run(Duration::from_millis(500));
+        let attempt = cluster.attempt(1);
+        let token = cluster.ask(left, commit(attempt, &[], &[("a", "1"), ("m", "1")]));
+        cluster.until("it is promised", |cluster| cluster.in_doubt() > 0);
+        if logged {
+            assert!(cluster.hear(token).is_ok());
+            assert!(cluster.in_doubt() > 0, "nobody has heard");
+        }
+        cluster.kill(left);
+        cluster.loses = Box::new(|_, _, _| false);
+        cluster.until("nothing is in doubt", |cluster| {
+            cluster.leading("a").is_some() && cluster.leading("m").is_some() && cluster.in_doubt() == 0
+        });
+        let expected = logged.then(|| "1".to_owned());
+        for row in ["a", "m"] {
+            let leader = cluster.leading(row).unwrap();
+            assert_eq!(cluster.snapshot(leader, row, Moment::Now), Ok(expected.clone()), "{row}");
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_at_a_moment_that_is_still_being_prepared_waits() {
+    let mut cluster = Cluster::start();
+    cluster.cut("m");
+    let left = cluster.leading("a").unwrap();
+    let other = (0..3).find(|at| *at != left).unwrap();
+    let (right, node) = (cluster.split_of("m"), NodeId(other as u64 + 1));
+    assert!(cluster.led("m", Request::Lead { split: right, node }).is_ok());
+    cluster.until("another one leads the right half", |cluster| cluster.leading("m") == Some(other));
+    cluster.run(Duration::from_millis(500));
+    cluster.loses = Box::new(|_, _, message| matches!(message, PeerMessage::Vote { .. }));
+    let attempt = cluster.attempt(1);
+    let token = cluster.ask(left, commit(attempt, &[], &[("a", "1"), ("m", "1")]));
+    cluster.until("it is promised", |cluster| cluster.in_doubt() > 0);
+    let moment = Moment::Exactly(cluster.now(other).latest);
+    let early = cluster.ask(other, Request::SnapshotRead { keys: vec![key("m")], moment });
+    let elsewhere = cluster.ask(other, Request::SnapshotRead { keys: vec![key("n")], moment });
+    assert!(cluster.hear(elsewhere).is_ok(), "what is not promised is not waited for");
+    assert!(!cluster.answers.contains_key(&early));
+    cluster.loses = Box::new(|_, _, _| false);
+    let Ok(Answer::Committed { at }) = cluster.hear(token) else { panic!("not committed") };
+    let Ok(Answer::Rows { rows, .. }) = cluster.hear(early) else { panic!("not shown") };
+    let Moment::Exactly(asked) = moment else { panic!() };
+    assert_eq!(value(&rows[0]).is_some(), at <= asked);
+}
+
+#[test]
+fn a_clock_that_jumps_on_the_leader_within_its_bound_changes_nothing() {
+    let mut cluster = Cluster::start();
+    let leader = cluster.leading("a").unwrap();
+    let mut last = cluster.write(1, "a", "0");
+    for number in 2..20 {
+        // As far as it vouches for, this way and that.
+        let clock = &cluster.machines[leader].clock;
+        let now = clock.now().unwrap().earliest.plus(EPSILON);
+        clock.set(if number % 2 == 0 { now.plus(EPSILON) } else { now.minus(EPSILON) });
+        let at = cluster.write(number, "a", &number.to_string());
+        assert!(at > last, "{at} after {last}");
+        let other = (leader + 1) % 3;
+        assert_eq!(cluster.snapshot(other, "a", Moment::Now), Ok(Some(number.to_string())));
+        last = at;
+    }
+}
+
+#[test]
+fn a_torn_last_record_is_what_was_never_acknowledged() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "one");
+    let follower = (cluster.leading("a").unwrap() + 1) % 3;
+    cluster.kill(follower);
+    let directory = cluster.home.path().join((follower + 1).to_string());
+    let log = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    let mut bytes = std::fs::read(&log).unwrap();
+    // Half a record of what it was about to write.
+    bytes.extend([200, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7]);
+    std::fs::write(&log, &bytes).unwrap();
+    cluster.write(2, "a", "two");
+    cluster.open(follower);
+    cluster.until("it has caught up", |cluster| {
+        cluster.snapshot(follower, "a", Moment::Now) == Ok(Some("two".into()))
+    });
+}
+
+#[test]
+fn a_split_during_a_prepared_transaction_waits_for_its_end() {
+    let mut cluster = Cluster::start();
+    cluster.cut("m");
+    let left = cluster.leading("a").unwrap();
+    let other = (0..3).find(|at| *at != left).unwrap();
+    let (right, node) = (cluster.split_of("m"), NodeId(other as u64 + 1));
+    assert!(cluster.led("m", Request::Lead { split: right, node }).is_ok());
+    cluster.until("another one leads the right half", |cluster| cluster.leading("m") == Some(other));
+    cluster.run(Duration::from_millis(500));
+    cluster.loses = Box::new(|_, _, message| matches!(message, PeerMessage::Vote { .. }));
+    let attempt = cluster.attempt(1);
+    let token = cluster.ask(left, commit(attempt, &[], &[("a", "1"), ("m", "1"), ("z", "1")]));
+    cluster.until("it is promised", |cluster| cluster.in_doubt() > 0);
+    let split = cluster.ask(other, Request::Split { split: right, at: Some(key("p")) });
+    cluster.run(Duration::from_millis(200));
+    assert!(!cluster.answers.contains_key(&split), "a promise was divided");
+    cluster.loses = Box::new(|_, _, _| false);
+    assert!(cluster.hear(token).is_ok());
+    assert!(matches!(cluster.hear(split), Ok(Answer::Split { .. })));
+    for row in ["a", "m", "z"] {
+        cluster.until("it is led", |cluster| cluster.leading(row).is_some());
+        let leader = cluster.leading(row).unwrap();
+        assert_eq!(cluster.snapshot(leader, row, Moment::Now), Ok(Some("1".into())), "{row}");
+    }
+    assert_ne!(cluster.split_of("m"), cluster.split_of("z"));
+}
+
+#[test]
+fn a_change_of_members_during_a_partition_loses_nothing() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "one");
+    let leader = cluster.leading("a").unwrap();
+    let away = (0..3).find(|at| *at != leader).unwrap();
+    // The one to leave is cut off, and hears nothing of it.
+    cluster.loses = cut_off(away);
+    let split = cluster.split_of("a");
+    let moved = Request::Move { split, from: NodeId(away as u64 + 1), to: NodeId(4) };
+    let moved = cluster.led("a", moved);
+    assert!(moved.is_ok(), "{moved:?}");
+    cluster.write(2, "a", "two");
+    cluster.loses = Box::new(|_, _, _| false);
+    cluster.until("it has left", |cluster| {
+        cluster.machines[away].node.as_ref().unwrap().groups().get(split).is_none()
+    });
+    // The one that came has a vote: without the other one there is still a majority.
+    let leader = cluster.leading("a").unwrap();
+    let third = (0..3).find(|at| *at != leader && *at != away);
+    if let Some(third) = third {
+        cluster.kill(third);
+    }
+    assert!(cluster.write(3, "a", "three") > Timestamp::ZERO);
+}
+
+#[test]
+fn halves_become_one_again_and_remember_how_commits_ended() {
+    let mut cluster = Cluster::start();
+    let right = cluster.cut("m");
+    cluster.write(1, "a", "left");
+    let attempt = cluster.attempt(2);
+    let at = cluster.commit(attempt, &[], &[("z", "right")]).unwrap();
+    let left = cluster.split_of("a");
+    assert!(cluster.led("a", Request::Merge { split: left }).is_ok());
+    assert_eq!(cluster.split_of("z"), left);
+    assert_eq!(cluster.commit(attempt, &[], &[("z", "again")]), Ok(at));
+    let leader = cluster.leading("z").unwrap();
+    assert_eq!(cluster.snapshot(leader, "z", Moment::Now), Ok(Some("right".into())));
+    cluster.until("nobody has the right half", |cluster| {
+        let nodes = cluster.machines.iter().filter_map(|machine| machine.node.as_ref());
+        nodes.into_iter().all(|node| node.groups().get(right).is_none())
+    });
+}
+
+/// An older transaction waits for what a younger one has promised here, and that one waits for it there.
+#[test]
+fn promises_close_no_circle_of_waits() {
+    let mut cluster = Cluster::start();
+    cluster.cut("m");
+    let (older, younger) = (cluster.attempt(1), cluster.attempt(2));
+    let mut held = vec![];
+    assert_eq!(cluster.read(older, &mut held, "a"), None);
+    // The younger one has its promise in the right half, and waits for the older one in the left.
+    let left = cluster.leading("a").unwrap();
+    let waits = cluster.ask(left, commit(younger, &[], &[("a", "2"), ("z", "2")]));
+    cluster.until("it is promised", |cluster| cluster.in_doubt() > 0);
+    let older = cluster.commit(older, &held, &[("a", "1"), ("z", "1")]);
+    assert!(older.is_ok(), "{older:?}");
+    assert_eq!(cluster.hear(waits).unwrap_err(), Refused::Aborted);
+}
+
+#[test]
+fn a_node_that_was_gone_for_long_comes_back_by_a_snapshot() {
+    let mut cluster = Cluster::start();
+    let away = (cluster.leading("a").unwrap() + 1) % 3;
+    cluster.kill(away);
+    for number in 1..1_500 {
+        cluster.write(number, "a", &number.to_string());
+    }
+    // Checkpoints: what it lacks is not in the others' logs any more.
+    cluster.run(Duration::from_secs(12));
+    cluster.open(away);
+    cluster.until("it has caught up", |cluster| {
+        cluster.snapshot(away, "a", Moment::Within(Duration::from_secs(1))) == Ok(Some("1499".into()))
+    });
+}
