@@ -30,7 +30,7 @@ use crate::{
 /// Of one call, all its tries included: a split is without a leader for a few seconds after its leader died.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Of one try. A node waits for less than this before it says that another may know sooner.
-const ATTEMPT: Duration = Duration::from_secs(4);
+const ATTEMPT: Duration = Duration::from_secs(5);
 /// Of one try of what any node answers at once.
 const ATTEMPT_QUICK: Duration = Duration::from_secs(1);
 /// A node that did not answer is passed over for so long by what another can answer as well.
