@@ -30,7 +30,7 @@ use crate::{
 /// Of one call, all its tries included: a split is without a leader for a few seconds after its leader died.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Of one try. A node waits for less than this before it says that another may know sooner.
-const ATTEMPT: Duration = Duration::from_secs(4);
+const ATTEMPT: Duration = Duration::from_secs(5);
 /// Of one try of what any node answers at once.
 const ATTEMPT_QUICK: Duration = Duration::from_secs(1);
 /// A node that did not answer is passed over for so long by what another can answer as well.
@@ -55,7 +55,7 @@ const SPLITS_OTHERS: Duration = Duration::from_millis(50);
 const CONNECT: Duration = Duration::from_secs(1);
 /// A connection is asked whether it is alive so often, and given up when it says nothing for as long: whoever waits for
 /// a lock at a node that has stopped is to ask the next leader, who is there by then.
-const KEEP_ALIVE: Duration = Duration::from_millis(1500);
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// How long to try.
 #[derive(Clone, Copy, Debug)]
@@ -296,7 +296,6 @@ impl Client {
         mut work: impl AsyncFnMut(&mut Txn) -> Result<T, Error>,
     ) -> Result<(T, u64), Error> {
         let deadline = Instant::now() + self.inner.options.transaction_deadline;
-        let mut pace = self.pace_until(deadline);
         let mut retry_of = None;
         let mut attempts = 0;
         loop {
@@ -320,7 +319,8 @@ impl Client {
                 return Err(error);
             }
             retry_of = Some(txn.to_proto().clone());
-            self.sleep(&mut pace).await;
+            // Its age decides who comes through, so that a longer pause each time would only waste it.
+            self.sleep(&mut self.pace_until(deadline)).await;
         }
     }
 

@@ -277,7 +277,13 @@ impl Txn {
             };
             lost |= failed.0.lost;
             let paused = self.client.pause(&mut pace, failed).await;
-            self.note(paused.map_err(|error| if lost { error.unknown() } else { error }))?;
+            self.note(paused.map_err(|error| match error {
+                // Locks of which one is lost are lost for every copy of the request. Without any, a copy that is still
+                // on its way could find nobody in the way any more.
+                Error::Aborted(told) if lost && self.transaction.held.is_empty() => Error::Unknown(told),
+                error if lost => error.unknown(),
+                error => error,
+            }))?;
         }
     }
 

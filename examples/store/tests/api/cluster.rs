@@ -57,6 +57,8 @@ impl Cluster {
             .args(["node", "--id", &number.to_string(), "--nodes", &all.join(",")])
             .arg("--state")
             .arg(self.state(number))
+            // They end with the thread that runs the test, however that ends.
+            .args(["--supervised-by", &std::process::id().to_string()])
             .stdin(Stdio::null())
             .stderr(log);
         if self.epsilon {

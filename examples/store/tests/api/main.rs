@@ -243,6 +243,33 @@ async fn a_node_whose_log_is_gone_does_not_start() {
     assert!(cluster.said(2).contains("empty the data directory"), "{}", cluster.said(2));
 }
 
+/// A node that cannot trust its disk ends, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_log_is_broken_does_not_start() {
+    let mut cluster = Cluster::start(3).await;
+    let client = cluster.client();
+    client.create_table("accounts", ACCOUNTS).await.unwrap();
+    for number in 0..20 {
+        let put = async |txn: &mut Txn| {
+            txn.put(account("alice", number), "x".into());
+            Ok(())
+        };
+        client.transact(put).await.unwrap();
+    }
+    cluster.kill(2);
+    let log = cluster.state(2).join("log");
+    let segment = fs::read_dir(&log).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = fs::read(&segment).unwrap();
+    bytes[20] ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    // The end of the last segment may be torn. Not so that of one before it.
+    fs::write(log.join("00000000ffffffff.wal"), []).unwrap();
+    cluster.start_node(2);
+    assert_eq!(cluster.ends(2).code(), Some(1));
+    let said = cluster.said(2);
+    assert!(said.contains("in doubt") && said.contains("the record at byte"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_wait_for_each_other_before_they_make_a_universe() {
     let mut cluster = Cluster::stopped(3, true);
