@@ -36,6 +36,7 @@ type Heard = Result<Answer, Refused>;
 type Loss = Box<dyn Fn(usize, usize, &PeerMessage) -> bool>;
 
 struct Machine {
+    id: NodeId,
     node: Option<Node<Directory>>,
     rows: Memory,
     clock: Manual,
@@ -50,6 +51,7 @@ struct Cluster {
     answers: BTreeMap<u64, Heard>,
     /// From, to, message: whether it is lost.
     loses: Loss,
+    balance: Balance,
 }
 
 struct Post {
@@ -68,8 +70,13 @@ impl Outlet for Post {
 
 impl Cluster {
     fn start() -> Self {
+        Self::start_with(Balance::OFF)
+    }
+
+    fn start_with(balance: Balance) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let machine = |_| Machine {
+        let machine = |at: usize| Machine {
+            id: NodeId(at as u64 + 1),
             node: None,
             rows: Memory::default(),
             clock: Manual::new(Timestamp(1_000_000_000_000), EPSILON),
@@ -82,6 +89,7 @@ impl Cluster {
             tokens: 0,
             answers: BTreeMap::new(),
             loses: Box::new(|_, _, _| false),
+            balance,
         };
         (0..NODES).for_each(|at| cluster.open(at));
         cluster.until("somebody leads", |cluster| cluster.leading("a").is_some());
@@ -91,10 +99,16 @@ impl Cluster {
     }
 
     fn open(&mut self, at: usize) {
+        let id = self.machines[at].id;
+        self.reopen_as(at, id);
+    }
+
+    fn reopen_as(&mut self, at: usize, id: NodeId) {
         let me = at as u64 + 1;
-        let first = if me <= 3 { (1..=3).map(NodeId).collect() } else { vec![] };
-        let mut config = Config::new(NodeId(me), first, me);
-        config.balance = Balance::OFF;
+        let first = if id.0 <= 3 { (1..=3).map(NodeId).collect() } else { vec![] };
+        self.machines[at].id = id;
+        let mut config = Config::new(id, first, me);
+        config.balance = self.balance;
         let disk = Directory::new(&self.home.path().join(me.to_string())).unwrap();
         let mut node = Node::open(config, disk, Arc::new(self.machines[at].rows.clone())).unwrap();
         (1..=NODES as u64).for_each(|other| node.meet(NodeId(other)));
@@ -134,19 +148,21 @@ impl Cluster {
             let Some(node) = machine.node.as_mut().filter(|_| !machine.paused) else { continue };
             let mut post = Post { sent: vec![], answers: vec![] };
             node.turn(&|| now, &mut post).unwrap();
-            said.extend(post.sent.into_iter().map(|(to, message)| (at, to.0 as usize - 1, message)));
+            said.extend(post.sent.into_iter().map(|(to, message)| (at, to, message)));
             self.answers.extend(post.answers);
         }
         let quiet = said.is_empty();
         for (from, to, message) in said {
+            // Nobody listens under the id of a disk that is gone.
+            let Some(to) = self.machines.iter().position(|machine| machine.id == to) else { continue };
             let read = decode_peer(Bytes::from(message.clone())).unwrap();
             if (self.loses)(from, to, &read) {
                 continue;
             }
-            let now = self.now(to);
+            let (now, sender) = (self.now(to), self.machines[from].id);
             let machine = &mut self.machines[to];
             if let Some(node) = machine.node.as_mut().filter(|_| !machine.paused) {
-                node.message(NodeId(from as u64 + 1), &message, now);
+                node.message(sender, &message, now);
             }
         }
         !quiet
@@ -160,7 +176,21 @@ impl Cluster {
                 return;
             }
         }
-        panic!("it never came to that {what}");
+        panic!("it never came to that {what}:{}", self.tell());
+    }
+
+    /// How everything is, for a person to see what is wrong.
+    fn tell(&self) -> String {
+        let mut told = String::new();
+        for machine in &self.machines {
+            told += &format!("\n  {:?}", machine.id);
+            for (split, group) in machine.node.iter().flat_map(|node| node.groups().iter()) {
+                let (nodes, leader) = (group.nodes(), group.led_by());
+                let (size, range) = (group.replica().size(), group.replica().range());
+                told += &format!("\n    {split:?} led by {leader:?}, {nodes:?}, {size:?}, {range:?}");
+            }
+        }
+        told
     }
 
     fn run(&mut self, time: Duration) {
@@ -175,7 +205,7 @@ impl Cluster {
             let groups = self.machines[*at].node.as_ref().filter(|_| !self.machines[*at].paused);
             groups.is_some_and(|node| {
                 node.groups().iter().any(|(_, group)| {
-                    let me = store::lease::Tenure { node: NodeId(*at as u64 + 1), term: group.term() };
+                    let me = store::lease::Tenure { node: self.machines[*at].id, term: group.term() };
                     let replica = group.replica();
                     replica.range().contains(&key)
                         && replica.retired().is_none()
@@ -189,6 +219,13 @@ impl Cluster {
         let at = self.leading(row).unwrap();
         let groups = self.machines[at].node.as_ref().unwrap().groups();
         groups.iter().find(|(_, group)| group.replica().range().contains(&key(row))).unwrap().0
+    }
+
+    /// The split of `row` as anybody knows it, led or not.
+    fn split_of_any(&self, row: &str) -> SplitId {
+        let nodes = self.machines.iter().filter_map(|machine| machine.node.as_ref());
+        let mut groups = nodes.flat_map(|node| node.groups().iter());
+        groups.find(|(_, group)| group.replica().range().contains(&key(row))).unwrap().0
     }
 
     fn ask(&mut self, at: usize, request: Request) -> u64 {
@@ -618,5 +655,101 @@ fn a_node_that_was_gone_for_long_comes_back_by_a_snapshot() {
     cluster.open(away);
     cluster.until("it has caught up", |cluster| {
         cluster.snapshot(away, "a", Moment::Within(Duration::from_secs(1))) == Ok(Some("1499".into()))
+    });
+}
+
+#[test]
+fn a_split_that_grows_is_cut_and_what_is_idle_becomes_one_again() {
+    let balance = Balance {
+        split_bytes: 4_000,
+        merge_bytes: 100_000,
+        merge_after: Duration::from_secs(20),
+        ..Balance::OFF
+    };
+    let mut cluster = Cluster::start_with(balance);
+    let value = "v".repeat(100);
+    for number in 0..60 {
+        cluster.write(number, &format!("{number:02}"), &value);
+    }
+    cluster.until("it is cut", |cluster| cluster.split_of_any("00") != cluster.split_of_any("59"));
+    // Nobody asks for anything: not even for how the splits are.
+    let splits = |cluster: &Cluster| cluster.machines[0].node.as_ref().unwrap().groups().iter().count();
+    let cut = splits(&cluster);
+    assert!(cut >= 2);
+    cluster.machines.iter_mut().for_each(|machine| machine.paused = false);
+    cluster.balance.split_bytes = u64::MAX;
+    (0..NODES).for_each(|at| cluster.kill(at));
+    (0..NODES).for_each(|at| cluster.open(at));
+    cluster.until("it is one again", |cluster| splits(cluster) == 1);
+    let leader = (0..NODES).find(|at| cluster.leading("33") == Some(*at));
+    if let Some(leader) = leader {
+        assert_eq!(cluster.snapshot(leader, "33", Moment::Now), Ok(Some(value)));
+    }
+}
+
+#[test]
+fn a_split_that_is_asked_for_too_much_is_cut_where_half_of_it_is_asked_for() {
+    let balance = Balance { split_load: 50, ..Balance::OFF };
+    let mut cluster = Cluster::start_with(balance);
+    let leader = cluster.leading("00").unwrap();
+    let mut number = 0;
+    cluster.until("it is cut", |cluster| {
+        if cluster.steps.is_multiple_of(10) {
+            number += 1;
+            let row = format!("{:02}", number % 50);
+            let attempt = cluster.attempt(number);
+            cluster.ask(leader, commit(attempt, &[], &[(&row, "v")]));
+        }
+        cluster.answers.clear();
+        cluster.machines[leader].node.as_ref().unwrap().groups().iter().count() == 2
+    });
+    cluster.until("both halves are led", |cluster| {
+        cluster.leading("00").is_some() && cluster.leading("49").is_some()
+    });
+    assert_ne!(cluster.split_of("00"), cluster.split_of("49"));
+}
+
+#[test]
+fn a_node_that_joins_is_given_replicas_and_splits_to_lead() {
+    let mut cluster = Cluster::start_with(Balance { spread: true, ..Balance::OFF });
+    for row in ["c", "f", "j", "m", "p", "s"] {
+        cluster.until("it is led", |cluster| cluster.leading(row).is_some());
+        cluster.cut(row);
+    }
+    let groups = |cluster: &Cluster, at: usize| {
+        let node = cluster.machines[at].node.as_ref().unwrap();
+        let member = |(_, group): &(SplitId, &store::group::Group)| group.is_filled() && group.is_member();
+        node.groups().iter().filter(member).count()
+    };
+    let leads = |cluster: &Cluster, at: usize| {
+        let node = cluster.machines[at].node.as_ref().unwrap();
+        let me = NodeId(at as u64 + 1);
+        node.groups().iter().filter(|(_, group)| group.led_by() == Some(me)).count()
+    };
+    // One every some seconds, so that what was moved counts before the next is.
+    cluster
+        .until("the one that joined has some", |cluster| groups(cluster, 3) >= 2 && leads(cluster, 3) >= 1);
+}
+
+#[test]
+fn a_node_whose_disk_was_replaced_is_given_its_replicas_again() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "one");
+    let lost = (cluster.leading("a").unwrap() + 1) % 3;
+    cluster.machines[lost].node = None;
+    cluster.machines[lost].rows = Memory::default();
+    std::fs::remove_dir_all(cluster.home.path().join((lost + 1).to_string())).unwrap();
+    // Its number is the same, its id is not: what it promised under the old one it does not know.
+    cluster.reopen_as(lost, NodeId((1 << 16) | (lost as u64 + 1)));
+    cluster.until("it has a vote again", |cluster| {
+        let node = cluster.machines[lost].node.as_ref().unwrap();
+        let groups = node.groups().get(cluster.split_of_any("a"));
+        groups.is_some_and(|group| group.is_filled() && group.nodes().0.contains(&cluster.machines[lost].id))
+    });
+    let old = NodeId(lost as u64 + 1);
+    cluster.until("its old self has none", |cluster| {
+        let split = cluster.split_of_any("a");
+        let nodes = cluster.machines[lost].node.as_ref().unwrap().groups();
+        nodes.get(split).is_some_and(|group| !group.nodes().0.contains(&old))
     });
 }

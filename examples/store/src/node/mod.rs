@@ -143,6 +143,8 @@ pub struct Node<D> {
     routes: Routes,
     random: Random,
     ticks: u64,
+    /// When the last checkpoint was made, in ticks.
+    checkpointed: u64,
     /// When each node was heard last, in ticks.
     heard: BTreeMap<NodeId, u64>,
     answers: Vec<(u64, Result<Answer, Refused>)>,
@@ -187,6 +189,7 @@ impl<D: Disk> Node<D> {
             groups,
             routes: Routes::default(),
             ticks: 0,
+            checkpointed: 0,
             heard,
             answers: Vec::new(),
             outbox: Vec::new(),
@@ -294,8 +297,8 @@ impl<D: Disk> Node<D> {
                 break;
             }
         }
-        if self.ticks % CHECKPOINT_TICKS == CHECKPOINT_TICKS - 1 {
-            self.ticks += 1;
+        if self.ticks >= self.checkpointed + CHECKPOINT_TICKS {
+            self.checkpointed = self.ticks;
             self.groups.checkpoint()?;
         }
         self.failed.take().map_or(Ok(()), Err)

@@ -36,6 +36,9 @@ pub(super) struct RollBackArgs {
     json: bool,
 }
 
+/// Control names a commit that it does not take by so many digits.
+const DIGITS_NAMED: usize = 12;
+
 /// Where a commit is.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
@@ -122,7 +125,8 @@ fn status(global: &Global) -> Result<PoliciesStatus, Failure> {
 
 /// What `status` says of a commit.
 fn place(status: &PoliciesStatus, commit: &str) -> Place {
-    if let Some(problem) = status.source_problem.as_ref().filter(|problem| problem.contains(commit)) {
+    let named = commit.get(..DIGITS_NAMED).unwrap_or(commit);
+    if let Some(problem) = status.source_problem.as_ref().filter(|problem| problem.contains(named)) {
         return Place::Refused(problem.clone());
     }
     if let Some(stopped) = status.stopped.as_ref().filter(|stopped| stopped.epoch.commit.starts_with(commit))
@@ -182,6 +186,9 @@ mod tests {
         assert_eq!(place(&status, "bbbbbbb"), Place::Refused("web says no".into()));
         status.source_problem = Some("the commit ccccccccc is not signed".into());
         assert!(matches!(place(&status, "ccccccc"), Place::Refused(why) if why.contains("not signed")));
+        let whole = "cccccccccccccccccccccccccccccccccccccccc";
+        status.source_problem = Some(format!("{}/mesh.cedarschema:1:1: unexpected token", &whole[..12]));
+        assert!(matches!(place(&status, whole), Place::Refused(why) if why.contains("unexpected")));
         let told = Place::Coming("1 of 2 have it".into()).json("aaaaaaa");
         assert_eq!((&told["state"], &told["reason"]), (&"coming".into(), &"1 of 2 have it".into()));
         assert!(check("main").is_err() && check("abc123").is_err() && check("abc1234").is_ok());

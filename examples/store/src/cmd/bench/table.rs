@@ -56,8 +56,11 @@ impl Report {
                 println!("{}", self.line(cell));
             }
         }
+        if !self.hidden_percent.is_empty() {
+            println!("\nof what commits wait for their timestamps to pass, hidden behind replication");
+        }
         for (what, percent) in &self.hidden_percent {
-            println!("\ncommit wait hidden behind replication, {what}: {percent} %");
+            println!("  {what:<30}{percent:>4} %");
         }
         if !self.recoveries.is_empty() {
             println!("\nfrom a leader's death to the next acknowledged write");
