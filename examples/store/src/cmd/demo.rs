@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, IsTerminal as _},
-    net::TcpListener,
+    net::{Ipv4Addr, TcpListener},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
@@ -21,6 +21,9 @@ use super::shell;
 const EPSILON: Duration = Duration::from_millis(1);
 /// More on one machine show nothing more.
 const NODES_MAX: u64 = 9;
+/// Below those that the kernel gives to outgoing connections, one of which could take a node's while it is away.
+const PORT_FIRST: u16 = 10_000;
+const PORTS: u16 = 22_000;
 /// Until every node serves and every split has a leader.
 const START: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
@@ -215,13 +218,14 @@ impl Drop for Nodes {
     }
 }
 
-/// Ports that are free now. Somebody else may take one before the node does, which then says so.
+/// Addresses that nobody has now. Somebody else may take one before the node does, which then says so.
 fn free_addresses(count: u64) -> anyhow::Result<BTreeMap<u64, String>> {
-    let listeners = (1..=count).map(|number| Ok((number, TcpListener::bind("127.0.0.1:0")?)));
-    let listeners: BTreeMap<_, _> = listeners.collect::<io::Result<_>>().context("no free port")?;
-    let address =
-        |(number, listener): (&u64, &TcpListener)| Ok((*number, listener.local_addr()?.to_string()));
-    listeners.iter().map(address).collect::<io::Result<_>>().context("no free port")
+    // Two demos that are started together begin to look at different ones.
+    let begin = u16::try_from(std::process::id() % u32::from(PORTS)).unwrap_or_default();
+    let ports = (0..PORTS).map(|step| PORT_FIRST + (begin + step) % PORTS);
+    let mut free = ports.filter(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
+    let address = |number| Ok((number, format!("127.0.0.1:{}", free.next().context("no free port")?)));
+    (1..=count).map(address).collect()
 }
 
 fn remove_old(path: &Path) -> anyhow::Result<()> {

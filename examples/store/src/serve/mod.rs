@@ -1,5 +1,5 @@
-//! A node on the network: the node itself on a thread ([`core`]), streams to the others ([`peers`]), the contract's
-//! services ([`api`]).
+//! A node on the network: the node itself on a thread ([`core`]), streams to the others (`peers`), the contract's
+//! services (`api`).
 
 mod api;
 pub mod core;

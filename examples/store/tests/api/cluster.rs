@@ -5,6 +5,7 @@ use std::{
     net::TcpListener,
     path::Path,
     process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,11 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_palisade-store");
 /// Bounds a hang, on a machine that does other things too.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
+/// Below those that the kernel gives to outgoing connections.
+const PORT_FIRST: u32 = 10_000;
+const PORTS: u32 = 22_000;
+/// Tests of several processes begin so far apart.
+const PORTS_APART: u32 = 97;
 
 /// A universe, each of whose nodes can be stopped, killed and robbed.
 pub(crate) struct Cluster {
@@ -32,14 +38,17 @@ impl Cluster {
         for number in 1..=count {
             cluster.start_node(number);
         }
+        for number in 1..=count {
+            let address = cluster.address(number).to_owned();
+            cluster.until(async |client| client.status(&address).await.ok()).await;
+        }
         cluster.led().await;
         cluster
     }
 
     /// Nodes that are not there yet.
     pub(crate) fn stopped(count: usize, epsilon: bool) -> Self {
-        let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect();
+        let addresses = (0..count).map(|_| free_address()).collect();
         let nodes = (0..count).map(|_| None).collect();
         Self { home: tempfile::tempdir().unwrap(), addresses, epsilon, nodes }
     }
@@ -104,7 +113,19 @@ impl Cluster {
 
     /// How a node that must not go on ends.
     pub(crate) fn ends(&mut self, number: usize) -> std::process::ExitStatus {
-        self.nodes[number - 1].take().unwrap().wait().unwrap()
+        let mut child = self.nodes[number - 1].take().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match child.try_wait().unwrap() {
+                Some(status) => return status,
+                None if Instant::now() < deadline => std::thread::sleep(POLL),
+                None => {
+                    child.kill().unwrap();
+                    child.wait().unwrap();
+                    panic!("node {number} goes on");
+                }
+            }
+        }
     }
 
     /// When every split has a leader.
@@ -150,6 +171,17 @@ impl Drop for Cluster {
             child.wait().ok();
         }
     }
+}
+
+/// An address that nobody has, and that no outgoing connection takes while a node is away.
+fn free_address() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id().wrapping_mul(PORTS_APART);
+    let ports = std::iter::repeat_with(|| {
+        PORT_FIRST + begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS
+    });
+    let mut addresses = ports.map(|port| format!("127.0.0.1:{port}"));
+    addresses.find(|address| TcpListener::bind(address).is_ok()).unwrap()
 }
 
 /// What a command says that is told `input`.

@@ -288,13 +288,14 @@ async fn nodes_wait_for_each_other_before_they_make_a_universe() {
 async fn without_a_bound_of_the_clocks_error_nothing_begins() {
     let mut cluster = Cluster::stopped(1, false);
     cluster.start_node(1);
-    let client = cluster.client();
-    match client.begin().await {
-        Ok(_) => {}
-        Err(error) => {
-            assert_eq!(error.reason(), Some(Reason::NoClock), "{error}");
-            assert!(cluster.said(1).contains("does nothing until it has"), "{}", cluster.said(1));
-        }
+    let begun = cluster
+        .until(async |client| match client.begin().await {
+            Err(error) if error.reason() != Some(Reason::NoClock) => None,
+            begun => Some(begun),
+        })
+        .await;
+    if begun.is_err() {
+        assert!(cluster.said(1).contains("does nothing until it has"), "{}", cluster.said(1));
     }
 }
 

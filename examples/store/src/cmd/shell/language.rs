@@ -278,9 +278,13 @@ fn usage(name: &str) -> Misread {
 }
 
 fn unknown(name: &str) -> Misread {
-    let near = COMMANDS.iter().map(|(command, ..)| (strsim::damerau_levenshtein(name, command), *command));
+    // Of two as near, the one is meant that begins the same.
+    let near = COMMANDS.iter().map(|(command, ..)| {
+        let begins_otherwise = command.chars().next() != name.chars().next();
+        (strsim::damerau_levenshtein(name, command), begins_otherwise, *command)
+    });
     let hint = match near.min() {
-        Some((distance, command)) if distance <= TYPOS_MAX => format!("did you mean {command}?"),
+        Some((distance, _, command)) if distance <= TYPOS_MAX => format!("did you mean {command}?"),
         _ => "help shows all there are".to_owned(),
     };
     hinted(format!("there is no command {name:?}"), hint)
@@ -347,6 +351,7 @@ mod tests {
     #[test]
     fn what_is_wrong_comes_with_what_is_right() {
         assert_eq!(wrong("scna accounts").1, "did you mean scan?");
+        assert_eq!(wrong("pt accounts a/1 5").1, "did you mean put?");
         assert_eq!(wrong("frobnicate").1, "help shows all there are");
         assert_eq!(wrong("put accounts alice/17 two words").1, "put quotes around it: \"two words\"");
         assert_eq!(wrong("create accounts owner words").1, "text or int");
