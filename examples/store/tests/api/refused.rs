@@ -95,7 +95,6 @@ impl Asked {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "nodes do not collect yet: the tick at which they would is skipped for a checkpoint"]
 async fn a_moment_whose_versions_are_forgotten_is_refused() {
     let cluster = Cluster::start(1).await;
     let client = cluster.client();
