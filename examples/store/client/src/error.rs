@@ -31,8 +31,8 @@ pub enum Error {
     /// The transaction has ended before, without a commit.
     #[error("{0}")]
     Ended(Told),
-    /// A commit was sent and no answer to it came in time: it happened, or will, or never will.
-    #[error("the commit may or may not have happened: {0}")]
+    /// A commit, or a change of a split, was sent and no answer to it came in time: it happened, or will, or never will.
+    #[error("it may or may not have happened: {0}")]
     Unknown(Told),
     /// Nobody could be asked in time.
     #[error("{0}")]
