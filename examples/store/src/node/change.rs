@@ -27,6 +27,10 @@ const STEP_TICKS: u64 = 10;
 const BALANCE_TICKS: u64 = 100;
 /// Looks in a row that must find too many requests.
 const BUSY_LOOKS: u32 = 10;
+/// Leadership that is not handed over by then stays: the split serves nobody meanwhile.
+const LEAD_TICKS: u64 = 100;
+/// Who is to lead was heard within so many ticks: a follower answers heartbeats much more often.
+const NEAR_TICKS: u64 = 30;
 /// A node that was heard within so many ticks is there.
 const HEARD_TICKS: u64 = 300;
 /// Places of requests that are kept, to cut where half of them are on either side.
@@ -162,7 +166,7 @@ impl<D: Disk> Node<D> {
             Some(refused) => self.refuse(token, &refused),
             None if from == self.config.me => {
                 self.refuse(token, &Refused::Busy("another node comes to lead it first"));
-                if let Some(other) = voters.into_iter().find(|node| *node != from && self.is_heard(*node)) {
+                if let Some(other) = voters.into_iter().find(|node| *node != from && self.is_near(*node)) {
                     self.begin_lead(None, split, other, now);
                 }
             }
@@ -173,14 +177,17 @@ impl<D: Disk> Node<D> {
     pub(super) fn begin_lead(&mut self, token: Option<u64>, split: SplitId, node: NodeId, now: Interval) {
         let refused = self.changeable(split, now).err().or_else(|| {
             let voters = self.groups.get(split).map(|group| group.nodes().0).unwrap_or_default();
-            (!voters.contains(&node)).then(|| invalid("the node does not have the split"))
+            if !voters.contains(&node) {
+                return Some(invalid("the node does not have the split"));
+            }
+            (!self.is_near(node)).then(|| invalid("the node to lead is not to be heard"))
         });
         match refused {
             Some(refused) => self.refuse(token, &refused),
             None if node == self.config.me => {
                 self.answers.extend(token.map(|token| (token, Ok(Answer::Done))));
             }
-            None => self.begin(token, split, What::Lead { to: node, proposed: false }, CHANGE_TICKS),
+            None => self.begin(token, split, What::Lead { to: node, proposed: false }, LEAD_TICKS),
         }
     }
 
@@ -509,7 +516,7 @@ impl<D: Disk> Node<D> {
             }
             let other = voters
                 .iter()
-                .filter(|node| **node != me && self.is_heard(**node))
+                .filter(|node| **node != me && self.is_near(**node))
                 .min_by_key(|node| of(&leads, node))
                 .copied();
             if let Some(other) = other
@@ -521,8 +528,17 @@ impl<D: Disk> Node<D> {
     }
 
     fn is_heard(&self, node: NodeId) -> bool {
+        self.is_heard_within(node, HEARD_TICKS)
+    }
+
+    /// A node that died a moment ago is not: a split that is handed to it serves nobody until that is off.
+    fn is_near(&self, node: NodeId) -> bool {
+        self.is_heard_within(node, NEAR_TICKS)
+    }
+
+    fn is_heard_within(&self, node: NodeId, ticks: u64) -> bool {
         node == self.config.me
-            || self.heard.get(&node).is_some_and(|at| *at > 0 && at + HEARD_TICKS >= self.ticks)
+            || self.heard.get(&node).is_some_and(|at| *at > 0 && at + ticks >= self.ticks)
     }
 }
 
