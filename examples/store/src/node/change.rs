@@ -537,8 +537,7 @@ impl<D: Disk> Node<D> {
     }
 
     fn is_heard_within(&self, node: NodeId, ticks: u64) -> bool {
-        node == self.config.me
-            || self.heard.get(&node).is_some_and(|at| *at > 0 && at + ticks >= self.ticks)
+        node == self.config.me || self.heard.get(&node).is_some_and(|at| *at > 0 && at + ticks >= self.ticks)
     }
 }
 
