@@ -591,6 +591,8 @@ impl Group {
             pre_vote: true,
             max_size_per_msg: APPEND_BYTES_MAX,
             max_inflight_msgs: APPENDS_IN_FLIGHT,
+            // What one turn proposes goes to each follower as one message, and comes back as one answer.
+            batch_append: true,
             ..Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
@@ -890,7 +892,7 @@ impl Group {
     }
 
     fn say(&self, messages: Vec<Message>, post: &mut dyn Post) {
-        for message in messages {
+        for message in messages.into_iter().flat_map(pieces) {
             post.post(self.split, NodeId(message.to), wire::encode_message(&message));
         }
     }
@@ -1024,6 +1026,35 @@ impl Group {
         self.raft.mut_store().offer(snapshot);
         Ok(())
     }
+}
+
+/// An append that a turn made larger than [`APPEND_BYTES_MAX`], as several that follow each other.
+fn pieces(mut message: Message) -> Vec<Message> {
+    let bytes: usize = message.entries.iter().map(|entry| entry.data.len()).sum();
+    if message.get_msg_type() != MessageType::MsgAppend || bytes as u64 <= APPEND_BYTES_MAX {
+        return vec![message];
+    }
+    let mut pieces = Vec::new();
+    let mut room = 0;
+    let entries = message.take_entries();
+    for entry in entries {
+        let size = entry.data.len() as u64;
+        match pieces.last_mut().filter(|_| size <= room) {
+            None => {
+                let mut piece = message.clone();
+                (message.index, message.log_term) = (entry.index, entry.term);
+                room = APPEND_BYTES_MAX.saturating_sub(size);
+                piece.entries.push(entry);
+                pieces.push(piece);
+            }
+            Some(piece) => {
+                (message.index, message.log_term) = (entry.index, entry.term);
+                room -= size;
+                piece.entries.push(entry);
+            }
+        }
+    }
+    pieces
 }
 
 /// Whether only a leader says so.

@@ -1,8 +1,11 @@
 //! One log for everything that a node must not forget, whichever split it belongs to: records are gathered, written
 //! and synced together, so that many commits share one `fsync`.
 //!
-//! A record is its length, the CRC-32 of its bytes, and its bytes. What a crash tore off the end of the last segment
-//! was never acknowledged and is cut off; a record that is broken anywhere else means a broken disk, and is an error.
+//! A batch is what was synced together: where it stands in its segment, its length, the CRC-32 of all that, and its
+//! records, each behind its length. A batch that a crash tore at the end of the last segment was never acknowledged, and
+//! is cut off. With a whole batch behind it, which was written only when it was synced, or in any other segment, a broken
+//! one means a broken disk, and is an error. A batch is looked for by the place it says it has, since behind a broken
+//! one nobody knows where the next begins.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +19,7 @@ pub const SEGMENT_BYTES: u64 = 16 << 20;
 /// More than the largest record that a split makes, less than what a length torn by a crash could ask us to allocate.
 pub const RECORD_BYTES_MAX: usize = 64 << 20;
 
-const HEAD_BYTES: usize = 8;
+const HEAD_BYTES: usize = 20;
 
 /// Why the log cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +33,10 @@ pub enum WalError {
         #[source]
         source: io::Error,
     },
-    /// A record before the end is not what was written.
+    /// What was synced is not what is read.
     #[error(
-        "write-ahead log, segment {segment}: the record at byte {offset} is broken; restore this node from the others"
+        "write-ahead log, segment {segment}: what was synced at byte {offset} is broken; empty the data directory, so \
+         that this node comes back as a new one, restored from the others"
     )]
     Broken {
         /// Which segment.
@@ -102,6 +106,8 @@ pub struct Wal<D> {
     length: u64,
     segment_bytes: u64,
     gathered: Vec<u8>,
+    /// The batch that was written last: memory that is used again.
+    written: Vec<u8>,
     failed: bool,
     /// Closed segments with their lengths, oldest first.
     closed: VecDeque<(u64, u64)>,
@@ -129,11 +135,17 @@ impl<D: Disk> Wal<D> {
         for segment in segments {
             let on = |source| WalError::Io { segment, source };
             let bytes = disk.read(segment).map_err(on)?;
-            let mut found = Vec::new();
-            let whole = read_records(&bytes, &mut found);
-            records.extend(found.into_iter().map(|record| (segment, record)));
+            let mut whole = 0;
+            while let Some(batch) = read_batch(&bytes, whole) {
+                whole += HEAD_BYTES + batch.len();
+                let broken = WalError::Broken { segment, offset: whole };
+                let found = read_records(batch).ok_or(broken)?;
+                records.extend(found.into_iter().map(|record| (segment, record)));
+            }
             if whole < bytes.len() {
-                if segment != last {
+                let synced =
+                    segment != last || (whole + 1..bytes.len()).any(|at| read_batch(&bytes, at).is_some());
+                if synced {
                     return Err(WalError::Broken { segment, offset: whole });
                 }
                 disk.truncate(segment, whole as u64).map_err(on)?;
@@ -143,10 +155,17 @@ impl<D: Disk> Wal<D> {
         }
         closed.pop_back();
         disk.open(last).map_err(|source| WalError::Io { segment: last, source })?;
-        Ok((
-            Self { disk, segment: last, length, segment_bytes, gathered: Vec::new(), failed: false, closed },
-            records,
-        ))
+        let wal = Self {
+            disk,
+            segment: last,
+            length,
+            segment_bytes,
+            gathered: Vec::new(),
+            written: Vec::new(),
+            failed: false,
+            closed,
+        };
+        Ok((wal, records))
     }
 
     /// Gathers a record for the next [`Wal::commit`].
@@ -158,7 +177,6 @@ impl<D: Disk> Wal<D> {
         let length = u32::try_from(record.len()).ok().filter(|length| *length as usize <= RECORD_BYTES_MAX);
         let length = length.ok_or(WalError::TooLarge(record.len()))?;
         self.gathered.extend_from_slice(&length.to_le_bytes());
-        self.gathered.extend_from_slice(&checksum(length, record).to_le_bytes());
         self.gathered.extend_from_slice(record);
         Ok(())
     }
@@ -220,38 +238,53 @@ impl<D: Disk> Wal<D> {
             self.length = 0;
             self.disk.open(self.segment)?;
         }
-        self.disk.append(&self.gathered)?;
+        self.written.clear();
+        self.written.extend_from_slice(&head(self.length, &self.gathered));
+        self.written.append(&mut self.gathered);
+        self.disk.append(&self.written)?;
         self.disk.sync()?;
-        self.length += self.gathered.len() as u64;
-        self.gathered.clear();
+        self.length += self.written.len() as u64;
         Ok(())
     }
 }
 
-/// Adds the records at the beginning of `bytes` to `records` and says where the first that is not whole begins.
-fn read_records(bytes: &[u8], records: &mut Vec<Vec<u8>>) -> usize {
-    let mut whole = 0;
-    while let Some(record) = bytes.get(whole..).and_then(read_record) {
-        whole += HEAD_BYTES + record.len();
-        records.push(record.to_vec());
+/// The whole batch at `place` of a segment, if there is one, without its head.
+fn read_batch(segment: &[u8], place: usize) -> Option<&[u8]> {
+    let head = segment.get(place..)?.first_chunk::<HEAD_BYTES>()?;
+    let (says, rest) = head.split_first_chunk::<8>()?;
+    if u64::from_le_bytes(*says) != place as u64 {
+        return None;
     }
-    whole
+    let length = usize::try_from(u64::from_le_bytes(*rest.first_chunk::<8>()?)).ok()?;
+    let batch = segment.get(place + HEAD_BYTES..)?.get(..length)?;
+    (*head == self::head(place as u64, batch)).then_some(batch)
 }
 
-fn read_record(bytes: &[u8]) -> Option<&[u8]> {
-    let (length, rest) = bytes.split_first_chunk::<4>()?;
-    let (crc, rest) = rest.split_first_chunk::<4>()?;
-    let length = u32::from_le_bytes(*length);
-    let record = rest.get(..length as usize).filter(|record| record.len() <= RECORD_BYTES_MAX)?;
-    (checksum(length, record) == u32::from_le_bytes(*crc)).then_some(record)
+fn head(place: u64, batch: &[u8]) -> [u8; HEAD_BYTES] {
+    let mut head = [0; HEAD_BYTES];
+    let (told, crc) = head.split_at_mut(HEAD_BYTES - 4);
+    let (says, length) = told.split_at_mut(8);
+    says.copy_from_slice(&place.to_le_bytes());
+    length.copy_from_slice(&(batch.len() as u64).to_le_bytes());
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(says);
+    hasher.update(length);
+    // Of the head too: zeros, which some file systems leave at a torn end, would be a whole batch of no bytes.
+    hasher.update(batch);
+    crc.copy_from_slice(&hasher.finalize().to_le_bytes());
+    head
 }
 
-/// Of the length too: zeros, which some file systems leave at a torn end, would be a whole record of no bytes.
-fn checksum(length: u32, record: &[u8]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&length.to_le_bytes());
-    crc.update(record);
-    crc.finalize()
+/// The records of a batch, unless it is none.
+fn read_records(mut batch: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let mut records = Vec::new();
+    while !batch.is_empty() {
+        let (length, rest) = batch.split_first_chunk::<4>()?;
+        let (record, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        records.push(record.to_vec());
+        batch = rest;
+    }
+    Some(records)
 }
 
 /// Segments as files of one directory.
@@ -345,6 +378,15 @@ mod tests {
             .map(|(_, records)| records.into_iter().map(|(_, record)| record).collect())
     }
 
+    /// How many there are at the beginning, and how many bytes they take.
+    fn whole_batches(segment: &[u8]) -> (usize, usize) {
+        let (mut count, mut place) = (0, 0);
+        while let Some(batch) = read_batch(segment, place) {
+            (count, place) = (count + 1, place + HEAD_BYTES + batch.len());
+        }
+        (count, place)
+    }
+
     fn batches() -> impl Strategy<Value = Vec<Vec<Vec<u8>>>> {
         prop::collection::vec(prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..4), 1..6)
     }
@@ -361,6 +403,34 @@ mod tests {
             prop_assert_eq!(records(home.path()).unwrap(), batches.concat());
         }
 
+        /// In whichever byte, with whatever of the segment's end torn: a batch that was synced is missed.
+        #[test]
+        fn what_was_synced_is_never_cut_off_behind_a_whole_batch(
+            batches in batches(), broken in any::<prop::sample::Index>(), flip in 1u8.., torn in 0..HEAD_BYTES,
+        ) {
+            let home = tempfile::tempdir().unwrap();
+            let path = home.path();
+            let (mut wal, _) = Wal::open(Directory::new(path).unwrap()).unwrap();
+            let mut ends = Vec::new();
+            for batch in batches.iter().chain([&vec![b"last".to_vec()]]) {
+                batch.iter().for_each(|record| wal.gather(record).unwrap());
+                wal.commit().unwrap();
+                ends.push(wal.bytes() as usize);
+            }
+            let file = Directory::new(path).unwrap().file(0);
+            let mut bytes = fs::read(&file).unwrap();
+            let at = broken.index(ends[ends.len() - 2]);
+            bytes[at] ^= flip;
+            bytes.extend(vec![0; torn]);
+            fs::write(&file, &bytes).unwrap();
+            let begins = ends.iter().copied().filter(|end| *end <= at).max().unwrap_or(0);
+            match Wal::open(Directory::new(path).unwrap()) {
+                Err(WalError::Broken { segment: 0, offset }) => prop_assert_eq!(offset, begins),
+                other => prop_assert!(false, "{:?}", other.map(|(_, records)| records)),
+            }
+            prop_assert_eq!(fs::read(&file).unwrap(), bytes, "nothing was cut off");
+        }
+
         #[test]
         fn a_torn_end_loses_only_what_was_torn(
             batches in batches(), cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 0..12),
@@ -370,9 +440,9 @@ mod tests {
             let disk = Directory::new(home.path()).unwrap();
             let last = disk.file(*disk.segments().unwrap().last().unwrap());
             let mut bytes = fs::read(&last).unwrap();
-            let mut kept = Vec::new();
+            let (were, _) = whole_batches(&bytes);
             bytes.truncate(cut.index(bytes.len() + 1));
-            let whole = read_records(&bytes, &mut kept);
+            let (are, whole) = whole_batches(&bytes);
             // Zeros or anything else after it, as a file system may leave them.
             if whole < bytes.len() {
                 let at = bytes.len();
@@ -381,9 +451,7 @@ mod tests {
             }
             fs::write(&last, &bytes).unwrap();
             let read = records(home.path()).unwrap();
-            let all = batches.concat();
-            prop_assert!(read.len() <= all.len() && read[..] == all[..read.len()]);
-            prop_assert!(read.ends_with(&kept));
+            prop_assert_eq!(&read, &batches[..batches.len() - (were - are)].concat());
             // And what is written after it is not lost behind what was torn.
             written(home.path(), &[vec![b"after".to_vec()]]);
             prop_assert_eq!(records(home.path()).unwrap(), [read, vec![b"after".to_vec()]].concat());

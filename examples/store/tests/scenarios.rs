@@ -542,8 +542,9 @@ fn a_torn_last_record_is_what_was_never_acknowledged() {
     let directory = cluster.home.path().join((follower + 1).to_string());
     let log = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
     let mut bytes = std::fs::read(&log).unwrap();
-    // Half a record of what it was about to write.
-    bytes.extend([200, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7]);
+    // The first half of what it was about to write.
+    bytes.extend((bytes.len() as u64).to_le_bytes());
+    bytes.extend([200, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7]);
     std::fs::write(&log, &bytes).unwrap();
     cluster.write(2, "a", "two");
     cluster.open(follower);

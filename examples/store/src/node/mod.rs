@@ -420,8 +420,9 @@ impl<D: Disk> Node<D> {
             Refusal::Committing => Refused::Busy("the transaction's commit is under way"),
             Refusal::LeaseTooShort => Refused::Busy("its leader's lease is about to end"),
             Refusal::Future { asked, latest } => Refused::Future { asked, latest },
+            // What it asked for before may still be waiting after its client has given that up.
             Refusal::Lock(LockError::Waiting) => {
-                Refused::Invalid("the transaction waits for other locks already: one step at a time".into())
+                Refused::Busy("the transaction waits for other locks here: one step at a time")
             }
             Refusal::Lock(error @ LockError::TooMany) => Refused::TooMuch(error.to_string()),
             Refusal::Lock(LockError::Overloaded) => Refused::Busy("too many transactions wait"),
