@@ -22,8 +22,8 @@ use raft::{
 use crate::{
     engine::{Batch, Engine, EngineError},
     keys::Range,
-    lease::NodeId,
-    raft_log::RaftLog,
+    lease::{NUMBER_MASK, NodeId},
+    raft_log::{Hole, RaftLog},
     truetime::Interval,
     txn::{Applied, Command, Entry, FIRST_TERM, Leader, Replica, ReplicaError, SplitId, State},
     wal::{Disk, Wal, WalError},
@@ -42,9 +42,11 @@ const ELECTION_PLACES: u64 = 7;
 const APPEND_BYTES_MAX: u64 = 1 << 20;
 /// Appends on the way to one follower.
 const APPENDS_IN_FLIGHT: usize = 256;
+/// Of entries in one record of the log, unless one is larger.
+const RECORD_BYTES: usize = 16 << 20;
 /// Entries before a checkpoint that are kept at hand, for followers a little behind.
 const TAIL_ENTRIES: u64 = 1_000;
-/// More than this at hand, and followers behind it get a snapshot.
+/// No more than this before a checkpoint is kept at hand: followers behind it get a snapshot.
 const TAIL_BYTES_MAX: usize = 16 << 20;
 /// The split that a universe begins with.
 pub const FIRST_SPLIT: SplitId = SplitId(1);
@@ -88,6 +90,12 @@ pub enum NodeError {
         /// The first entry after it.
         found: u64,
     },
+}
+
+impl Hole {
+    fn of(self, split: SplitId) -> NodeError {
+        NodeError::Hole { split, last: self.last, found: self.found }
+    }
 }
 
 /// Why a message or a proposal goes nowhere. The node goes on.
@@ -208,8 +216,11 @@ impl<D: Disk> Groups<D> {
     /// # Errors
     ///
     /// When it is of no use here.
-    pub fn step(&mut self, split: SplitId, bytes: &[u8]) -> Result<(), Dropped> {
+    pub fn step(&mut self, from: NodeId, split: SplitId, bytes: &[u8]) -> Result<(), Dropped> {
         let message = wire::decode_message(bytes)?;
+        if message.from != from.0 {
+            return Err(WireError::Field("sender").into());
+        }
         if !self.groups.contains_key(&split) {
             self.admit(split, &message)?;
         }
@@ -217,12 +228,8 @@ impl<D: Disk> Groups<D> {
     }
 
     /// Asks the logs of led splits for leases that are wanted.
-    ///
-    /// # Errors
-    ///
-    /// When consensus refuses, which it does to no leader.
-    pub fn renew(&mut self, now: Interval) -> Result<(), Dropped> {
-        self.groups.values_mut().try_for_each(|group| group.renew(now))
+    pub fn renew(&mut self, now: Interval) {
+        self.groups.values_mut().for_each(|group| group.renew(now));
     }
 
     /// One turn: writes and syncs what all groups want remembered, says and applies what is agreed on. Gives what
@@ -240,29 +247,25 @@ impl<D: Disk> Groups<D> {
         let segment = self.wal.next_segment();
         for (split, group) in &mut self.groups {
             group.follow_role();
+            group.submit();
             if group.raft.has_ready() {
                 let mut ready = group.raft.ready();
                 // These rest on nothing that is not on disk yet: followers write while this node does.
                 group.say(ready.take_messages(), post);
                 let restart = group.install(&ready, &self.engine)?;
                 restarted |= restart.is_some();
-                let record = Record {
-                    split: split.0,
-                    hard_state: ready.hs().cloned(),
-                    entries: ready.entries().clone(),
-                    restart,
-                };
-                if record.hard_state.is_some() || !record.entries.is_empty() || restart.is_some() {
-                    note_segment(&mut self.segments, segment, &record);
-                    self.wal.gather(&wire::encode_record(&record))?;
+                let records = records(*split, &mut ready, restart);
+                for record in &records {
+                    note_segment(&mut self.segments, segment, record);
+                    self.wal.gather(&wire::encode_record(record))?;
                 }
-                readies.push((*split, ready, record));
+                readies.push((*split, ready, records));
             }
         }
         self.syncs += u64::from(self.wal.commit()?);
-        for (split, ready, record) in readies {
+        for (split, ready, records) in readies {
             if let Some(group) = self.groups.get_mut(&split) {
-                group.persisted(ready, &record, post)?;
+                group.persisted(ready, records, post)?;
             }
         }
         let mut applied = Vec::new();
@@ -280,7 +283,7 @@ impl<D: Disk> Groups<D> {
 
     /// Whether another turn has something to do.
     pub fn has_ready(&self) -> bool {
-        self.groups.values().any(|group| group.raft.has_ready())
+        self.groups.values().any(Group::has_ready)
     }
 
     /// Saves where all replicas are, so that the log from before it can be dropped.
@@ -317,16 +320,18 @@ impl<D: Disk> Groups<D> {
     }
 
     /// Removes this node's replica of a split, whose leader of `term` said that it is none of the split's nodes when its
-    /// own log ended at `last`. What came later may be of a time when it is one again.
+    /// own log ended at `last`. What came later may be of a time when it is one again. Not heard from `from` as long as
+    /// another one leads the split.
     ///
     /// # Errors
     ///
     /// When the node must stop.
-    pub fn leave(&mut self, split: SplitId, term: u64, last: u64) -> Result<(), NodeError> {
-        let leaves = self
-            .groups
-            .get(&split)
-            .is_some_and(|group| group.term() <= term && group.raft.raft.raft_log.last_index() <= last);
+    pub fn leave(&mut self, from: NodeId, split: SplitId, term: u64, last: u64) -> Result<(), NodeError> {
+        let leaves = self.groups.get(&split).is_some_and(|group| {
+            let heard = group.raft.raft.election_elapsed < ELECTION_TICKS;
+            let led_otherwise = heard && group.led_by().is_some_and(|leader| leader != from);
+            !led_otherwise && group.term() <= term && group.raft.raft.raft_log.last_index() <= last
+        });
         if leaves { self.destroy(split, term) } else { Ok(()) }
     }
 
@@ -514,7 +519,7 @@ impl<D: Disk> Groups<D> {
         Ok(Applied::Split(Some(right)))
     }
 
-    /// Nothing as long as the right half is not there, or has not retired yet on this node.
+    /// Nothing as long as the right half is not there, or has not retired yet, on this node.
     fn absorb(
         &mut self,
         split: SplitId,
@@ -522,26 +527,32 @@ impl<D: Disk> Groups<D> {
         right: SplitId,
     ) -> Result<Option<Applied>, NodeError> {
         let on = |error| NodeError::Replica(split, error);
-        let ready = self.groups.get(&right).is_some_and(|group| group.replica.retired() == Some(split));
-        if !ready {
-            if let Some(group) = self.groups.get_mut(&split) {
-                group.stall();
-            }
-            return Ok(None);
-        }
-        let Some(half) = self.groups.remove(&right) else { return Ok(None) };
-        let mut batch = Batch::default();
-        self.note_gone(right, u64::MAX, &mut batch);
-        let Some(group) = self.groups.get_mut(&split) else { return Ok(None) };
+        let Some(mut group) = self.groups.remove(&split) else { return Ok(None) };
+        let half = self.groups.get(&right).filter(|half| half.replica.retired().is_some());
         let term = group.front_term();
-        group.replica.absorb(entry, term, &half.replica, &mut batch).map_err(on)?;
+        let mut batch = Batch::default();
+        let absorbs = match half {
+            // Two leaders may have asked for it.
+            _ if group.replica.has_absorbed(right) => false,
+            Some(half) => group.replica.absorb(entry, term, &half.replica, &mut batch).map_err(on)?,
+            None => {
+                group.stall();
+                self.groups.insert(split, group);
+                return Ok(None);
+            }
+        };
         group.pop();
-        group.save(&mut batch);
-        self.engine.write(batch)?;
-        self.engine.sync()?;
-        group.saved();
-        group.replica.measure().map_err(on)?;
-        Ok(Some(Applied::Absorbed(right)))
+        if absorbs {
+            self.groups.remove(&right);
+            self.note_gone(right, u64::MAX, &mut batch);
+            group.save(&mut batch);
+            self.engine.write(batch)?;
+            self.engine.sync()?;
+            group.saved();
+            group.measure()?;
+        }
+        self.groups.insert(split, group);
+        Ok(Some(if absorbs { Applied::Absorbed(right) } else { Applied::Nothing }))
     }
 }
 
@@ -553,6 +564,9 @@ pub struct Group {
     replica: Replica,
     leader: Option<Leader>,
     lease_asked: bool,
+    /// What this turn puts into the log, and in which term.
+    proposals: Vec<RaftEntry>,
+    proposals_term: u64,
     /// Agreed on and not applied yet.
     backlog: VecDeque<RaftEntry>,
     /// Index and term of the last entry applied.
@@ -578,7 +592,8 @@ impl Group {
         engine: Arc<dyn Engine>,
         is_new: bool,
     ) -> Result<Self, NodeError> {
-        let place = usize::try_from(me.0 % ELECTION_PLACES).unwrap_or_default();
+        // By the node's number: one whose disk was replaced has its own place again.
+        let place = usize::try_from((me.0 & NUMBER_MASK) % ELECTION_PLACES).unwrap_or_default();
         let patience = ELECTION_TICKS + place * ELECTION_APART_TICKS;
         let config = Config {
             id: me.0,
@@ -591,8 +606,6 @@ impl Group {
             pre_vote: true,
             max_size_per_msg: APPEND_BYTES_MAX,
             max_inflight_msgs: APPENDS_IN_FLIGHT,
-            // What one turn proposes goes to each follower as one message, and comes back as one answer.
-            batch_append: true,
             ..Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
@@ -607,6 +620,8 @@ impl Group {
             replica,
             leader: None,
             lease_asked: false,
+            proposals: Vec::new(),
+            proposals_term: 0,
             backlog: VecDeque::new(),
             applied: (index, index_term),
             checkpoint_index: index,
@@ -635,10 +650,34 @@ impl Group {
     ///
     /// When this node does not lead in the entry's term.
     pub fn propose(&mut self, entry: &Entry) -> Result<(), Dropped> {
-        if !self.leads_in(entry.term) {
+        // Consensus takes nothing while leadership is on its way to another node.
+        if !self.leads_in(entry.term) || self.raft.raft.lead_transferee.is_some() {
             return Err(Dropped::NotLeading);
         }
-        Ok(self.raft.propose(Vec::new(), wire::encode_entry(entry))?)
+        if self.proposals_term != entry.term {
+            self.proposals.clear();
+        }
+        self.proposals_term = entry.term;
+        let data = wire::encode_entry(entry).into();
+        self.proposals.push(RaftEntry { data, ..RaftEntry::default() });
+        Ok(())
+    }
+
+    /// Gives consensus what a turn has proposed, all at once: it goes to each follower as one message, and comes back as
+    /// one answer. Lost if this node leads no longer, as it would be a moment later.
+    fn submit(&mut self) {
+        let entries = std::mem::take(&mut self.proposals);
+        if !entries.is_empty() && self.leads_in(self.proposals_term) {
+            let mut message = Message { from: self.me.0, ..Message::default() };
+            message.set_msg_type(MessageType::MsgPropose);
+            message.set_entries(entries.into());
+            // Refused only where it leads no longer.
+            self.raft.raft.step(message).ok();
+        }
+    }
+
+    fn has_ready(&self) -> bool {
+        !self.proposals.is_empty() || self.raft.has_ready()
     }
 
     /// Asks for other nodes: those added learn first, and vote when they have caught up.
@@ -650,6 +689,7 @@ impl Group {
         if self.raft.raft.state != StateRole::Leader {
             return Err(Dropped::NotLeading);
         }
+        self.submit();
         let mut change = ConfChangeV2::default();
         let single = |(kind, node): &(NodeChange, NodeId)| {
             let mut single = ConfChangeSingle::default();
@@ -670,7 +710,16 @@ impl Group {
 
     /// Asks another node of the split to lead it.
     pub fn transfer(&mut self, to: NodeId) {
+        self.submit();
         self.raft.transfer_leader(to.0);
+    }
+
+    /// A change is off: this node goes on leading, and new work begins again.
+    pub fn stay(&mut self) {
+        self.raft.raft.abort_leader_transfer();
+        if let Some(leader) = &mut self.leader {
+            leader.thaw();
+        }
     }
 
     /// The nodes of the split: those that vote, and those that learn.
@@ -793,7 +842,18 @@ impl Group {
             return Err(stranger);
         }
         let kind = message.get_msg_type();
-        let last = self.raft.raft.raft_log.last_index();
+        if kind == MessageType::MsgSnapshot {
+            // What cannot be read must not come to where it is to be installed.
+            wire::decode_image(message.get_snapshot().data.clone())?;
+        }
+        let log = &self.raft.raft.raft_log;
+        let contradicts = |entry: &&RaftEntry| {
+            entry.index <= log.committed && log.term(entry.index).is_ok_and(|term| term != entry.term)
+        };
+        if kind == MessageType::MsgAppend && message.entries.iter().any(|entry| contradicts(&entry)) {
+            return Err(WireError::Field("entry").into());
+        }
+        let last = log.last_index();
         if kind == MessageType::MsgHeartbeat && message.commit > last {
             return Err(Dropped::Forgot { acknowledged: message.commit, last });
         }
@@ -812,17 +872,17 @@ impl Group {
         Ok(self.raft.step(message)?)
     }
 
-    fn renew(&mut self, now: Interval) -> Result<(), Dropped> {
+    fn renew(&mut self, now: Interval) {
         self.follow_role();
-        let Some(leader) = &self.leader else { return Ok(()) };
+        let Some(leader) = &self.leader else { return };
         let waits = self.lease_asked || leader.is_frozen() || self.replica.retired().is_some();
         if waits || self.replica.term() != leader.term() {
-            return Ok(());
+            return;
         }
-        let Some(grant) = self.replica.lease().wanted(leader.tenure(), now) else { return Ok(()) };
+        let Some(grant) = self.replica.lease().wanted(leader.tenure(), now) else { return };
         let entry = leader.lease(grant);
-        self.lease_asked = true;
-        self.propose(&entry)
+        // Consensus takes nothing while leadership is on its way to another node: the next tick asks again.
+        self.lease_asked = self.propose(&entry).is_ok();
     }
 
     /// Locks and memory of a leader are of one term: another term begins with none.
@@ -868,14 +928,20 @@ impl Group {
         Ok(Some(index))
     }
 
-    fn persisted(&mut self, mut ready: Ready, record: &Record, post: &mut dyn Post) -> Result<(), NodeError> {
+    fn persisted(
+        &mut self,
+        mut ready: Ready,
+        records: Vec<Record>,
+        post: &mut dyn Post,
+    ) -> Result<(), NodeError> {
         let log = self.raft.mut_store();
-        if !log.append(&record.entries) {
-            let found = record.entries.first().map_or(0, |entry| entry.index);
-            return Err(NodeError::Hole { split: self.split, last: log.last(), found });
-        }
-        if let Some(hard_state) = &record.hard_state {
-            log.set_hard_state(hard_state.clone());
+        let mut restarted = false;
+        for record in records {
+            log.append(record.entries).map_err(|hole| hole.of(self.split))?;
+            if let Some(hard_state) = record.hard_state {
+                log.set_hard_state(hard_state);
+            }
+            restarted |= record.restart.is_some();
         }
         self.say(ready.take_persisted_messages(), post);
         self.backlog.extend(ready.take_committed_entries());
@@ -883,7 +949,7 @@ impl Group {
         if let Some(commit) = light.commit_index() {
             self.raft.mut_store().set_commit(commit);
         }
-        if record.restart.is_some() {
+        if restarted {
             self.raft.advance_apply_to(self.applied.0);
         }
         self.say(light.take_messages(), post);
@@ -892,7 +958,7 @@ impl Group {
     }
 
     fn say(&self, messages: Vec<Message>, post: &mut dyn Post) {
-        for message in messages.into_iter().flat_map(pieces) {
+        for message in messages {
             post.post(self.split, NodeId(message.to), wire::encode_message(&message));
         }
     }
@@ -998,8 +1064,8 @@ impl Group {
     fn saved(&mut self) {
         self.checkpoint_index = self.applied.0;
         let log = self.raft.mut_store();
-        let tail = if log.bytes() > TAIL_BYTES_MAX { 0 } else { TAIL_ENTRIES };
-        log.forget(self.applied.0.saturating_sub(tail));
+        log.forget(self.applied.0.saturating_sub(TAIL_ENTRIES));
+        log.forget_over(self.applied.0, TAIL_BYTES_MAX);
         log.drop_snapshot();
     }
 
@@ -1026,35 +1092,6 @@ impl Group {
         self.raft.mut_store().offer(snapshot);
         Ok(())
     }
-}
-
-/// An append that a turn made larger than [`APPEND_BYTES_MAX`], as several that follow each other.
-fn pieces(mut message: Message) -> Vec<Message> {
-    let bytes: usize = message.entries.iter().map(|entry| entry.data.len()).sum();
-    if message.get_msg_type() != MessageType::MsgAppend || bytes as u64 <= APPEND_BYTES_MAX {
-        return vec![message];
-    }
-    let mut pieces = Vec::new();
-    let mut room = 0;
-    let entries = message.take_entries();
-    for entry in entries {
-        let size = entry.data.len() as u64;
-        match pieces.last_mut().filter(|_| size <= room) {
-            None => {
-                let mut piece = message.clone();
-                (message.index, message.log_term) = (entry.index, entry.term);
-                room = APPEND_BYTES_MAX.saturating_sub(size);
-                piece.entries.push(entry);
-                pieces.push(piece);
-            }
-            Some(piece) => {
-                (message.index, message.log_term) = (entry.index, entry.term);
-                room -= size;
-                piece.entries.push(entry);
-            }
-        }
-    }
-    pieces
 }
 
 /// Whether only a leader says so.
@@ -1101,14 +1138,33 @@ fn remember(
         .entries
         .iter()
         .any(|entry| entry.index > checkpoint.index && entry.term < checkpoint.index_term);
-    if !stale && !log.append(&record.entries) {
-        let found = record.entries.first().map_or(0, |entry| entry.index);
-        return Err(NodeError::Hole { split, last: log.last(), found });
+    if !stale {
+        log.append(record.entries).map_err(|hole| hole.of(split))?;
     }
     if let Some(hard_state) = record.hard_state {
         log.set_hard_state(hard_state);
     }
     Ok(())
+}
+
+/// What a group wants remembered, in records that are small enough: a torn end of them was never acknowledged.
+fn records(split: SplitId, ready: &mut Ready, restart: Option<u64>) -> Vec<Record> {
+    let mut records = Vec::new();
+    let mut last = Record { split: split.0, restart, ..Record::default() };
+    let mut bytes = 0;
+    for entry in ready.take_entries() {
+        if bytes + entry.data.len() > RECORD_BYTES && !last.entries.is_empty() {
+            records.push(std::mem::replace(&mut last, Record { split: split.0, ..Record::default() }));
+            bytes = 0;
+        }
+        bytes += entry.data.len();
+        last.entries.push(entry);
+    }
+    last.hard_state = ready.hs().cloned();
+    if last.hard_state.is_some() || !last.entries.is_empty() || last.restart.is_some() {
+        records.push(last);
+    }
+    records
 }
 
 fn note_segment(segments: &mut BTreeMap<u64, BTreeMap<SplitId, u64>>, segment: u64, record: &Record) {

@@ -17,6 +17,9 @@ pub const RENEW_WHEN_LEFT: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);
 
+/// A node's number is in the lower bits of its id; above it is how often its disk was replaced.
+pub(crate) const NUMBER_MASK: u64 = 0xffff;
+
 /// A node in one term that it leads. A node that leads again has forgotten what it assigned and showed before, so
 /// to a lease it is another holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -8,6 +8,13 @@ use raft::{
     eraftpb::{ConfState, Entry, HardState, Snapshot},
 };
 
+/// Entries that do not follow what there is.
+#[derive(Debug)]
+pub(crate) struct Hole {
+    pub(crate) last: u64,
+    pub(crate) found: u64,
+}
+
 /// The log of one group from some index on.
 #[derive(Debug, Default)]
 pub(crate) struct RaftLog {
@@ -62,27 +69,33 @@ impl RaftLog {
         self.before.0 + self.entries.len() as u64
     }
 
-    /// Bytes of the entries that are kept.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Puts `entries` in the place of all from the first of them on. False if they would leave a hole.
-    pub(crate) fn append(&mut self, entries: &[Entry]) -> bool {
+    /// Puts `entries` in the place of all from the first of them on.
+    ///
+    /// # Errors
+    ///
+    /// When they would leave a hole.
+    pub(crate) fn append(&mut self, entries: Vec<Entry>) -> Result<(), Hole> {
         for entry in entries {
             if entry.index <= self.before.0 {
                 continue;
             }
             if entry.index > self.last() + 1 {
-                return false;
+                return Err(Hole { last: self.last(), found: entry.index });
             }
             while self.last() >= entry.index {
                 self.bytes -= self.entries.pop_back().map_or(0, |gone| gone.data.len());
             }
             self.bytes += entry.data.len();
-            self.entries.push_back(entry.clone());
+            self.entries.push_back(entry);
         }
-        true
+        Ok(())
+    }
+
+    /// Forgets entries up to `index` at most, as long as there are more than `bytes`.
+    pub(crate) fn forget_over(&mut self, index: u64, bytes: usize) {
+        while self.bytes > bytes && self.before.0 < index {
+            self.forget(self.before.0 + 1);
+        }
     }
 
     /// Forgets entries up to `index`.
@@ -198,18 +211,18 @@ mod tests {
     #[test]
     fn later_entries_take_the_place_of_earlier_ones() {
         let mut log = RaftLog::after(4, 1, ConfState::default());
-        assert!(log.append(&[entry(5, 1), entry(6, 1), entry(7, 1)]));
-        assert!(log.append(&[entry(6, 2)]));
+        log.append(vec![entry(5, 1), entry(6, 1), entry(7, 1)]).unwrap();
+        log.append(vec![entry(6, 2)]).unwrap();
         assert_eq!((terms(&log), log.bytes()), (vec![1, 2], 20));
-        assert!(!log.append(&[entry(8, 2)]), "a hole");
-        assert!(log.append(&[entry(3, 1), entry(4, 1), entry(5, 3)]), "what is gone already is skipped");
+        assert!(log.append(vec![entry(8, 2)]).is_err(), "a hole");
+        log.append(vec![entry(3, 1), entry(4, 1), entry(5, 3)]).expect("what is gone already is skipped");
         assert_eq!(terms(&log), [3]);
     }
 
     #[test]
     fn what_is_forgotten_leaves_its_term() {
         let mut log = RaftLog::after(0, 0, ConfState::default());
-        log.append(&[entry(1, 1), entry(2, 2), entry(3, 2)]);
+        log.append(vec![entry(1, 1), entry(2, 2), entry(3, 2)]).unwrap();
         log.forget(2);
         assert_eq!((log.term(2).unwrap(), log.first_index().unwrap(), log.bytes()), (2, 3, 10));
         assert!(matches!(log.term(1), Err(Error::Store(StorageError::Compacted))));

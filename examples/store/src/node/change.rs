@@ -8,9 +8,9 @@ use bytes::Bytes;
 
 use super::{Answer, Node, Refused};
 use crate::{
-    group::NodeChange,
+    group::{Group, NodeChange},
     keys::{Key, Range},
-    lease::NodeId,
+    lease::{NUMBER_MASK, NodeId},
     truetime::Interval,
     txn::{Command, Entry, SplitId},
     wal::Disk,
@@ -39,8 +39,6 @@ const SAMPLES_MAX: usize = 64;
 const SAMPLE_ONE_IN: u64 = 16;
 /// Fewer requests a second than this are none.
 const IDLE_LOAD: u64 = 5;
-/// A node's number is in the lower half of its id; above it is how often its disk was replaced.
-pub(crate) const NUMBER_MASK: u64 = 0xffff;
 
 /// What is asked of a split.
 #[derive(Default)]
@@ -72,12 +70,24 @@ impl Load {
     }
 }
 
-/// A change of a split that this node leads.
+/// A change of a split that this node leads, or has handed over.
 pub(super) struct Changing {
     token: Option<u64>,
     /// In ticks.
     until: u64,
     what: What,
+}
+
+impl Changing {
+    fn is_proposed(&self) -> bool {
+        match &self.what {
+            What::Split { proposed, .. }
+            | What::Merge { proposed, .. }
+            | What::Retire { proposed, .. }
+            | What::Lead { proposed, .. } => *proposed,
+            What::Move { .. } => false,
+        }
+    }
 }
 
 enum What {
@@ -131,7 +141,10 @@ impl<D: Disk> Node<D> {
 
     /// The split to its left wants this one to be part of it.
     pub(super) fn begin_retire(&mut self, split: SplitId, into: SplitId, now: Interval) {
-        if self.changeable(split, now).is_ok() {
+        let left = self.groups.get(into).map(Group::replica);
+        let beside =
+            left.zip(self.groups.get(split)).is_some_and(|(left, right)| left.touches(right.replica()));
+        if beside && self.changeable(split, now).is_ok() {
             self.begin(None, split, What::Retire { into, proposed: false }, CHANGE_TICKS);
         }
     }
@@ -151,6 +164,8 @@ impl<D: Disk> Node<D> {
         let (voters, learners) = group.nodes();
         let refused = if group.led_by() != Some(self.config.me) {
             Some(self.not_leader(split))
+        } else if group.replica().retired().is_some() {
+            Some(Refused::Busy("it is about to be part of the split to its left"))
         } else if self.changing.contains_key(&split) || self.is_joined(split) {
             Some(Refused::Busy("it is being changed already"))
         } else if !voters.contains(&from) {
@@ -251,18 +266,25 @@ impl<D: Disk> Node<D> {
     }
 
     fn change_goes_on(&mut self, split: SplitId, mut changing: Changing, now: Interval) -> Option<Changing> {
-        let leads = self.led(split).is_some();
-        if !leads {
-            let done = matches!(changing.what, What::Lead { proposed: true, .. });
-            let answer = if done { Ok(Answer::Done) } else { Err(self.not_leader(split)) };
-            self.answers.extend(changing.token.map(|token| (token, answer)));
-            return None;
+        let over = self.ticks > changing.until;
+        if self.led(split).is_none() {
+            return self.handed_over(split, changing, over);
         }
-        if self.ticks > changing.until {
-            if let Some((leader, _)) = self.led(split) {
-                leader.thaw();
+        if over {
+            // What is on its way into the log may come true under this lease: nothing else does until that has ended.
+            let serves =
+                self.led(split).is_some_and(|(leader, replica)| leader.check_lease(replica, now).is_ok());
+            if changing.is_proposed() && serves {
+                return Some(changing);
             }
-            self.refuse(changing.token, &Refused::Busy("the change took too long and is off"));
+            let refused = match changing.is_proposed() {
+                true => Refused::Unknown,
+                false => Refused::Busy("the change took too long and is off"),
+            };
+            if let Some(group) = self.groups.get_mut(split) {
+                group.stay();
+            }
+            self.refuse(changing.token, &refused);
             return None;
         }
         match &mut changing.what {
@@ -295,6 +317,19 @@ impl<D: Disk> Node<D> {
         Some(changing)
     }
 
+    /// Another node leads the split now.
+    fn handed_over(&mut self, split: SplitId, changing: Changing, over: bool) -> Option<Changing> {
+        let leader = self.leader_of(split).filter(|leader| *leader != self.config.me);
+        let answer = match changing.what {
+            What::Lead { to, proposed: true } if leader == Some(to) => Ok(Answer::Done),
+            What::Lead { proposed: true, .. } if leader.is_none() && !over => return Some(changing),
+            _ if changing.is_proposed() => Err(Refused::Unknown),
+            _ => Err(self.not_leader(split)),
+        };
+        self.answers.extend(changing.token.map(|token| (token, answer)));
+        None
+    }
+
     /// Proposes a change as soon as nothing is under way. True when it is on its way.
     fn change(&mut self, split: SplitId, command: Command, now: Interval) -> bool {
         let entry: Option<Entry> =
@@ -305,7 +340,7 @@ impl<D: Disk> Node<D> {
     fn absorb_right(&mut self, split: SplitId, right: SplitId, now: Interval) -> bool {
         let Some(half) = self.groups.get(right) else { return false };
         let replica = half.replica();
-        if replica.retired() != Some(split) {
+        if replica.retired().is_none() {
             if self.ticks.is_multiple_of(STEP_TICKS) {
                 self.say_to_leader(right, PeerMessage::Retire { split: right, into: split });
             }
@@ -313,9 +348,12 @@ impl<D: Disk> Node<D> {
         }
         // Its last leader let go of the lease when it retired, and assigned and showed nothing after that.
         let over = replica.lease().granted().map_or(replica.newest, |grant| grant.end.max(replica.newest));
+        let begins = replica.range().start().clone();
         let command = Command::Absorb { right, end: replica.range().end().cloned() };
-        let entry =
-            self.led(split).and_then(|(leader, replica)| leader.absorb(replica, command, over, now).ok());
+        let entry = self.led(split).and_then(|(leader, replica)| {
+            let beside = replica.range().end() == Some(&begins);
+            beside.then(|| leader.absorb(replica, command, over, now).ok()).flatten()
+        });
         entry.is_some_and(|entry| self.propose(split, &entry))
     }
 
@@ -359,7 +397,10 @@ impl<D: Disk> Node<D> {
 
     /// Whether the split beside `split` has retired to be part of it.
     fn is_joined(&self, split: SplitId) -> bool {
-        self.groups.iter().any(|(_, group)| group.replica().retired() == Some(split))
+        let left = self.groups.get(split).map(Group::replica);
+        self.groups.iter().any(|(_, right)| {
+            right.replica().retired().is_some() && left.is_some_and(|left| left.touches(right.replica()))
+        })
     }
 
     /// The split to the right, if it is on the same nodes.
@@ -387,12 +428,15 @@ impl<D: Disk> Node<D> {
         found.map_err(|error| self.rows_failed(split, error))
     }
 
-    /// A leader that died in the middle of a merge left it to the next.
+    /// A leader that died in the middle of a merge left it to the next. Whoever is beside a split that has retired takes
+    /// it: the one that asked may have been cut since.
     fn resume_merges(&mut self) {
-        let waiting: Vec<_> = self
-            .groups
-            .iter()
-            .filter_map(|(right, group)| Some((group.replica().retired()?, right)))
+        let retired = self.groups.iter().filter(|(_, group)| group.replica().retired().is_some());
+        let waiting: Vec<_> = retired
+            .filter_map(|(right, half)| {
+                let left = self.groups.iter().find(|(_, left)| left.replica().touches(half.replica()));
+                Some((left?.0, right))
+            })
             .filter(|(left, _)| !self.changing.contains_key(left))
             .collect();
         for (left, right) in waiting {

@@ -8,6 +8,7 @@ use std::{
 
 use super::{Answer, Due, Held, Node, Refused, locked::Then, told};
 use crate::{
+    group::Group,
     keys::Range,
     lease::NodeId,
     mvcc::Mutation,
@@ -54,7 +55,7 @@ enum Stage {
     /// The decision is on its way into the log.
     Logged,
     /// The decision stands, and waits for its time to pass.
-    Decided,
+    Decided(Outcome),
 }
 
 struct Part {
@@ -114,6 +115,10 @@ impl<D: Disk> Node<D> {
         if self.rolled_back.contains_key(&txn) {
             return Err(Refused::Ended);
         }
+        // Its end is on its way into the log.
+        if self.aborts.contains_key(&(split, txn)) {
+            return Err(Refused::Aborted);
+        }
         let group = self.groups.get(split).ok_or_else(|| self.not_here(split))?;
         let range = group.replica().range().clone();
         let known = group.replica().outcome(txn);
@@ -126,6 +131,10 @@ impl<D: Disk> Node<D> {
             let at = told(outcome).ok_or(Refused::Aborted)?;
             self.after(at, Due::Answer(token, Ok(Answer::Committed { at })));
             return Ok(());
+        }
+        // A split that has become part of another took its locks with it.
+        if held.iter().any(|held| !self.is_known(held.split)) {
+            return Err(Refused::Aborted);
         }
         let (own, parts) = self.divide_writes(split, &range, held, writes)?;
         let read_here = held.iter().find(|held| held.split == split).map(|held| held.term);
@@ -240,9 +249,13 @@ impl<D: Disk> Node<D> {
             Err(Refusal::Lost) => return self.abort(txn, &Refused::Aborted),
             Err(refusal) => return self.abort(txn, &self.refused(split, refusal)),
         };
-        if self.propose(split, &entry)
-            && let Some(commit) = self.commits.get_mut(&txn)
-        {
+        if !self.propose(split, &entry) {
+            if let Some((leader, _)) = self.led(split) {
+                leader.retract(txn);
+            }
+            return self.abort(txn, &self.not_leader(split));
+        }
+        if let Some(commit) = self.commits.get_mut(&txn) {
             commit.stage = Stage::Logged;
             commit.proposed = now.earliest;
         }
@@ -278,7 +291,6 @@ impl<D: Disk> Node<D> {
 
     /// A split's log has said how a transaction ended.
     pub(super) fn ended(&mut self, split: SplitId, txn: TxnId, outcome: Outcome, now: Interval) {
-        let at = told(outcome).unwrap_or_default();
         if let Some((coordinator, from)) = self.askers.remove(&(split, txn)) {
             let to = self.leader_of(coordinator).unwrap_or(from);
             self.say(to, PeerMessage::Heard { split, txn, coordinator });
@@ -289,9 +301,14 @@ impl<D: Disk> Node<D> {
                 self.say_to_leader(part, decided);
             }
         }
+        // Those who follow have no locks to let go of, and nobody to tell.
+        if self.led(split).is_none() && !self.commits.contains_key(&txn) {
+            return;
+        }
+        let at = told(outcome).unwrap_or_default();
         match self.commits.get_mut(&txn).filter(|commit| commit.split == split) {
             Some(commit) => {
-                commit.stage = Stage::Decided;
+                commit.stage = Stage::Decided(outcome);
                 let all = Duration::from_nanos(at.0.saturating_sub(commit.proposed.0));
                 let passed = Duration::from_nanos(now.earliest.0.saturating_sub(commit.proposed.0));
                 self.status.commit_wait += all;
@@ -304,24 +321,23 @@ impl<D: Disk> Node<D> {
 
     /// A decision's time has passed: everybody may hear of it.
     pub(super) fn tell(&mut self, split: SplitId, txn: TxnId) {
-        let outcome = self.groups.get(split).and_then(|group| group.replica().outcome(txn));
-        if let (Some(commit), Some(outcome)) = (self.commits.remove(&txn), outcome) {
-            match told(outcome) {
-                Some(at) => {
-                    self.status.commits += 1;
-                    self.status.commits_across += u64::from(!commit.parts.is_empty());
-                    for token in commit.tokens {
-                        self.answer(token, Ok(Answer::Committed { at }));
-                    }
-                }
-                None => self.refuse(commit.tokens, &Refused::Aborted),
-            }
-            for part in commit.parts.into_keys() {
-                let decided = PeerMessage::Decided { split: part, txn, coordinator: split, outcome };
-                self.say_to_leader(part, decided);
-            }
-        }
         self.release(split, txn);
+        let Some(commit) = self.commits.remove(&txn) else { return };
+        let Stage::Decided(outcome) = commit.stage else { return };
+        match told(outcome) {
+            Some(at) => {
+                self.status.commits += 1;
+                self.status.commits_across += u64::from(!commit.parts.is_empty());
+                for token in commit.tokens {
+                    self.answer(token, Ok(Answer::Committed { at }));
+                }
+            }
+            None => self.refuse(commit.tokens, &Refused::Aborted),
+        }
+        for part in commit.parts.into_keys() {
+            let decided = PeerMessage::Decided { split: part, txn, coordinator: split, outcome };
+            self.say_to_leader(part, decided);
+        }
     }
 
     /// A coordinator wants this node's split to promise.
@@ -344,8 +360,14 @@ impl<D: Disk> Node<D> {
         let Some(group) = self.groups.get(split) else { return };
         let replica = group.replica();
         let range = replica.range().clone();
-        let stands = replica.in_doubt().find(|(other, _)| *other == txn).map(|(_, promise)| promise.at);
+        // INVARIANT: a promise is to one coordinator. To two, the one could commit what the other aborts: a commit that
+        // is sent again has another coordinator when its first row has come to another split meanwhile.
+        let stands = replica.promise(txn).map(|promise| match promise.coordinator == coordinator {
+            true => Vote::Promised(promise.at),
+            false => Vote::Refused,
+        });
         let ended = replica.outcome(txn);
+        let aborts = self.aborts.contains_key(&(split, txn));
         let Some((leader, replica)) = self.led(split) else { return };
         let serving = leader.check_serving(replica, now);
         if serving == Err(Refusal::NotServing) {
@@ -353,10 +375,10 @@ impl<D: Disk> Node<D> {
         }
         let lost = held.is_some_and(|term| term != leader.term() || !leader.knows(txn));
         let vote = match (stands, ended) {
-            (Some(at), _) => Some(Vote::Promised(at)),
+            (Some(stands), _) => Some(stands),
             (None, Some(Outcome::Committed(_))) => return,
             (None, Some(Outcome::Aborted)) => Some(Vote::Refused),
-            (None, None) if lost || !writes.iter().all(|write| range.contains(&write.key)) => {
+            (None, None) if aborts || lost || !writes.iter().all(|write| range.contains(&write.key)) => {
                 Some(Vote::Refused)
             }
             (None, None) => None,
@@ -388,7 +410,12 @@ impl<D: Disk> Node<D> {
         match made {
             Some(Ok(entry)) => {
                 self.askers.insert((split, txn), (coordinator, from));
-                self.propose(split, &entry);
+                if !self.propose(split, &entry) {
+                    if let Some((leader, _)) = self.led(split) {
+                        leader.retract(txn);
+                    }
+                    self.release(split, txn);
+                }
             }
             Some(Err(Refusal::Lost)) => {
                 self.say(from, PeerMessage::Vote { split, txn, coordinator, vote: Vote::Refused });
@@ -415,12 +442,22 @@ impl<D: Disk> Node<D> {
         outcome: Outcome,
         now: Interval,
     ) {
-        let Some((leader, replica)) = self.led(split) else { return };
-        if replica.outcome(txn).is_some() {
-            return self.say(from, PeerMessage::Heard { split, txn, coordinator });
+        // A participant that has become part of another had logged the decision before.
+        let Some(here) = self.speaker(split) else { return };
+        let Some((leader, replica)) = self.led(here) else { return };
+        if let Some(known) = replica.outcome(txn) {
+            if known == outcome {
+                self.say(from, PeerMessage::Heard { split, txn, coordinator });
+            }
+            return;
         }
-        let promised = replica.in_doubt().any(|(other, _)| other == txn);
-        if !promised && outcome != Outcome::Aborted {
+        let heard = match (replica.promise(txn), outcome) {
+            // Whoever commits had all promises, and nobody says so before its time has passed.
+            (Some(promise), Outcome::Committed(at)) => promise.at <= at && at <= now.latest,
+            (Some(promise), Outcome::Aborted) => promise.coordinator == coordinator,
+            (None, outcome) => outcome == Outcome::Aborted && here == split,
+        };
+        if !heard {
             return;
         }
         let Ok(entry) = leader.resolve(replica, txn, outcome, now) else { return };
@@ -440,9 +477,11 @@ impl<D: Disk> Node<D> {
         if self.commits.contains_key(&txn) {
             return;
         }
-        let speaker = self.groups.iter().find(|(_, group)| group.replica().speaks_for(coordinator));
-        let Some(speaker) = speaker.map(|(split, _)| split) else { return };
+        let Some(speaker) = self.speaker(coordinator) else { return };
         let Some((leader, replica)) = self.led(speaker) else { return };
+        if !replica.decides(txn) {
+            return;
+        }
         match replica.outcome(txn) {
             Some(outcome) => {
                 let passed = told(outcome).is_none_or(|at| now.is_after(at));
@@ -483,7 +522,7 @@ impl<D: Disk> Node<D> {
         let over = now.is_after(commit.until);
         let leads = self.led(split).is_some_and(|(leader, _)| leader.term() == term);
         match stage {
-            Stage::Decided => {}
+            Stage::Decided(_) => {}
             Stage::Logged if leads => {}
             // It is in a log that another node leads: how it ends, that one will know.
             Stage::Logged => {
@@ -508,13 +547,25 @@ impl<D: Disk> Node<D> {
     /// Puts aborts into the logs that this node leads. Those it leads no longer are asked for by whoever has promised.
     fn log_aborts(&mut self, now: Interval) {
         for (split, txn) in self.aborts.keys().copied().collect::<Vec<_>>() {
-            let entry = self
-                .led(split)
-                .and_then(|(leader, replica)| leader.resolve(replica, txn, Outcome::Aborted, now).ok());
+            let entry = self.led(split).and_then(|(leader, replica)| {
+                let decides = replica.decides(txn);
+                decides.then(|| leader.resolve(replica, txn, Outcome::Aborted, now).ok()).flatten()
+            });
             if let Some(entry) = entry {
                 self.propose(split, &entry);
             }
         }
+    }
+
+    /// The split here that is `split`, or that it has become part of.
+    fn speaker(&self, split: SplitId) -> Option<SplitId> {
+        let speaks = |(_, group): &(SplitId, &Group)| group.replica().speaks_for(split);
+        self.groups.get(split).map(|_| split).or_else(|| Some(self.groups.iter().find(speaks)?.0))
+    }
+
+    /// Whether there is such a split, as far as this node has heard.
+    fn is_known(&self, split: SplitId) -> bool {
+        self.groups.get(split).is_some() || self.routes.get(split).is_some()
     }
 
     /// Forgets decisions that every participant has logged.
@@ -554,7 +605,12 @@ impl<D: Disk> Node<D> {
         for (part, txn, coordinator, outcome) in untold {
             let heard: Option<&BTreeSet<_>> = self.heard_of.get(&(coordinator, txn));
             if heard.is_none_or(|heard| !heard.contains(&part)) {
-                self.say_to_leader(part, PeerMessage::Decided { split: part, txn, coordinator, outcome });
+                let decided = PeerMessage::Decided { split: part, txn, coordinator, outcome };
+                match self.leader_of(part) {
+                    Some(leader) => self.say(leader, decided),
+                    // It has become part of another: somebody leads that.
+                    None => self.say_to_all(&decided),
+                }
             }
         }
     }
@@ -566,6 +622,14 @@ impl<D: Disk> Node<D> {
         let waits = commit.stage == Stage::Locking || commit.votes.missing().next().is_some();
         if undecided && waits {
             self.status.wounded += 1;
+            self.abort(txn, &Refused::Aborted);
+        }
+    }
+
+    /// An older transaction took the locks that it had at its coordinator, while it waited for promises.
+    pub(super) fn wounded_here(&mut self, split: SplitId, txn: TxnId) {
+        let locked = |commit: &&Committing| commit.split == split && commit.stage == Stage::Locked;
+        if self.commits.get(&txn).filter(locked).is_some() {
             self.abort(txn, &Refused::Aborted);
         }
     }

@@ -19,6 +19,8 @@ const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// A transaction that waits for locks at one split.
 pub(super) struct LockWait {
+    /// Of the leader whose locks they are.
+    pub(super) term: u64,
     pub(super) until: Timestamp,
     pub(super) then: Then,
 }
@@ -88,6 +90,7 @@ impl<D: Disk> Node<D> {
             places.iter().filter_map(|place| reading.keys.get(*place)).map(Range::point).collect();
         self.count(split, spans.first());
         let (attempt, token) = (reading.attempt, reading.token);
+        self.drop_stale_wait(split, attempt.txn);
         if let Some(LockWait { then: Then::Read(before), .. }) =
             self.lock_waits.get_mut(&(split, attempt.txn))
             && before.todo.front() == reading.todo.front()
@@ -118,7 +121,8 @@ impl<D: Disk> Node<D> {
         let Some(group) = self.groups.get(split) else {
             return self.answer(token, Err(self.not_here(split)));
         };
-        let Some(within) = group.replica().range().intersection(&range) else {
+        let here = group.replica().range();
+        let Some(within) = here.intersection(&range).filter(|_| here.start() <= range.start()) else {
             return self.answer(token, Err(self.not_here(split)));
         };
         // What lies behind the last row that will be told needs no lock.
@@ -136,6 +140,7 @@ impl<D: Disk> Node<D> {
             }
         };
         self.count(split, Some(&wanted));
+        self.drop_stale_wait(split, attempt.txn);
         if let Some(LockWait { then: Then::Scan(before), .. }) =
             self.lock_waits.get_mut(&(split, attempt.txn))
             && before.asked == range
@@ -168,8 +173,23 @@ impl<D: Disk> Node<D> {
 
     /// Waits for the locks that were asked for with `changes`.
     pub(super) fn wait(&mut self, split: SplitId, txn: TxnId, then: Then, changes: Changes, now: Interval) {
-        self.lock_waits.insert((split, txn), LockWait { until: now.latest.plus(LOCK_WAIT), then });
+        let term = self.led(split).map_or(0, |(leader, _)| leader.term());
+        let wait = LockWait { term, until: now.latest.plus(LOCK_WAIT), then };
+        if let Some(before) = self.lock_waits.insert((split, txn), wait) {
+            self.give_up(split, before, &Refused::Busy("the transaction has asked for something else"));
+        }
         self.absorb(split, changes);
+    }
+
+    /// Whoever waits for locks of a leader of another term waits in vain.
+    pub(super) fn drop_stale_wait(&mut self, split: SplitId, txn: TxnId) {
+        let term = self.led(split).map(|(leader, _)| leader.term());
+        if self.lock_waits.get(&(split, txn)).is_some_and(|wait| Some(wait.term) != term)
+            && let Some(wait) = self.lock_waits.remove(&(split, txn))
+        {
+            let refused = self.not_leader(split);
+            self.give_up(split, wait, &refused);
+        }
     }
 
     /// Does what was waited for with the locks that have been granted.

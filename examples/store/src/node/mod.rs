@@ -255,8 +255,7 @@ impl<D: Disk> Node<D> {
     pub fn tick(&mut self, now: Interval) {
         self.ticks += 1;
         self.groups.tick();
-        // Consensus refuses nothing to a leader but while its leadership is on its way to another node.
-        self.groups.renew(now).ok();
+        self.groups.renew(now);
         if self.ticks.is_multiple_of(ROUTES_TICKS) {
             self.look_at_own();
             self.tell_routes();
@@ -341,7 +340,8 @@ impl<D: Disk> Node<D> {
     fn hear(&mut self, from: NodeId, message: PeerMessage, now: Interval) {
         match message {
             PeerMessage::Raft { split, message } => {
-                if let Err(Dropped::Stranger { .. } | Dropped::Unknown(_)) = self.groups.step(split, &message)
+                if let Err(Dropped::Stranger { .. } | Dropped::Unknown(_)) =
+                    self.groups.step(from, split, &message)
                 {
                     self.bid_farewell(from, split);
                 }
@@ -368,7 +368,7 @@ impl<D: Disk> Node<D> {
             }
             PeerMessage::Leaving { split } => self.bid_farewell(from, split),
             PeerMessage::Gone { split, term, last } => {
-                let left = self.groups.leave(split, term, last);
+                let left = self.groups.leave(from, split, term, last);
                 self.note_failure(left);
             }
             PeerMessage::Retire { split, into } => self.begin_retire(split, into, now),
@@ -462,8 +462,9 @@ impl<D: Disk> Node<D> {
     fn absorb(&mut self, split: SplitId, changes: Changes) {
         self.status.wounded += changes.wounded.len() as u64;
         for txn in changes.wounded {
-            if let Some(wait) = self.lock_waits.remove(&(split, txn)) {
-                self.give_up(split, wait, &Refused::Aborted);
+            match self.lock_waits.remove(&(split, txn)) {
+                Some(wait) => self.give_up(split, wait, &Refused::Aborted),
+                None => self.wounded_here(split, txn),
             }
         }
         self.granted.extend(changes.granted.into_iter().map(|txn| (split, txn)));
@@ -491,6 +492,9 @@ impl<D: Disk> Node<D> {
         for split in led {
             let changes = self.led(split).map(|(leader, replica)| leader.expire(replica, now));
             self.absorb(split, changes.unwrap_or_default());
+        }
+        for (split, txn) in self.lock_waits.keys().copied().collect::<Vec<_>>() {
+            self.drop_stale_wait(split, txn);
         }
         let over: Vec<_> =
             self.lock_waits.iter().filter(|(_, wait)| now.is_after(wait.until)).map(|(at, _)| *at).collect();

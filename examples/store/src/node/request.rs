@@ -243,8 +243,8 @@ pub enum Refused {
     /// The transaction was rolled back, or ended otherwise, before.
     #[error("the transaction has ended already, without a commit")]
     Ended,
-    /// A commit whose end is not known: sent again it has an answer.
-    #[error("the commit may or may not have happened; send it again to hear")]
+    /// A commit or a change whose end is not known. A commit that is sent again has an answer.
+    #[error("it may or may not have happened; of a commit, send it again to hear")]
     Unknown,
     /// A moment that has not come.
     #[error("the snapshot at {asked} is in the future: it is {latest} at the latest")]

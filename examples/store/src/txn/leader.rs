@@ -11,6 +11,8 @@ use crate::{
 
 /// A transaction that has asked for nothing for so long has lost its client, or will not hear of it in time.
 pub const IDLE: Duration = Duration::from_secs(5);
+/// Longer than any request is on its way.
+const LATE: Duration = Duration::from_secs(30);
 
 /// Why a leader does not do as asked. Nothing was changed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -65,6 +67,9 @@ pub struct Leader {
     reads: BTreeMap<TxnId, Vec<Range>>,
     /// When each transaction last asked for something.
     heard: BTreeMap<TxnId, Timestamp>,
+    /// Transactions that lost their locks here, and when they last asked for something. What they have read is not so any
+    /// more, and a request of theirs that comes late must not make it look as if it were.
+    lost: BTreeMap<TxnId, Timestamp>,
     /// Everything assigned from now on is later, whether or not it gets into the log.
     last: Timestamp,
     /// Commits proposed and not applied, with what they write.
@@ -82,6 +87,7 @@ impl Leader {
             locks: LockTable::default(),
             reads: BTreeMap::new(),
             heard: BTreeMap::new(),
+            lost: BTreeMap::new(),
             last: Timestamp::ZERO,
             proposed: BTreeMap::new(),
             frozen: false,
@@ -300,7 +306,7 @@ impl Leader {
     pub fn forget_locks(&mut self) {
         self.locks = LockTable::default();
         self.reads.clear();
-        self.heard.clear();
+        self.lost.append(&mut self.heard);
     }
 
     /// An entry that says of `txns`, decided here, that every participant has logged the decision.
@@ -371,6 +377,11 @@ impl Leader {
         }
     }
 
+    /// What [`Leader::commit`] or [`Leader::prepare`] made did not get into the log: nothing came of it.
+    pub fn retract(&mut self, txn: TxnId) {
+        self.proposed.remove(&txn);
+    }
+
     /// Lets go of a transaction that has ended: applied, and its timestamp past.
     pub fn release(&mut self, txn: TxnId) -> Changes {
         self.reads.remove(&txn);
@@ -385,6 +396,7 @@ impl Leader {
         if self.proposed.contains_key(&txn) || replica.prepared.contains_key(&txn) {
             return Changes::default();
         }
+        self.lost.extend(self.heard.remove_entry(&txn));
         self.release(txn)
     }
 
@@ -393,6 +405,7 @@ impl Leader {
     pub fn expire(&mut self, replica: &Replica, now: Interval) -> Changes {
         let idle: Vec<_> =
             self.heard.iter().filter(|(_, at)| now.is_after(at.plus(IDLE))).map(|(txn, _)| *txn).collect();
+        self.lost.retain(|_, at| !now.is_after(at.plus(LATE)));
         let mut changes = Changes::default();
         for txn in idle {
             let Changes { granted, wounded } = self.abandon(replica, txn);
@@ -453,7 +466,12 @@ impl Leader {
         if self.frozen { Err(Refusal::Frozen) } else { Ok(()) }
     }
 
-    fn check_lease(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
+    /// Whether it has the lease.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`].
+    pub fn check_lease(&self, replica: &Replica, now: Interval) -> Result<(), Refusal> {
         let serves =
             replica.term == self.me.term && replica.retired().is_none() && replica.lease.serves(self.me, now);
         if serves { Ok(()) } else { Err(Refusal::NotServing) }
@@ -467,7 +485,7 @@ impl Leader {
         if self.proposed.contains_key(&txn) || replica.prepared.contains_key(&txn) {
             return Err(Refusal::Committing);
         }
-        if known && !self.locks.knows(txn) {
+        if self.lost.contains_key(&txn) || known && !self.locks.knows(txn) {
             return Err(Refusal::Lost);
         }
         Ok(())
@@ -476,7 +494,7 @@ impl Leader {
     fn forget(&mut self, wounded: &[TxnId]) {
         for txn in wounded {
             self.reads.remove(txn);
-            self.heard.remove(txn);
+            self.lost.extend(self.heard.remove_entry(txn));
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
 
 /// In the engine, what begins with this says how attempts ended: split, attempt.
 const OUTCOMES: u8 = b'o';
-/// In the engine, the earliest snapshot that is whole: split.
+/// In the engine, the earliest snapshot that is whole, and the earliest attempt whose outcome is kept: split.
 const KEPT: u8 = b'k';
 /// The first term that a split which was cut off can be led in.
 pub(crate) const FIRST_TERM: u64 = 2;
@@ -161,8 +161,9 @@ impl Replica {
         for (txn, prepared) in &state.prepared {
             safe.prepare(*txn, prepared.at, spans_of(&prepared.writes));
         }
-        let kept = engine.get(&kept_key(split))?.as_deref().and_then(read_u64).map(Timestamp);
-        let rows = Mvcc::new(Arc::clone(&engine), split, kept.unwrap_or_default());
+        let (kept_since, outcomes_since) =
+            engine.get(&kept_key(split))?.as_deref().and_then(read_kept).unwrap_or_default();
+        let rows = Mvcc::new(Arc::clone(&engine), split, kept_since);
         let mut replica = Self {
             split,
             range: state.range.unwrap_or_else(Range::all),
@@ -172,7 +173,8 @@ impl Replica {
             lease: state.lease,
             prepared: state.prepared,
             outcomes: read_outcomes(&*engine, split)?,
-            outcomes_since: state.outcomes_since,
+            // What was forgotten after the checkpoint must not happen again when the log is applied again.
+            outcomes_since: state.outcomes_since.max(outcomes_since),
             unsettled: state.unsettled,
             newest: state.newest,
             term: state.term,
@@ -231,6 +233,8 @@ impl Replica {
                 Applied::Nothing
             }
             Command::Prepare { txn, prepared } => self.prepare(txn, prepared, closed)?,
+            // Which of its entries the split that takes it in has seen by then, differs between nodes.
+            Command::Resolve { .. } if self.retired.is_some() => Applied::Nothing,
             Command::Resolve { txn, outcome } => self.resolve(&mut batch, txn, outcome)?,
             Command::Collect { horizon, outcomes } => self.collect(&mut batch, horizon, outcomes)?,
             Command::Retire { into } => {
@@ -300,7 +304,8 @@ impl Replica {
 
     /// What [`Replica::apply`] is for other commands, for [`Command::Absorb`], with the replica of the right half on
     /// this node, which has retired. All that is written goes into `batch`, for the caller to write together with the
-    /// checkpoint of this one and the end of that.
+    /// checkpoint of this one and the end of that. False when nothing came of it: this one was cut after the entry was
+    /// asked for, and ends elsewhere.
     ///
     /// # Errors
     ///
@@ -311,16 +316,30 @@ impl Replica {
         term: u64,
         right: &Self,
         batch: &mut Batch,
-    ) -> Result<(), ReplicaError> {
+    ) -> Result<bool, ReplicaError> {
         self.begin(entry, term)?;
+        self.safe.close(entry.closed);
+        if !self.touches(right) {
+            return Ok(false);
+        }
         self.take_from(right, batch)?;
         self.range = Range::between(self.range.start().clone(), right.range.end().cloned())
             .map_err(|_| ReplicaError::Elsewhere)?;
         self.absorbed.insert(right.split);
         self.absorbed.extend(&right.absorbed);
         self.generation = self.generation.max(right.generation) + 1;
-        self.safe.close(entry.closed);
-        right.erase(batch)
+        right.erase(batch)?;
+        Ok(true)
+    }
+
+    /// Whether `right` begins where this one ends.
+    pub fn touches(&self, right: &Self) -> bool {
+        self.range.end() == Some(right.range.start())
+    }
+
+    /// Whether `split` has become part of it.
+    pub fn has_absorbed(&self, split: SplitId) -> bool {
+        self.absorbed.contains(&split)
     }
 
     /// Puts rows and outcomes of a split into the engine, for [`Replica::restore`].
@@ -339,7 +358,7 @@ impl Replica {
         for (txn, outcome) in outcomes {
             put_outcome(batch, split, *txn, *outcome);
         }
-        batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
+        put_kept(batch, split, kept_since, Timestamp::ZERO);
     }
 
     /// Removes everything that the engine has of this split.
@@ -416,6 +435,16 @@ impl Replica {
     /// What bounds its snapshots.
     pub fn safe_time(&self) -> &SafeTime {
         &self.safe
+    }
+
+    /// What was promised of `txn`, if its coordinator has not been heard.
+    pub fn promise(&self, txn: TxnId) -> Option<&Prepared> {
+        self.prepared.get(&txn)
+    }
+
+    /// Whether nobody else decides about `txn`: it has promised it to no other coordinator.
+    pub fn decides(&self, txn: TxnId) -> bool {
+        self.promise(txn).is_none_or(|promise| self.speaks_for(promise.coordinator))
     }
 
     /// Promises whose coordinator has not been heard, oldest first.
@@ -522,8 +551,8 @@ impl Replica {
         outcomes: Timestamp,
     ) -> Result<Applied, ReplicaError> {
         self.rows.collect(batch, horizon)?;
-        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
         self.outcomes_since = self.outcomes_since.max(outcomes);
+        put_kept(batch, self.split, self.rows.kept_since(), self.outcomes_since);
         let since = self.outcomes_since;
         let gone: Vec<_> = self
             .outcomes
@@ -585,8 +614,8 @@ impl Replica {
             }
         }
         self.rows.keep_since(other.rows.kept_since());
-        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
         self.outcomes_since = self.outcomes_since.max(other.outcomes_since);
+        put_kept(batch, self.split, self.rows.kept_since(), self.outcomes_since);
         self.newest = self.newest.max(other.newest);
         Ok(())
     }
@@ -609,6 +638,17 @@ fn prefix(kind: u8, split: SplitId) -> Vec<u8> {
 
 fn kept_key(split: SplitId) -> Vec<u8> {
     prefix(KEPT, split)
+}
+
+fn put_kept(batch: &mut Batch, split: SplitId, kept_since: Timestamp, outcomes_since: Timestamp) {
+    let mut kept = kept_since.0.to_be_bytes().to_vec();
+    kept.extend_from_slice(&outcomes_since.0.to_be_bytes());
+    batch.put(kept_key(split), kept);
+}
+
+fn read_kept(bytes: &[u8]) -> Option<(Timestamp, Timestamp)> {
+    let (kept_since, outcomes_since) = bytes.split_first_chunk::<8>()?;
+    Some((Timestamp(u64::from_be_bytes(*kept_since)), Timestamp(read_u64(outcomes_since)?)))
 }
 
 fn outcome_key(split: SplitId, txn: TxnId) -> Vec<u8> {

@@ -203,10 +203,33 @@ pub fn decode_message(bytes: &[u8]) -> Result<eraftpb::Message, WireError> {
     message.context = wire.context;
     message.request_snapshot = wire.request_snapshot;
     message.priority = wire.priority;
+    check(&message)?;
     if let Some(wire) = wire.snapshot {
+        if wire.conf.as_ref().is_none_or(|conf| conf.voters.is_empty()) || wire.index > NUMBER_MAX {
+            return Err(WireError::Field("snapshot"));
+        }
         message.set_snapshot(raft_snapshot(wire.image, wire.index, wire.term, checkpoint::conf(wire.conf)));
     }
     Ok(message)
+}
+
+/// Terms and indexes that nobody comes to: consensus counts on from what it is told.
+const NUMBER_MAX: u64 = u64::MAX / 2;
+
+/// What consensus takes for granted of a message, and stops the node without.
+fn check(message: &eraftpb::Message) -> Result<(), WireError> {
+    let numbers = [message.term, message.log_term, message.index, message.commit, message.reject_hint];
+    if numbers.iter().any(|number| *number > NUMBER_MAX) {
+        return Err(WireError::Field("number"));
+    }
+    let mut before = (message.index, message.log_term);
+    for entry in &message.entries {
+        if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > message.term {
+            return Err(WireError::Field("entry"));
+        }
+        before = (entry.index, entry.term);
+    }
+    Ok(())
 }
 
 /// A change of a group's nodes of its bytes in the log. Empty is the end of a change in two steps.

@@ -1,6 +1,9 @@
 //! Clients that move money, count it, and watch each other, and what they saw.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use bytes::Bytes;
 use store::{
@@ -15,7 +18,10 @@ use store::{
 use crate::world::{MS, World};
 
 pub(crate) const ROWS: u64 = 6;
-pub(crate) const TABLES: [&str; 2] = ["a", "b"];
+/// In the last one there is no money: its rows are written without being read.
+pub(crate) const TABLES: [&str; 3] = ["a", "b", BLIND];
+const BLIND: &str = "c";
+const MONEY: u64 = 2;
 const PATIENCE_MS: u64 = 4_000;
 /// A request without an answer is sent again after so long.
 const RESEND_MS: u64 = 600;
@@ -88,7 +94,7 @@ enum Work {
     Transfer,
     /// Reads a whole table under a lock, and writes how much it found into a row of the other one, or takes a row away.
     Count,
-    /// Writes without reading: another transaction's number.
+    /// Writes a row or two without reading, and so without holding anything before it commits.
     Blind,
 }
 
@@ -191,7 +197,7 @@ impl Client {
     fn begin(&mut self, world: &mut World) {
         let any = world.rng.below(3) as usize;
         let now = world.now(any);
-        if world.rng.one_in(3) {
+        if world.rng.one_in(4) {
             let (fresh, moment) = match world.rng.below(3) {
                 0 => (false, Moment::Within(std::time::Duration::from_millis(300))),
                 _ => (true, Moment::Now),
@@ -218,18 +224,19 @@ impl Client {
             writes: vec![],
             committing: false,
         };
-        let some = |world: &mut World| key(TABLES[world.rng.below(2) as usize], world.rng.below(ROWS));
+        let some = |world: &mut World| key(TABLES[world.rng.below(MONEY) as usize], world.rng.below(ROWS));
         match world.rng.below(8) {
             0 => {
                 transaction.work = Work::Count;
-                let table = TABLES[world.rng.below(2) as usize];
+                let table = TABLES[world.rng.below(MONEY) as usize];
                 transaction.range = Some(Range::table(table).unwrap());
             }
-            1 => {
+            1 | 2 => {
                 transaction.work = Work::Blind;
-                let key = Key::new("c", format!("r{}", world.rng.below(ROWS)).as_bytes()).unwrap();
+                let rows = BTreeSet::from([world.rng.below(ROWS), world.rng.below(ROWS)]);
                 let value = Some(Bytes::from(format!("0:{}", txn.random)));
-                transaction.writes.push(Mutation { key, value });
+                let write = |row| Mutation { key: key(BLIND, row), value: value.clone() };
+                transaction.writes.extend(rows.into_iter().map(write));
                 transaction.committing = true;
             }
             _ => {
@@ -243,7 +250,7 @@ impl Client {
     fn ask_snapshot(&mut self, world: &mut World, snapshot: Snapshot) {
         let range = snapshot.todo[0].clone();
         let to = world.rng.below(world.machines.len() as u64) as usize;
-        let limit = 1 + world.rng.below(5) as usize;
+        let limit = 1 + world.rng.below(9) as usize;
         let token = world.ask(to, Request::SnapshotScan { range, moment: snapshot.moment, limit });
         self.asked = Some((token, world.truth));
         self.doing = Doing::Snapshot(snapshot);
@@ -390,7 +397,7 @@ impl Transaction {
             }
         }
         if all < 2 {
-            let key = Key::new("c", b"count").unwrap();
+            let key = Key::new(BLIND, b"count").unwrap();
             self.write(&key, 0);
             self.committing = true;
             return;
