@@ -767,6 +767,11 @@ impl Group {
             .any(|nodes| nodes.contains(&self.me.0))
     }
 
+    /// Whether it only learned of a split that is about to be, or is already, part of another, of which it is none.
+    pub fn is_left_over(&self) -> bool {
+        self.replica.retired().is_some() && !self.nodes().0.contains(&self.me)
+    }
+
     /// What a node that is none of this split's is told by its leader: the term, and where the log ends.
     pub fn farewell(&self, node: NodeId) -> Option<(u64, u64)> {
         let raft = &self.raft.raft;
@@ -847,10 +852,12 @@ impl Group {
             wire::decode_image(message.get_snapshot().data.clone())?;
         }
         let log = &self.raft.raft.raft_log;
-        let contradicts = |entry: &&RaftEntry| {
-            entry.index <= log.committed && log.term(entry.index).is_ok_and(|term| term != entry.term)
+        // Of entries that are gone already it says that they were of no term.
+        let contradicts = |entry: &RaftEntry| {
+            let known = log.term(entry.index).ok().filter(|term| *term > 0);
+            entry.index <= log.committed && known.is_some_and(|term| term != entry.term)
         };
-        if kind == MessageType::MsgAppend && message.entries.iter().any(|entry| contradicts(&entry)) {
+        if kind == MessageType::MsgAppend && message.entries.iter().any(contradicts) {
             return Err(WireError::Field("entry").into());
         }
         let last = log.last_index();
@@ -1048,6 +1055,7 @@ impl Group {
 
     fn save(&self, batch: &mut Batch) {
         batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&self.as_checkpoint()));
+        self.replica.save_forgotten(batch);
     }
 
     fn as_checkpoint(&self) -> Checkpoint {
@@ -1063,6 +1071,7 @@ impl Group {
     /// The checkpoint is on disk: what stands before it is needed for followers a little behind at most.
     fn saved(&mut self) {
         self.checkpoint_index = self.applied.0;
+        self.replica.saved_forgotten();
         let log = self.raft.mut_store();
         log.forget(self.applied.0.saturating_sub(TAIL_ENTRIES));
         log.forget_over(self.applied.0, TAIL_BYTES_MAX);

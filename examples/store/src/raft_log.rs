@@ -213,7 +213,7 @@ mod tests {
         let mut log = RaftLog::after(4, 1, ConfState::default());
         log.append(vec![entry(5, 1), entry(6, 1), entry(7, 1)]).unwrap();
         log.append(vec![entry(6, 2)]).unwrap();
-        assert_eq!((terms(&log), log.bytes()), (vec![1, 2], 20));
+        assert_eq!((terms(&log), log.bytes), (vec![1, 2], 20));
         assert!(log.append(vec![entry(8, 2)]).is_err(), "a hole");
         log.append(vec![entry(3, 1), entry(4, 1), entry(5, 3)]).expect("what is gone already is skipped");
         assert_eq!(terms(&log), [3]);
@@ -224,10 +224,10 @@ mod tests {
         let mut log = RaftLog::after(0, 0, ConfState::default());
         log.append(vec![entry(1, 1), entry(2, 2), entry(3, 2)]).unwrap();
         log.forget(2);
-        assert_eq!((log.term(2).unwrap(), log.first_index().unwrap(), log.bytes()), (2, 3, 10));
+        assert_eq!((log.term(2).unwrap(), log.first_index().unwrap(), log.bytes), (2, 3, 10));
         assert!(matches!(log.term(1), Err(Error::Store(StorageError::Compacted))));
         log.forget(9);
-        assert_eq!((log.last(), log.bytes()), (3, 0));
+        assert_eq!((log.last(), log.bytes), (3, 0));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use store::{
     mvcc::Mutation,
     node::{Answer, Balance, Config, Found, Held, Moment, Node, Outlet, Refused, Request},
     truetime::{Interval, Manual, Timestamp, TrueTime as _},
-    txn::{Attempt, SplitId, TxnId},
+    txn::{Attempt, Outcome, SplitId, TxnId},
     wal::Directory,
     wire::{PeerMessage, decode_peer},
 };
@@ -753,4 +753,92 @@ fn a_node_whose_disk_was_replaced_is_given_its_replicas_again() {
         let nodes = cluster.machines[lost].node.as_ref().unwrap().groups();
         nodes.get(split).is_some_and(|group| !group.nodes().0.contains(&old))
     });
+}
+
+/// The first row of a commit comes to another split while a promise to the one that coordinated it stands: when the same
+/// commit is sent again, what the first coordinator aborts must not be what the second commits.
+#[test]
+fn a_commit_that_is_sent_again_after_a_cut_is_decided_once() {
+    let mut cluster = Cluster::start();
+    cluster.cut("m");
+    let other = (0..3).find(|at| Some(*at) != cluster.leading("a")).unwrap();
+    let (right, node) = (cluster.split_of("m"), NodeId(other as u64 + 1));
+    assert!(cluster.led("m", Request::Lead { split: right, node }).is_ok());
+    cluster.until("another one leads what promises", |cluster| cluster.leading("m") == Some(other));
+    cluster.run(Duration::from_millis(500));
+    cluster.loses = Box::new(|_, _, message| matches!(message, PeerMessage::Vote { .. }));
+    let attempt = cluster.attempt(1);
+    let writes = [("b", "1"), ("z", "1")];
+    let left = cluster.leading("b").unwrap();
+    let first = cluster.ask(left, commit(attempt, &[], &writes));
+    cluster.until("it is promised", |cluster| cluster.in_doubt() > 0);
+    // What commits is heard late.
+    cluster.loses = Box::new(|_, _, message| {
+        matches!(message, PeerMessage::Decided { outcome: Outcome::Committed(_), .. })
+    });
+    let split = cluster.split_of("b");
+    let cut = cluster.ask(left, Request::Split { split, at: Some(key("b")) });
+    assert!(matches!(cluster.hear(cut), Ok(Answer::Split { .. })));
+    assert!(cluster.hear(first).is_err());
+    let again = cluster.commit(attempt, &[], &writes);
+    cluster.run(Duration::from_secs(2));
+    cluster.loses = Box::new(|_, _, _| false);
+    cluster.until("nothing is in doubt", |cluster| cluster.in_doubt() == 0);
+    cluster.run(Duration::from_secs(1));
+    for row in ["b", "z"] {
+        let leader = cluster.leading(row).unwrap();
+        let written = cluster.snapshot(leader, row, Moment::Now).unwrap();
+        assert_eq!(written.is_some(), again.is_ok(), "{row} after {again:?}");
+    }
+}
+
+#[test]
+fn a_turn_with_more_than_a_record_takes_is_written_as_several() {
+    let mut cluster = Cluster::start();
+    let leader = cluster.leading("a").unwrap();
+    let value = Bytes::from(vec![7; 1 << 20]);
+    let asked: Vec<_> = (0..9)
+        .map(|number| {
+            let attempt = cluster.attempt(number);
+            let write =
+                |row: u64| Mutation { key: key(&format!("{number}-{row}")), value: Some(value.clone()) };
+            let writes = (0..8).map(write).collect();
+            cluster.ask(leader, Request::Commit { attempt, held: vec![], writes })
+        })
+        .collect();
+    for token in asked {
+        assert!(matches!(cluster.hear(token), Ok(Answer::Committed { .. })));
+    }
+    for at in 0..3 {
+        cluster.kill(at);
+        cluster.open(at);
+    }
+    cluster.until("somebody leads", |cluster| cluster.leading("8-7").is_some());
+    let leader = cluster.leading("8-7").unwrap();
+    let keys = vec![key("8-7")];
+    let Ok(Answer::Rows { rows, .. }) =
+        cluster.asked(leader, Request::SnapshotRead { keys, moment: Moment::Now })
+    else {
+        panic!("no answer");
+    };
+    assert_eq!(rows[0].value, Some(value));
+}
+
+#[test]
+fn leadership_that_is_not_taken_stays_and_serves() {
+    let mut cluster = Cluster::start();
+    let leader = cluster.leading("a").unwrap();
+    let dead = (leader + 1) % 3;
+    cluster.kill(dead);
+    let split = cluster.split_of("a");
+    for number in 0..10 {
+        // Heard a moment ago, and gone.
+        cluster.open(dead);
+        cluster.run(Duration::from_millis(200 + number * 7));
+        cluster.kill(dead);
+        let led = cluster.ask(leader, Request::Lead { split, node: NodeId(dead as u64 + 1) });
+        let heard = cluster.hear(led);
+        assert!(matches!(heard, Err(Refused::Unknown | Refused::Busy(_) | Refused::Invalid(_))), "{heard:?}");
+        cluster.write(number, "a", "still here");
+    }
 }

@@ -144,7 +144,8 @@ impl<D: Disk> Node<D> {
         let left = self.groups.get(into).map(Group::replica);
         let beside =
             left.zip(self.groups.get(split)).is_some_and(|(left, right)| left.touches(right.replica()));
-        if beside && self.changeable(split, now).is_ok() {
+        let learns = self.groups.get(split).is_some_and(|group| !group.nodes().1.is_empty());
+        if beside && !learns && self.changeable(split, now).is_ok() {
             self.begin(None, split, What::Retire { into, proposed: false }, CHANGE_TICKS);
         }
     }

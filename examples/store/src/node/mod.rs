@@ -598,7 +598,7 @@ impl<D: Disk> Node<D> {
         let leaving: Vec<_> = self
             .groups
             .iter()
-            .filter(|(_, group)| !group.is_filled() || !group.is_member())
+            .filter(|(_, group)| !group.is_filled() || !group.is_member() || group.is_left_over())
             .map(|(split, _)| split)
             .collect();
         for split in leaving {

@@ -19,7 +19,7 @@ use crate::{
 
 /// In the engine, what begins with this says how attempts ended: split, attempt.
 const OUTCOMES: u8 = b'o';
-/// In the engine, the earliest snapshot that is whole, and the earliest attempt whose outcome is kept: split.
+/// In the engine, the earliest snapshot that is whole: split.
 const KEPT: u8 = b'k';
 /// The first term that a split which was cut off can be led in.
 pub(crate) const FIRST_TERM: u64 = 2;
@@ -139,6 +139,9 @@ pub struct Replica {
     pub(crate) lease: Lease,
     pub(crate) prepared: BTreeMap<TxnId, Prepared>,
     outcomes: BTreeMap<TxnId, Outcome>,
+    /// Outcomes that the engine has until the next checkpoint. Without them, what was aborted before the last one could
+    /// happen when the log is applied again from there on.
+    forgotten: Vec<TxnId>,
     outcomes_since: Timestamp,
     unsettled: BTreeMap<TxnId, Vec<SplitId>>,
     pub(crate) newest: Timestamp,
@@ -161,9 +164,8 @@ impl Replica {
         for (txn, prepared) in &state.prepared {
             safe.prepare(*txn, prepared.at, spans_of(&prepared.writes));
         }
-        let (kept_since, outcomes_since) =
-            engine.get(&kept_key(split))?.as_deref().and_then(read_kept).unwrap_or_default();
-        let rows = Mvcc::new(Arc::clone(&engine), split, kept_since);
+        let kept = engine.get(&kept_key(split))?.as_deref().and_then(read_u64).map(Timestamp);
+        let rows = Mvcc::new(Arc::clone(&engine), split, kept.unwrap_or_default());
         let mut replica = Self {
             split,
             range: state.range.unwrap_or_else(Range::all),
@@ -173,8 +175,8 @@ impl Replica {
             lease: state.lease,
             prepared: state.prepared,
             outcomes: read_outcomes(&*engine, split)?,
-            // What was forgotten after the checkpoint must not happen again when the log is applied again.
-            outcomes_since: state.outcomes_since.max(outcomes_since),
+            forgotten: Vec::new(),
+            outcomes_since: state.outcomes_since,
             unsettled: state.unsettled,
             newest: state.newest,
             term: state.term,
@@ -288,6 +290,7 @@ impl Replica {
             lease: self.lease.inherited(Tenure { node: *leader, term }, FIRST_TERM),
             prepared: BTreeMap::new(),
             outcomes: BTreeMap::new(),
+            forgotten: Vec::new(),
             outcomes_since: self.outcomes_since,
             unsettled: BTreeMap::new(),
             newest: self.newest,
@@ -358,7 +361,7 @@ impl Replica {
         for (txn, outcome) in outcomes {
             put_outcome(batch, split, *txn, *outcome);
         }
-        put_kept(batch, split, kept_since, Timestamp::ZERO);
+        batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
     }
 
     /// Removes everything that the engine has of this split.
@@ -371,6 +374,7 @@ impl Replica {
         for txn in self.outcomes.keys() {
             batch.delete(outcome_key(self.split, *txn));
         }
+        self.save_forgotten(batch);
         batch.delete(kept_key(self.split));
         Ok(())
     }
@@ -383,6 +387,18 @@ impl Replica {
     pub fn measure(&mut self) -> Result<(), ReplicaError> {
         self.size = self.rows.size(&self.range)?;
         Ok(())
+    }
+
+    /// Removes outcomes that were forgotten, for a checkpoint that is written together with it.
+    pub(crate) fn save_forgotten(&self, batch: &mut Batch) {
+        for txn in &self.forgotten {
+            batch.delete(outcome_key(self.split, *txn));
+        }
+    }
+
+    /// The checkpoint is written.
+    pub(crate) fn saved_forgotten(&mut self) {
+        self.forgotten.clear();
     }
 
     /// How `txn` ended. `None` is "not yet", so far as this replica has applied the log.
@@ -551,8 +567,8 @@ impl Replica {
         outcomes: Timestamp,
     ) -> Result<Applied, ReplicaError> {
         self.rows.collect(batch, horizon)?;
+        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
         self.outcomes_since = self.outcomes_since.max(outcomes);
-        put_kept(batch, self.split, self.rows.kept_since(), self.outcomes_since);
         let since = self.outcomes_since;
         let gone: Vec<_> = self
             .outcomes
@@ -560,10 +576,10 @@ impl Replica {
             .filter(|txn| txn.started < since && !self.unsettled.contains_key(txn))
             .copied()
             .collect();
-        for txn in gone {
-            self.outcomes.remove(&txn);
-            batch.delete(outcome_key(self.split, txn));
+        for txn in &gone {
+            self.outcomes.remove(txn);
         }
+        self.forgotten.extend(gone);
         Ok(Applied::Collected)
     }
 
@@ -614,8 +630,8 @@ impl Replica {
             }
         }
         self.rows.keep_since(other.rows.kept_since());
+        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
         self.outcomes_since = self.outcomes_since.max(other.outcomes_since);
-        put_kept(batch, self.split, self.rows.kept_since(), self.outcomes_since);
         self.newest = self.newest.max(other.newest);
         Ok(())
     }
@@ -638,17 +654,6 @@ fn prefix(kind: u8, split: SplitId) -> Vec<u8> {
 
 fn kept_key(split: SplitId) -> Vec<u8> {
     prefix(KEPT, split)
-}
-
-fn put_kept(batch: &mut Batch, split: SplitId, kept_since: Timestamp, outcomes_since: Timestamp) {
-    let mut kept = kept_since.0.to_be_bytes().to_vec();
-    kept.extend_from_slice(&outcomes_since.0.to_be_bytes());
-    batch.put(kept_key(split), kept);
-}
-
-fn read_kept(bytes: &[u8]) -> Option<(Timestamp, Timestamp)> {
-    let (kept_since, outcomes_since) = bytes.split_first_chunk::<8>()?;
-    Some((Timestamp(u64::from_be_bytes(*kept_since)), Timestamp(read_u64(outcomes_since)?)))
 }
 
 fn outcome_key(split: SplitId, txn: TxnId) -> Vec<u8> {

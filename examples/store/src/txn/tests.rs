@@ -413,3 +413,66 @@ fn who_lets_go_of_its_lease_leaves_no_gap_and_no_overlap() {
     let again = split.commit(2, "a", "2", now);
     assert!(again > last);
 }
+
+#[test]
+fn a_request_that_comes_after_its_transaction_was_wounded_does_not_revive_it() {
+    let mut split = Split::new();
+    split.read(2, "a", at(1_100));
+    let changes = split.lock(1, &write("a", "1"), at(1_101));
+    assert_eq!(changes, Changes { granted: vec![attempt(1).txn], wounded: vec![attempt(2).txn] });
+    let Split { leader, replica } = &mut split;
+    let late = leader.read(replica, attempt(2), true, vec![Range::point(&key("a"))], at(1_110));
+    assert_eq!(late, Err(Refusal::Lost));
+    let idle = at(1_110 + 60_000);
+    leader.expire(replica, idle);
+    assert!(!leader.knows(attempt(1).txn));
+}
+
+#[test]
+fn what_was_aborted_and_forgotten_does_not_happen_when_the_log_is_applied_again() {
+    let engine = Arc::new(Memory::default());
+    let replica = Replica::restore(Arc::clone(&engine) as _, SplitId(1), State::default()).unwrap();
+    let mut split = Split { replica, leader: Leader::new(ME, 1) };
+    split.lead(1, at(1_000));
+    let txn = attempt(1).txn;
+    split.resolve(1, Outcome::Aborted, at(1_100));
+    let saved = split.replica.state();
+    let commit = || Entry {
+        term: 1,
+        closed: at(1_100).latest,
+        command: Command::Commit { txn, at: at(1_101).latest, writes: write("a", "1"), participants: vec![] },
+    };
+    let collect = || Entry {
+        term: 1,
+        closed: at(1_102).latest,
+        command: Command::Collect { horizon: Timestamp::ZERO, outcomes: txn.started.next() },
+    };
+    split.log(commit());
+    split.log(collect());
+    let mut again = Replica::restore(engine, SplitId(1), saved).unwrap();
+    for entry in [commit(), collect()] {
+        again.apply(entry, 1).unwrap();
+    }
+    assert_eq!(again.rows().newest(&key("a")), Ok(None));
+}
+
+#[test]
+fn a_split_takes_in_only_what_begins_where_it_ends() {
+    let mut left = replica(1);
+    let cut = |right, row| Entry {
+        term: 1,
+        closed: Timestamp::ZERO,
+        command: Command::Split { at: key(row), right: SplitId(right), leader: ME },
+    };
+    let (mut batch, mut half) = (Batch::default(), Batch::default());
+    let right = left.divide(&cut(2, "m"), 1, &mut batch, &mut half).unwrap().unwrap();
+    let middle = left.divide(&cut(3, "g"), 1, &mut batch, &mut half).unwrap().unwrap();
+    let absorb =
+        Entry { term: 1, closed: Timestamp::ZERO, command: Command::Absorb { right: SplitId(2), end: None } };
+    let before = left.range().clone();
+    assert_eq!(left.absorb(&absorb, 1, &right, &mut batch), Ok(false));
+    assert_eq!(left.range(), &before);
+    let mut middle = middle;
+    assert_eq!(middle.absorb(&absorb, 1, &right, &mut batch), Ok(true));
+    assert_eq!(middle.range().end(), None);
+}

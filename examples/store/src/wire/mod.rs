@@ -507,12 +507,13 @@ mod tests {
 
         #[test]
         fn consensus_comes_back_as_it_went(
-            numbers in prop::array::uniform8(any::<u64>()), kind in 0usize..10, reject in any::<bool>(),
+            mut numbers in prop::array::uniform8(..NUMBER_MAX), kind in 0usize..10, reject in any::<bool>(),
             data in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..9), 0..3),
         ) {
-            let entries: Vec<_> = data.iter().enumerate().map(|(index, data)| {
+            numbers[3] = numbers[3].min(numbers[2]);
+            let entries: Vec<_> = data.iter().zip(numbers[4] + 1..).map(|(data, index)| {
                 let mut entry = eraftpb::Entry::default();
-                (entry.index, entry.term, entry.data) = (index as u64, numbers[0], data.clone().into());
+                (entry.index, entry.term, entry.data) = (index, numbers[2], data.clone().into());
                 entry
             }).collect();
             let mut message = eraftpb::Message::default();
@@ -521,7 +522,12 @@ mod tests {
              message.commit_term, message.reject_hint] = numbers;
             message.reject = reject;
             message.set_entries(entries.clone().into());
-            prop_assert_eq!(decode_message(&encode_message(&message)).unwrap(), message);
+            prop_assert_eq!(decode_message(&encode_message(&message)).unwrap(), message.clone());
+            let mut wrong = message.clone();
+            wrong.index += 1;
+            prop_assert!(entries.is_empty() || decode_message(&encode_message(&wrong)).is_err(), "a hole");
+            wrong.term = u64::MAX;
+            prop_assert!(decode_message(&encode_message(&wrong)).is_err(), "a term that nobody comes to");
             let mut hard = eraftpb::HardState::default();
             [hard.term, hard.vote, hard.commit, ..] = numbers;
             let record = Record { split: numbers[7], hard_state: Some(hard), entries, restart: Some(numbers[6]) };
