@@ -332,7 +332,18 @@ impl<D: Disk> Groups<D> {
             let led_otherwise = heard && group.led_by().is_some_and(|leader| leader != from);
             !led_otherwise && group.term() <= term && group.raft.raft.raft_log.last_index() <= last
         });
+        // What is part of another by now for one node must be there for the others to take in: together they may have the
+        // only copy.
+        let leaves = leaves && !(term == u64::MAX && self.is_awaited(split));
         if leaves { self.destroy(split, term) } else { Ok(()) }
+    }
+
+    /// Whether the split to its left is here, and has not taken it in yet: when it has, nothing is left of it.
+    fn is_awaited(&self, split: SplitId) -> bool {
+        let Some(half) = self.groups.get(&split).filter(|half| half.is_filled()) else { return false };
+        self.groups.values().filter(|left| left.split != split && left.is_filled()).any(|left| {
+            left.replica.touches(&half.replica) || left.replica.range().overlaps(half.replica.range())
+        })
     }
 
     /// Whether the split is part of another, as far as this node knows: its number is never given again.
