@@ -8,6 +8,7 @@ use crate::{
     Client, Error, Found, Moment, Range, Reason, Row,
     client::{Failed, Group, Pace, Store, Target, in_order},
     proto,
+    routes::Routes,
     schema::place,
     txn::{next_page, page_limit},
 };
@@ -62,9 +63,9 @@ impl Client {
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
         let mut groups: BTreeMap<String, Group<'_>> = BTreeMap::new();
-        let turn = self.turn();
+        let (routes, turn) = (self.routes(), self.turn());
         for (index, place, row) in missing {
-            match self.snapshot_target(place, shown, turn, pace).await {
+            match self.snapshot_target(place, shown, &routes, turn, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
                     group.splits.extend(splits);
@@ -149,7 +150,7 @@ impl Client {
         shown: &Shown,
         pace: &Pace,
     ) -> Result<proto::SnapshotScanResponse, Failed> {
-        let target = self.snapshot_target(place, shown, self.turn(), pace).await?;
+        let target = self.snapshot_target(place, shown, &self.routes(), self.turn(), pace).await?;
         let request = proto::SnapshotScanRequest {
             range: Some(range.clone().into()),
             moment: Some(shown.moment().into()),
@@ -164,18 +165,17 @@ impl Client {
         &self,
         place: &[u8],
         shown: &Shown,
+        routes: &Routes,
         turn: usize,
         pace: &Pace,
     ) -> Result<Target, Failed> {
-        if !shown.to_leader {
-            let routes = self.routes();
-            if let Some(route) = routes.at(place)
-                && let Some(address) = routes.replicas(route, turn).find(|address| !self.is_suspect(address))
-            {
-                return Ok(Target { splits: vec![route.split], address: address.to_owned() });
-            }
+        if !shown.to_leader
+            && let Some(route) = routes.at(place)
+            && let Some(address) = routes.replicas(route, turn).find(|address| !self.is_suspect(address))
+        {
+            return Ok(Target { splits: vec![route.split], address: address.to_owned() });
         }
-        self.leader_at(place, pace).await
+        self.leader_by(routes, turn, place, pace).await
     }
 
     async fn snapshot_pause(

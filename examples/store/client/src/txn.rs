@@ -148,9 +148,10 @@ impl Txn {
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
         let mut failed = None;
         let mut groups: BTreeMap<String, Group<'_>> = BTreeMap::new();
+        let (routes, turn) = (self.client.routes(), self.client.turn());
         for (index, place, row) in missing {
             self.read_at.get_or_insert_with(|| place.clone());
-            match self.client.leader_at(place, pace).await {
+            match self.client.leader_by(&routes, turn, place, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
                     group.splits.extend(splits);
@@ -356,6 +357,7 @@ impl Txn {
     }
 
     fn asks(&mut self, address: &str, splits: &[u64]) {
+        self.let_go = false;
         match self.asked.get_mut(address) {
             Some(asked) => asked.extend(splits),
             None => drop(self.asked.insert(address.to_owned(), splits.iter().copied().collect())),
