@@ -32,11 +32,12 @@ pub enum SchemaError {
 ///
 /// When it is not the one way to write a row of this table.
 pub fn key_of(table: &Table, text: &str) -> Result<Key, SchemaError> {
-    let row = client::sorted(&table.parse(text)?);
-    if row.len() > KEY_BYTES_MAX {
-        return Err(SchemaError::TooLong(row.len()));
+    let place = table.place(text)?;
+    let row = place.len().saturating_sub(table.name().len() + 1);
+    if row > KEY_BYTES_MAX {
+        return Err(SchemaError::TooLong(row));
     }
-    Ok(Key::new(table.name(), &row)?)
+    Ok(Key::decode(place.into())?)
 }
 
 /// The keys in a range of `table`.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use prost::Message as _;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -43,6 +44,8 @@ const TRANSACTION_ATTEMPTS: u32 = 100;
 const PAUSE_MIN: Duration = Duration::from_millis(4);
 /// The longest: of the time that a split is without a leader, a client wastes at most this much.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// How old a declaration may be that is read at any replica.
+const DECLARED_WITHIN: Duration = Duration::from_secs(60);
 /// A change of a split waits until nothing of it is under way.
 const CHANGE: Duration = Duration::from_secs(15);
 /// A replica is moved row by row.
@@ -63,7 +66,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// How long to try.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Of one call, all its tries included.
+    /// Of one call, all its tries included. A commit is tried no longer than for 40 seconds after its attempt began,
+    /// whatever this is: nodes remember for a minute how an attempt ended.
     pub deadline: Duration,
     /// Of one try.
     pub attempt: Duration,
@@ -123,13 +127,36 @@ pub(crate) struct Pace {
 
 impl Pace {
     /// One try, at what is answered at once.
-    fn quick(&self) -> Self {
+    pub(crate) fn quick(&self) -> Self {
         Self { attempt: self.attempt.min(ATTEMPT_QUICK), ..*self }
+    }
+
+    /// Not longer than until `end`, but for one try.
+    pub(crate) fn until(self, end: Instant) -> Self {
+        let one = Instant::now().checked_add(self.attempt).unwrap_or(end);
+        Self { deadline: self.deadline.min(end.max(one)), ..self }
     }
 
     /// One try, at what waits for locks: a second one would find the first still waiting.
     pub(crate) fn patient(&self) -> Self {
         Self { attempt: Duration::MAX, ..*self }
+    }
+}
+
+/// Finds where rows are.
+pub(crate) struct Places<'a> {
+    client: &'a Client,
+    last: Option<Arc<Table>>,
+}
+
+impl Places<'_> {
+    /// The place of a row among all rows.
+    pub(crate) async fn of(&mut self, row: &Row) -> Result<Vec<u8>, Error> {
+        let table = match self.last.take().filter(|last| last.name() == row.table) {
+            Some(last) => last,
+            None => self.client.table(&row.table).await?,
+        };
+        Ok(self.last.insert(table).place(&row.key)?)
     }
 }
 
@@ -143,9 +170,24 @@ pub(crate) struct Target {
 
 /// Rows that one node is asked for, by where each is among all that are asked for.
 #[derive(Debug, Default)]
-pub(crate) struct Group {
+pub(crate) struct Group<'a> {
     pub(crate) splits: Vec<u64>,
-    pub(crate) rows: Vec<(usize, Row)>,
+    pub(crate) rows: Vec<(usize, &'a Row)>,
+}
+
+impl Group<'_> {
+    /// What a node found of them.
+    pub(crate) fn found(&self, found: Vec<proto::Found>) -> Result<Vec<(usize, Found)>, Fault> {
+        if found.len() != self.rows.len() {
+            let message = format!("{} rows were asked for, and {} came", self.rows.len(), found.len());
+            return Err(Error::Other(Told { message, reason: None }).into());
+        }
+        let named = |((index, row), found): (&(usize, &Row), proto::Found)| {
+            let proto::Found { value, version, .. } = found;
+            (*index, Found { row: (*row).clone(), value, version })
+        };
+        Ok(self.rows.iter().zip(found).map(named).collect())
+    }
 }
 
 /// A try that failed, and who was asked, if anybody.
@@ -201,6 +243,7 @@ impl Client {
         let table = Table::new(name, key)?;
         let place = declared_at(name);
         let mut pace = self.pace();
+        let mut lost = false;
         loop {
             let tried = async {
                 let target = self.leader_at(&place, &pace).await?;
@@ -211,7 +254,15 @@ impl Client {
             };
             match tried.await {
                 Ok(proto::CreateTableResponse {}) => break,
-                Err(failed) => self.pause(&mut pace, failed).await?,
+                Err(failed) => {
+                    lost |= failed.0.lost;
+                    self.pause(&mut pace, failed).await.map_err(|error| match error {
+                        // Whoever declared it otherwise came before all of the tries.
+                        error @ Error::AlreadyExists(_) => error,
+                        error if lost => error.unknown(),
+                        error => error,
+                    })?;
+                }
             }
         }
         lock(&self.inner.tables).insert(name.to_owned(), Arc::new(table));
@@ -229,10 +280,7 @@ impl Client {
         }
         Table::check_name(name)?;
         let row = Row::new(TABLES, key(&[Part::from(name)]));
-        // Boxed, since to read any row the declaration of its table is looked up here.
-        let snapshot = Box::pin(self.snapshot_read(&[row], Moment::Now)).await?;
-        let declaration = snapshot.rows.into_iter().next().and_then(|found| found.value);
-        let Some(declaration) = declaration else {
+        let Some(declaration) = self.declaration(row).await? else {
             let message = format!("there is no table {name:?}");
             return Err(Error::NotFound(Told { message, reason: Some(Reason::UnknownTable) }));
         };
@@ -242,6 +290,25 @@ impl Client {
         let table = Arc::new(Table::from_proto(table)?);
         lock(&self.inner.tables).insert(name.to_owned(), Arc::clone(&table));
         Ok(table)
+    }
+
+    /// What declares a table. Declarations never change: what any replica has is right, and the leader is asked for what is
+    /// not there.
+    async fn declaration(&self, row: Row) -> Result<Option<Bytes>, Error> {
+        for moment in [Moment::Within(DECLARED_WITHIN), Moment::Now] {
+            // Boxed, since to read any row the declaration of its table is looked up here.
+            match Box::pin(self.snapshot_read(std::slice::from_ref(&row), moment)).await {
+                Ok(snapshot) => {
+                    if let Some(value) = snapshot.rows.into_iter().next().and_then(|found| found.value) {
+                        return Ok(Some(value));
+                    }
+                }
+                // A replica that is as far behind as it keeps versions.
+                Err(Error::OutOfRange(_)) if moment != Moment::Now => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     /// Begins a transaction.
@@ -332,22 +399,22 @@ impl Client {
             attempts += 1;
             let mut txn = self.begin_with(retry_of.take(), self.pace_until(deadline)).await?;
             txn.end_by(deadline);
-            let done = match work(&mut txn).await {
-                Ok(value) => txn.commit().await.map(|at| (value, at)),
-                Err(error) => Err(error),
-            };
-            let error = match done {
-                Ok(done) => return Ok(done),
-                Err(error @ Error::Unknown(_)) => return Err(error),
+            let error = match work(&mut txn).await {
+                Ok(value) => match txn.commit().await {
+                    Ok(at) => return Ok((value, at)),
+                    // To roll back what may be written would be a lie.
+                    Err(error @ Error::Unknown(_)) => return Err(error),
+                    Err(error) => error,
+                },
                 Err(error) => error,
             };
-            if !(txn.is_aborted() && txn.to_proto().held.len() <= 1) {
-                txn.rollback().await;
-            }
             let spent = attempts >= self.inner.options.transaction_attempts || Instant::now() >= deadline;
             if !txn.is_aborted() || spent {
+                txn.rollback().await;
                 return Err(error);
             }
+            // The next attempt is older than this one, and does not wait until all have heard.
+            tokio::spawn(txn.let_go());
             retry_of = Some(txn.to_proto().clone());
             // Its age decides who comes through, so that a longer pause each time would only waste it.
             self.sleep(&mut self.pace_until(deadline)).await;
@@ -487,31 +554,60 @@ impl Client {
         next.map(|address| (*address).clone()).unwrap_or_default()
     }
 
-    /// Whether the node there did not answer a moment ago.
+    /// Whether the node there did not answer a moment ago. When that is some time ago, whoever asks this first is to try it
+    /// for all others.
     pub(crate) fn is_suspect(&self, address: &str) -> bool {
-        lock(&self.inner.suspects).get(address).is_some_and(|until| Instant::now() < *until)
+        let now = Instant::now();
+        match lock(&self.inner.suspects).get_mut(address) {
+            Some(until) if now < *until => true,
+            Some(until) => {
+                *until = now + SUSPECT;
+                false
+            }
+            None => false,
+        }
     }
 
     fn suspect(&self, address: &str, fault: Fault) -> Fault {
         if fault.error.reason().is_none() && fault.again {
             lock(&self.inner.suspects).insert(address.to_owned(), Instant::now() + SUSPECT);
+        } else {
+            self.trust(address);
         }
         fault
     }
 
+    fn trust(&self, address: &str) {
+        lock(&self.inner.suspects).remove(address);
+    }
+
     /// The place of a row among all rows.
     pub(crate) async fn place(&self, row: &Row) -> Result<Vec<u8>, Error> {
-        let table = self.table(&row.table).await?;
-        Ok(place(table.name(), &sorted(&table.parse(&row.key)?)))
+        Ok(self.table(&row.table).await?.place(&row.key)?)
+    }
+
+    /// Places of rows, most of which are of one table.
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places { client: self, last: None }
     }
 
     /// Whom to ask for rows at `place`.
     pub(crate) async fn leader_at(&self, place: &[u8], pace: &Pace) -> Result<Target, Failed> {
-        self.target(pace, |routes, turn| {
-            let route = routes.at(place)?;
-            Some(Target { splits: vec![route.split], address: routes.leader(route, turn)?.to_owned() })
-        })
-        .await
+        self.target(pace, |routes, turn| led_at(routes, place, turn)).await
+    }
+
+    /// The same for one of many rows, by routes that were looked at for all of them.
+    pub(crate) async fn leader_by(
+        &self,
+        routes: &Routes,
+        turn: usize,
+        place: &[u8],
+        pace: &Pace,
+    ) -> Result<Target, Failed> {
+        match led_at(routes, place, turn) {
+            Some(target) => Ok(target),
+            None => self.leader_at(place, pace).await,
+        }
     }
 
     /// Whom to ask for a split.
@@ -560,9 +656,7 @@ impl Client {
             .into_iter()
             .map(|address| async {
                 let send = |mut node: Store, request| async move { node.list_splits(request).await };
-                let answer = self.ask(pace, &address, proto::ListSplitsRequest {}, send);
-                let answer =
-                    timeout(ATTEMPT_QUICK, answer).await.unwrap_or_else(|_| Err(Fault::late(&address)));
+                let answer = self.ask(&pace.quick(), &address, proto::ListSplitsRequest {}, send).await;
                 answer.map(|answer| (address, answer))
             })
             .collect();
@@ -612,7 +706,10 @@ impl Client {
         let channel = self.channel(address)?;
         let left = pace.deadline.saturating_duration_since(Instant::now()).min(pace.attempt);
         match timeout(left, send(channel, Request::new(request))).await {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Ok(answer)) => {
+                self.trust(address);
+                Ok(answer.into_inner())
+            }
             Ok(Err(status)) => Err(self.suspect(address, fault(address, &status))),
             Err(_) => Err(self.suspect(address, Fault::late(address))),
         }
@@ -623,17 +720,19 @@ impl Client {
         if !fault.again || Instant::now() >= pace.deadline {
             return Err(fault.error);
         }
-        let seen = self.routes();
         if let (Some(leader), Some(Target { splits, address })) = (fault.leader, &asked)
             && let [split] = splits.as_slice()
             && leader != *address
             && pace.hinted < HINTS_MAX
         {
             pace.hinted += 1;
-            *lock(&self.inner.routes) = Arc::new(seen.led(*split, &leader));
+            // Of the newest routes, which another task may have heard meanwhile.
+            let mut routes = lock(&self.inner.routes);
+            *routes = Arc::new(routes.led(*split, &leader));
             return Ok(());
         }
         pace.hinted = 0;
+        let seen = self.routes();
         self.sleep(pace).await;
         if asked.is_some_and(|asked| !asked.splits.is_empty()) {
             // Whoever cannot say it now is asked again with the next try.
@@ -683,6 +782,11 @@ fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .keep_alive_timeout(KEEP_ALIVE))
 }
 
+fn led_at(routes: &Routes, place: &[u8], turn: usize) -> Option<Target> {
+    let route = routes.at(place)?;
+    Some(Target { splits: vec![route.split], address: routes.leader(route, turn)?.to_owned() })
+}
+
 /// Where the declaration of a table is among all rows.
 fn declared_at(table: &str) -> Vec<u8> {
     place(TABLES, &sorted(&[Part::from(table)]))
@@ -723,6 +827,29 @@ mod tests {
         assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
         assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
         assert!(error.nothing_written());
+    }
+
+    #[test]
+    fn one_asks_a_node_that_did_not_answer_whether_it_is_back() {
+        let client = Client::connect(["a:1".to_owned()]).unwrap();
+        client.suspect("a:1", Fault::late("a:1"));
+        assert!(client.is_suspect("a:1") && !client.is_suspect("b:1"));
+        lock(&client.inner.suspects).insert("a:1".to_owned(), Instant::now());
+        assert!(!client.is_suspect("a:1"), "somebody tries it");
+        assert!(client.is_suspect("a:1"), "and the others wait for what becomes of it");
+        client.trust("a:1");
+        assert!(!client.is_suspect("a:1") && !client.is_suspect("a:1"));
+    }
+
+    #[test]
+    fn tries_end_when_they_must_but_for_one() {
+        let options = Options { deadline: Duration::from_secs(120), ..Options::default() };
+        let client = Client::with(["a:1".to_owned()], options).unwrap();
+        let now = Instant::now();
+        let end = now + Duration::from_secs(40);
+        assert_eq!(client.pace().until(end).deadline, end);
+        let one = client.pace().until(now).deadline;
+        assert!(one >= now + ATTEMPT && one < end);
     }
 
     #[test]

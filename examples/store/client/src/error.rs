@@ -31,7 +31,8 @@ pub enum Error {
     /// The transaction has ended before, without a commit.
     #[error("{0}")]
     Ended(Told),
-    /// A commit, or a change of a split, was sent and no answer to it came in time: it happened, or will, or never will.
+    /// A commit, a declaration or a change of a split was sent and no answer to it came in time: it happened, or will, or
+    /// never will.
     #[error("it may or may not have happened: {0}")]
     Unknown(Told),
     /// Nobody could be asked in time.
@@ -245,7 +246,8 @@ pub(crate) fn fault(address: &str, status: &Status) -> Fault {
         _ if reason.is_temporary() => Error::Unavailable(told),
         Code::Aborted => Error::Aborted(told),
         Code::FailedPrecondition if reason == Reason::Ended => Error::Ended(told),
-        Code::Unknown => Error::Unknown(told),
+        // Whoever asked for a change, and knows that this was one, says that it is unknown.
+        Code::Unknown => Error::Unavailable(told),
         Code::InvalidArgument => Error::InvalidArgument(told),
         Code::NotFound => Error::NotFound(told),
         Code::AlreadyExists => Error::AlreadyExists(told),
@@ -263,9 +265,9 @@ fn silent(status: &Status, told: Told) -> Fault {
     match status.code() {
         Code::PermissionDenied | Code::Unauthenticated => Error::Denied(told).into(),
         Code::InvalidArgument => Error::InvalidArgument(told).into(),
-        Code::Unimplemented | Code::ResourceExhausted => {
-            Fault { error: Error::Other(told), again: false, lost: false, leader: None }
-        }
+        // A message over a limit of whoever is to read it.
+        Code::OutOfRange => Error::InvalidArgument(told).into(),
+        Code::Unimplemented | Code::ResourceExhausted => Error::Other(told).into(),
         _ => Fault { error: Error::Unavailable(told), again: true, lost: !refused, leader: None },
     }
 }
@@ -308,6 +310,22 @@ mod tests {
     fn what_no_node_said_may_have_been_done() {
         let fault = fault("a:1", &Status::unavailable("reset"));
         assert!(fault.lost && fault.again);
+        assert!(matches!(fault.error.unknown(), Error::Unknown(_)));
+    }
+
+    #[test]
+    fn what_was_too_large_to_be_read_was_not_done() {
+        let fault = fault("a:1", &Status::out_of_range("the limit is 33554432 bytes"));
+        assert!(!fault.lost && !fault.again);
+        assert!(matches!(fault.error, Error::InvalidArgument(_)));
+    }
+
+    #[test]
+    fn a_read_whose_answer_is_lost_has_written_nothing() {
+        let mut status = Status::unknown("this node stopped before it answered");
+        status.metadata_mut().insert(REASON_TRAILER, "UNKNOWN".parse().unwrap());
+        let fault = fault("a:1", &status);
+        assert!(fault.lost && fault.again && fault.error.nothing_written());
         assert!(matches!(fault.error.unknown(), Error::Unknown(_)));
     }
 

@@ -35,9 +35,7 @@ mod txn;
 pub use client::{Client, Options};
 pub use error::{Error, Reason, Told};
 pub use names::{Found, Moment, Range, Row};
-pub use schema::{
-    Column, KEY_PARTS_MAX, KEY_TEXT_BYTES_MAX, Kind, NameError, PART_NAME_BYTES_MAX, Part, Table, key, sorted,
-};
+pub use schema::{Column, Kind, NameError, Part, Table, key, sorted};
 pub use snapshot::Snapshot;
 pub use txn::{Txn, TxnId};
 

@@ -5,11 +5,11 @@ use std::{borrow::Cow, fmt::Write as _};
 use crate::{Range, Reason, TABLES, proto};
 
 /// A declaration has at most so many parts: a refusal names them all.
-pub const KEY_PARTS_MAX: usize = 8;
+const KEY_PARTS_MAX: usize = 8;
 /// A part's name is short enough for a message.
-pub const PART_NAME_BYTES_MAX: usize = 64;
+const PART_NAME_BYTES_MAX: usize = 64;
 /// Three bytes of text for one of a key at most, and room for what is refused in whole.
-pub const KEY_TEXT_BYTES_MAX: usize = 4096;
+const KEY_TEXT_BYTES_MAX: usize = 4096;
 /// A table's name is short enough to be printed in every refusal.
 const TABLE_BYTES_MAX: usize = 64;
 
@@ -48,6 +48,12 @@ pub enum Part {
     Int(i64),
     /// Text.
     Text(String),
+}
+
+/// A part as it is read from text.
+enum Read<'t> {
+    Int(i64),
+    Text(Cow<'t, str>),
 }
 
 impl From<i64> for Part {
@@ -264,15 +270,8 @@ impl Table {
     /// When `text` is not the one way to write a key of this table.
     pub fn parse(&self, text: &str) -> Result<Vec<Part>, NameError> {
         let parts = self.parse_first(text)?;
-        if parts.len() == self.key.len() {
-            return Ok(parts);
-        }
-        Err(NameError::Parts {
-            found: parts.len(),
-            text: shortened(text),
-            table: self.name.clone(),
-            shape: self.shape(),
-        })
+        self.check_whole(text, parts.len())?;
+        Ok(parts)
     }
 
     /// The parts that a key begins with: none in empty text, all in a whole key.
@@ -281,34 +280,86 @@ impl Table {
     ///
     /// When `text` is not the one way to write the first parts of a key of this table.
     pub fn parse_first(&self, text: &str) -> Result<Vec<Part>, NameError> {
+        let mut parts = Vec::new();
+        self.read(text, |part| {
+            parts.push(match part {
+                Read::Int(value) => Part::Int(value),
+                Read::Text(text) => Part::Text(text.into_owned()),
+            });
+        })?;
+        Ok(parts)
+    }
+
+    /// The place of a row among all rows of all tables, as the nodes sort them.
+    ///
+    /// # Errors
+    ///
+    /// When `text` is not the one way to write a key of this table.
+    pub fn place(&self, text: &str) -> Result<Vec<u8>, NameError> {
+        // A number of one digit takes nine bytes.
+        let most = self.name.len() + 1 + text.len() + self.key.len() * INT_BYTES;
+        let mut place = Vec::with_capacity(most);
+        place.extend_from_slice(self.name.as_bytes());
+        place.push(TABLE_END);
+        let parts = self.sort_into(text, &mut place)?;
+        self.check_whole(text, parts)?;
+        Ok(place)
+    }
+
+    /// The parts that a key begins with, as the nodes sort them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::parse_first`].
+    pub(crate) fn sorted_first(&self, text: &str) -> Result<Vec<u8>, NameError> {
+        let mut row = Vec::new();
+        self.sort_into(text, &mut row)?;
+        Ok(row)
+    }
+
+    /// Appends parts as the nodes sort them. Gives how many there are.
+    fn sort_into(&self, text: &str, row: &mut Vec<u8>) -> Result<usize, NameError> {
+        self.read(text, |part| match part {
+            Read::Int(value) => sort_int(value, row),
+            Read::Text(text) => sort_text(&text, row),
+        })
+    }
+
+    /// Reads part by part what a key begins with. Gives how many there are.
+    fn read<'t>(&self, text: &'t str, mut each: impl FnMut(Read<'t>)) -> Result<usize, NameError> {
         if text.is_empty() {
-            return Ok(Vec::new());
+            return Ok(0);
         }
         if text.len() > KEY_TEXT_BYTES_MAX {
             return Err(NameError::TooLong(text.len()));
         }
         let found = text.split('/').count();
         if found > self.key.len() {
-            return Err(NameError::Parts {
-                text: shortened(text),
-                found,
-                table: self.name.clone(),
-                shape: self.shape(),
+            return Err(self.wrong_count(text, found));
+        }
+        for (part, column) in text.split('/').zip(&self.key) {
+            each(match (part.is_empty(), column.kind) {
+                (true, _) => {
+                    return Err(NameError::Empty {
+                        part: column.name.clone(),
+                        text: shortened(text),
+                        table: self.name.clone(),
+                        shape: self.shape(),
+                    });
+                }
+                (false, Kind::Text) => Read::Text(unescape(&column.name, part)?),
+                (false, Kind::Int) => Read::Int(parse_int(&column.name, part)?),
             });
         }
-        text.split('/')
-            .zip(&self.key)
-            .map(|(part, column)| match (part.is_empty(), column.kind) {
-                (true, _) => Err(NameError::Empty {
-                    part: column.name.clone(),
-                    text: shortened(text),
-                    table: self.name.clone(),
-                    shape: self.shape(),
-                }),
-                (false, Kind::Text) => Ok(Part::Text(unescape(&column.name, part)?)),
-                (false, Kind::Int) => Ok(Part::Int(parse_int(&column.name, part)?)),
-            })
-            .collect()
+        Ok(found)
+    }
+
+    fn check_whole(&self, text: &str, parts: usize) -> Result<(), NameError> {
+        if parts == self.key.len() { Ok(()) } else { Err(self.wrong_count(text, parts)) }
+    }
+
+    fn wrong_count(&self, text: &str, found: usize) -> NameError {
+        NameError::Parts { text: shortened(text), found, table: self.name.clone(), shape: self.shape() }
     }
 
     /// Where a range begins and ends among this table's rows, as sorted bytes; no end is the table's.
@@ -317,9 +368,9 @@ impl Table {
     ///
     /// When a bound is not written as it is to be, or no row can be in it.
     pub fn bounds(&self, range: &Range) -> Result<(Vec<u8>, Option<Vec<u8>>), NameError> {
-        let prefix = sorted(&self.parse_first(&range.prefix)?);
-        let from = sorted(&self.parse_first(&range.from)?);
-        let to = sorted(&self.parse_first(&range.to)?);
+        let prefix = self.sorted_first(&range.prefix)?;
+        let from = self.sorted_first(&range.from)?;
+        let to = self.sorted_first(&range.to)?;
         let past = (!prefix.is_empty()).then(|| [prefix.as_slice(), &[PAST_PARTS]].concat());
         let start = prefix.max(from);
         let end = match (past, (!to.is_empty()).then_some(to)) {
@@ -372,6 +423,8 @@ pub(crate) fn place(table: &str, row: &[u8]) -> Vec<u8> {
 const TABLE_END: u8 = 0x00;
 const TAG_INT: u8 = 0x10;
 const TAG_TEXT: u8 = 0x20;
+/// What a number takes: its tag and 64 bits. Text takes two bytes more than it has.
+const INT_BYTES: usize = 9;
 const ZERO: u8 = 0x00;
 const ESCAPED: u8 = 0xff;
 /// No part begins with it: what goes on after the same parts is before it.
@@ -382,23 +435,28 @@ pub fn sorted(parts: &[Part]) -> Vec<u8> {
     let mut row = Vec::new();
     for part in parts {
         match part {
-            Part::Int(value) => {
-                row.push(TAG_INT);
-                row.extend_from_slice(&(value.cast_unsigned() ^ (1 << 63)).to_be_bytes());
-            }
-            Part::Text(text) => {
-                row.push(TAG_TEXT);
-                for byte in text.bytes() {
-                    row.push(byte);
-                    if byte == ZERO {
-                        row.push(ESCAPED);
-                    }
-                }
-                row.push(ZERO);
-            }
+            Part::Int(value) => sort_int(*value, &mut row),
+            Part::Text(text) => sort_text(text, &mut row),
         }
     }
     row
+}
+
+fn sort_int(value: i64, row: &mut Vec<u8>) {
+    row.push(TAG_INT);
+    // With the sign turned over, two's complement sorts as unsigned bytes do.
+    row.extend_from_slice(&(value.cast_unsigned() ^ (1 << 63)).to_be_bytes());
+}
+
+fn sort_text(text: &str, row: &mut Vec<u8>) {
+    row.push(TAG_TEXT);
+    for byte in text.bytes() {
+        row.push(byte);
+        if byte == ZERO {
+            row.push(ESCAPED);
+        }
+    }
+    row.push(ZERO);
 }
 
 fn escape(text: &str) -> Cow<'_, str> {
@@ -409,7 +467,10 @@ fn escape(text: &str) -> Cow<'_, str> {
     }
 }
 
-fn unescape(part: &str, text: &str) -> Result<String, NameError> {
+fn unescape<'t>(part: &str, text: &'t str) -> Result<Cow<'t, str>, NameError> {
+    if !text.contains('%') {
+        return Ok(Cow::Borrowed(text));
+    }
     let mut pieces = text.split('%');
     let mut plain = pieces.next().unwrap_or_default().to_owned();
     for piece in pieces {
@@ -421,13 +482,19 @@ fn unescape(part: &str, text: &str) -> Result<String, NameError> {
         plain.push(meant);
         plain.push_str(rest);
     }
-    Ok(plain)
+    Ok(Cow::Owned(plain))
 }
 
 fn parse_int(part: &str, text: &str) -> Result<i64, NameError> {
     let right: i64 =
         text.parse().map_err(|_| NameError::Number { part: part.to_owned(), text: shortened(text) })?;
-    if right.to_string() == text {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let canonical = match digits.as_bytes() {
+        [b'0'] => text == digits,
+        [first, ..] => matches!(first, b'1'..=b'9'),
+        [] => false,
+    };
+    if canonical {
         return Ok(right);
     }
     Err(NameError::NumberForm { part: part.to_owned(), text: shortened(text), right })
@@ -473,6 +540,7 @@ mod tests {
         #[test]
         fn text_of_parts_is_parsed_to_the_same_parts(parts in row()) {
             let text = key(&parts);
+            prop_assert_eq!(accounts().place(&text), Ok(place("accounts", &sorted(&parts))));
             prop_assert_eq!(accounts().parse(&text), Ok(parts));
         }
 
@@ -480,7 +548,9 @@ mod tests {
         fn any_text_is_refused_or_the_only_way_to_write_it(
             any in prop_oneof![any::<String>(), "[a%2Ff/0-9+-]{0,8}", "a/[+-]?[0-9]{1,20}"]
         ) {
-            if let Ok(parts) = accounts().parse(&any) {
+            let parsed = accounts().parse(&any);
+            prop_assert_eq!(accounts().place(&any).err(), parsed.as_ref().err().cloned());
+            if let Ok(parts) = parsed {
                 prop_assert_eq!(key(&parts), any);
             }
         }

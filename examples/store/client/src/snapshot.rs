@@ -8,8 +8,9 @@ use crate::{
     Client, Error, Found, Moment, Range, Reason, Row,
     client::{Failed, Group, Pace, Store, Target, in_order},
     proto,
-    schema::{place, sorted},
-    txn::page_limit,
+    routes::Routes,
+    schema::place,
+    txn::{next_page, page_limit},
 };
 
 /// A node's clock may be behind the one whose moment is asked for by the bounds of both.
@@ -32,8 +33,9 @@ impl Client {
     /// [`Error::OutOfRange`] for a moment that has not come or is forgotten.
     pub async fn snapshot_read(&self, rows: &[Row], moment: Moment) -> Result<Snapshot, Error> {
         let mut missing = Vec::new();
+        let mut places = self.places();
         for (index, row) in rows.iter().enumerate() {
-            missing.push((index, self.place(row).await?, row.clone()));
+            missing.push((index, places.of(row).await?, row));
         }
         let mut shown = Shown { moment, at: None, to_leader: moment == Moment::Now };
         let mut found: Vec<Option<Found>> = rows.iter().map(|_| None).collect();
@@ -56,18 +58,18 @@ impl Client {
     /// Asks one node, and all others together once it is known which moment to ask them for.
     async fn snapshot_read_once(
         &self,
-        missing: &[(usize, Vec<u8>, Row)],
+        missing: &[(usize, Vec<u8>, &Row)],
         shown: &mut Shown,
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
-        let mut groups: BTreeMap<String, Group> = BTreeMap::new();
-        let turn = self.turn();
+        let mut groups: BTreeMap<String, Group<'_>> = BTreeMap::new();
+        let (routes, turn) = (self.routes(), self.turn());
         for (index, place, row) in missing {
-            match self.snapshot_target(place, shown, turn, pace).await {
+            match self.snapshot_target(place, shown, &routes, turn, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
                     group.splits.extend(splits);
-                    group.rows.push((*index, row.clone()));
+                    group.rows.push((*index, row));
                 }
                 Err(why) => return (Vec::new(), Some(why)),
             }
@@ -78,29 +80,26 @@ impl Client {
             }
         }
         let moment = shown.moment();
-        let asked = groups.into_iter().map(|(address, Group { mut splits, rows })| {
-            splits.dedup();
+        let asked = groups.into_iter().map(|(address, mut group)| {
+            group.splits.dedup();
             let request = proto::SnapshotReadRequest {
-                rows: rows.iter().map(|(_, row)| row.clone().into()).collect(),
+                rows: group.rows.iter().map(|(_, row)| (*row).clone().into()).collect(),
                 moment: Some(moment.into()),
             };
             async move {
                 let send = |mut node: Store, request| async move { node.snapshot_read(request).await };
                 let answer = self.ask(pace, &address, request, send).await;
-                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(Target { splits, address })))
+                let read = answer.and_then(|answer| Ok((answer.read_timestamp, group.found(answer.rows)?)));
+                read.map_err(|fault| (fault, Some(Target { splits: group.splits, address })))
             }
         });
         let mut read = Vec::new();
         let mut failed = None;
         for answer in join_all(asked).await {
             match answer {
-                Ok((rows, answer)) => {
-                    shown.at.get_or_insert(answer.read_timestamp);
-                    read.extend(
-                        rows.into_iter()
-                            .zip(answer.rows)
-                            .map(|((index, row), found)| (index, Found { row, ..found.into() })),
-                    );
+                Ok((at, rows)) => {
+                    shown.at.get_or_insert(at);
+                    read.extend(rows);
                 }
                 Err(why) => failed = Some(why),
             }
@@ -135,7 +134,7 @@ impl Client {
             rows.extend(page.rows.into_iter().take(left).map(Found::from));
             match page.next {
                 Some(next) if rows.len() < limit => {
-                    start = sorted(&table.parse_first(&next)?);
+                    start = next_page(&table, &start, &next)?;
                     range.from = next;
                 }
                 _ => return Ok(Snapshot { rows, at: shown.at.unwrap_or_default() }),
@@ -151,7 +150,7 @@ impl Client {
         shown: &Shown,
         pace: &Pace,
     ) -> Result<proto::SnapshotScanResponse, Failed> {
-        let target = self.snapshot_target(place, shown, self.turn(), pace).await?;
+        let target = self.snapshot_target(place, shown, &self.routes(), self.turn(), pace).await?;
         let request = proto::SnapshotScanRequest {
             range: Some(range.clone().into()),
             moment: Some(shown.moment().into()),
@@ -166,18 +165,17 @@ impl Client {
         &self,
         place: &[u8],
         shown: &Shown,
+        routes: &Routes,
         turn: usize,
         pace: &Pace,
     ) -> Result<Target, Failed> {
-        if !shown.to_leader {
-            let routes = self.routes();
-            if let Some(route) = routes.at(place)
-                && let Some(address) = routes.replicas(route, turn).find(|address| !self.is_suspect(address))
-            {
-                return Ok(Target { splits: vec![route.split], address: address.to_owned() });
-            }
+        if !shown.to_leader
+            && let Some(route) = routes.at(place)
+            && let Some(address) = routes.replicas(route, turn).find(|address| !self.is_suspect(address))
+        {
+            return Ok(Target { splits: vec![route.split], address: address.to_owned() });
         }
-        self.leader_at(place, pace).await
+        self.leader_by(routes, turn, place, pace).await
     }
 
     async fn snapshot_pause(

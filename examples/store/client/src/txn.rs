@@ -1,18 +1,25 @@
 //! One attempt of a transaction.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::future::join_all;
 use tokio::time::Instant;
 
 use crate::{
-    Client, Error, Found, Range, Row,
+    Client, Error, Found, Range, Row, Table, Told,
     client::{Failed, Group, Pace, Store, Target, in_order},
     proto,
-    schema::{place, sorted},
+    schema::place,
 };
 
+/// For so long after its attempt began a commit is sent again: well below the minute for which nodes remember how an
+/// attempt ended, whatever clocks and the network do.
+const COMMIT_WITHIN: Duration = Duration::from_secs(40);
 /// Rows of one scan request.
 const PAGE_ROWS: usize = 1000;
 
@@ -40,15 +47,32 @@ pub struct Txn {
     client: Client,
     transaction: proto::Transaction,
     writes: BTreeMap<Row, Option<Bytes>>,
-    /// A place that was read: a transaction that only read is committed there.
+    /// A place that was read.
     read_at: Option<Vec<u8>>,
-    aborted: bool,
+    began: Instant,
     end_by: Option<Instant>,
+    /// Who was asked for which splits, and so may hold locks for it. Locks end with the leader that gave them.
+    asked: BTreeMap<String, BTreeSet<u64>>,
+    aborted: bool,
+    over: bool,
+    /// All its locks went with what it was told: nobody is to be told of its end.
+    let_go: bool,
 }
 
 impl Txn {
     pub(crate) fn new(client: Client, transaction: proto::Transaction) -> Self {
-        Self { client, transaction, writes: BTreeMap::new(), read_at: None, aborted: false, end_by: None }
+        Self {
+            client,
+            transaction,
+            writes: BTreeMap::new(),
+            read_at: None,
+            began: Instant::now(),
+            end_by: None,
+            asked: BTreeMap::new(),
+            aborted: false,
+            over: false,
+            let_go: false,
+        }
     }
 
     pub(crate) fn end_by(&mut self, deadline: Instant) {
@@ -70,6 +94,11 @@ impl Txn {
         self.aborted
     }
 
+    /// Whether a node has said that it has ended, aborted or not.
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+
     /// Rows under shared locks, in the order asked for. What was written here before is seen.
     ///
     /// # Errors
@@ -78,10 +107,11 @@ impl Txn {
     pub async fn read(&mut self, rows: &[Row]) -> Result<Vec<Found>, Error> {
         let mut found: Vec<Option<Found>> = Vec::new();
         let mut missing = Vec::new();
+        let mut places = self.client.places();
         for (index, row) in rows.iter().enumerate() {
             let own = self.writes.get(row).map(|value| own(row, value));
             if own.is_none() {
-                missing.push((index, self.client.place(row).await?, row.clone()));
+                missing.push((index, places.of(row).await?, row));
             }
             found.push(own);
         }
@@ -95,8 +125,7 @@ impl Txn {
             }
             missing.retain(|(index, ..)| found.get(*index).is_some_and(Option::is_none));
             if let Some(failed) = failed {
-                let paused = self.client.pause(&mut pace, failed).await;
-                self.note(paused)?;
+                self.pause(&mut pace, failed, false).await?;
             }
         }
         in_order(found)
@@ -114,45 +143,46 @@ impl Txn {
     /// Asks each leader for its rows, once. What one of them failed with comes beside what the others read.
     async fn read_once(
         &mut self,
-        missing: &[(usize, Vec<u8>, Row)],
+        missing: &[(usize, Vec<u8>, &Row)],
         pace: &Pace,
     ) -> (Vec<(usize, Found)>, Option<Failed>) {
         let mut failed = None;
-        let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+        let mut groups: BTreeMap<String, Group<'_>> = BTreeMap::new();
+        let (routes, turn) = (self.client.routes(), self.client.turn());
         for (index, place, row) in missing {
             self.read_at.get_or_insert_with(|| place.clone());
-            match self.client.leader_at(place, pace).await {
+            match self.client.leader_by(&routes, turn, place, pace).await {
                 Ok(Target { splits, address }) => {
                     let group = groups.entry(address).or_default();
                     group.splits.extend(splits);
-                    group.rows.push((*index, row.clone()));
+                    group.rows.push((*index, row));
                 }
                 Err(why) => failed = Some(why),
             }
         }
-        let asked = groups.into_iter().map(|(address, Group { mut splits, rows })| {
-            splits.dedup();
+        for (address, group) in &groups {
+            self.asks(address, &group.splits);
+        }
+        let asked = groups.into_iter().map(|(address, mut group)| {
+            group.splits.dedup();
             let request = proto::ReadRequest {
                 transaction: Some(self.transaction.clone()),
-                rows: rows.iter().map(|(_, row)| row.clone().into()).collect(),
+                rows: group.rows.iter().map(|(_, row)| (*row).clone().into()).collect(),
             };
             let (client, pace) = (&self.client, pace.patient());
             async move {
                 let send = |mut node: Store, request| async move { node.read(request).await };
                 let answer = client.ask(&pace, &address, request, send).await;
-                answer.map(|answer| (rows, answer)).map_err(|fault| (fault, Some(Target { splits, address })))
+                let read = answer.and_then(|answer| Ok((answer.transaction, group.found(answer.rows)?)));
+                read.map_err(|fault| (fault, Some(Target { splits: group.splits, address })))
             }
         });
         let mut read = Vec::new();
         for answer in join_all(asked).await {
             match answer {
-                Ok((rows, answer)) => {
-                    self.holds(answer.transaction);
-                    read.extend(
-                        rows.into_iter()
-                            .zip(answer.rows)
-                            .map(|((index, row), found)| (index, Found { row, ..found.into() })),
-                    );
+                Ok((transaction, rows)) => {
+                    self.holds(transaction);
+                    read.extend(rows);
                 }
                 // What cannot be helped is told before what can.
                 Err(why) if failed.as_ref().is_none_or(|(fault, _): &Failed| fault.again) => {
@@ -175,7 +205,7 @@ impl Txn {
         let (mut start, end) = table.bounds(&range)?;
         let mut own = Vec::new();
         for (row, value) in self.writes.iter().filter(|(row, _)| row.table == range.table) {
-            own.push((sorted(&table.parse(&row.key)?), row.clone(), value.clone()));
+            own.push((table.sorted_first(&row.key)?, row.clone(), value.clone()));
         }
         own.sort();
         let mut range = range;
@@ -187,20 +217,19 @@ impl Txn {
             let page = match self.scan_once(&place, &range, limit - rows.len(), &pace).await {
                 Ok(page) => page,
                 Err(failed) => {
-                    let paused = self.client.pause(&mut pace, failed).await;
-                    self.note(paused)?;
+                    self.pause(&mut pace, failed, false).await?;
                     continue;
                 }
             };
             pace = self.pace();
             self.holds(page.transaction);
-            let next = page.next.as_deref().map(|next| table.parse_first(next)).transpose()?;
-            let until = next.map(|next| sorted(&next)).or_else(|| end.clone());
+            let next = page.next.as_deref().map(|next| next_page(&table, &start, next)).transpose()?;
+            let until = next.or_else(|| end.clone());
             let here = |place: &Vec<u8>| start <= *place && until.as_ref().is_none_or(|until| place < until);
             let mut merged: BTreeMap<Vec<u8>, Found> = BTreeMap::new();
             for found in page.rows {
                 let found = Found::from(found);
-                merged.insert(sorted(&table.parse(&found.row.key)?), found);
+                merged.insert(table.sorted_first(&found.row.key)?, found);
             }
             for (place, row, value) in own.iter().filter(|(place, ..)| here(place)) {
                 match value {
@@ -219,13 +248,14 @@ impl Txn {
     }
 
     async fn scan_once(
-        &self,
+        &mut self,
         place: &[u8],
         range: &Range,
         limit: usize,
         pace: &Pace,
     ) -> Result<proto::ScanResponse, Failed> {
         let target = self.client.leader_at(place, pace).await?;
+        self.asks(&target.address, &target.splits);
         let request = proto::ScanRequest {
             transaction: Some(self.transaction.clone()),
             range: Some(range.clone().into()),
@@ -257,9 +287,30 @@ impl Txn {
     pub async fn commit(&mut self) -> Result<u64, Error> {
         let place = match (self.writes.keys().next(), &self.read_at) {
             (Some(row), _) => self.client.place(row).await?,
-            (None, Some(place)) => place.clone(),
-            (None, None) => return Ok(self.transaction.started),
+            (None, Some(place)) if !self.transaction.held.is_empty() => place.clone(),
+            (None, _) => return Ok(self.transaction.started),
         };
+        // Of an attempt that is older than what nodes remember they say that it was aborted, whatever became of it.
+        let end = self.began + COMMIT_WITHIN;
+        let mut pace = self.pace().until(end);
+        let mut lost = false;
+        loop {
+            let failed = match self.commit_once(&place, &pace).await {
+                Ok(committed) => return Ok(committed.commit_timestamp),
+                Err(failed) => failed,
+            };
+            lost |= failed.0.lost;
+            self.pause(&mut pace, failed, lost).await?;
+            if lost && Instant::now() >= end {
+                let message = "no answer came as long as nodes remember for certain how it ended".to_owned();
+                return Err(Error::Unknown(Told { message, reason: None }));
+            }
+        }
+    }
+
+    async fn commit_once(&mut self, place: &[u8], pace: &Pace) -> Result<proto::CommitResponse, Failed> {
+        let target = self.coordinator(place, pace).await?;
+        self.asks(&target.address, &target.splits);
         let mutation = |(row, value): (&Row, &Option<Bytes>)| proto::Mutation {
             row: Some(row.clone().into()),
             value: value.clone(),
@@ -268,54 +319,49 @@ impl Txn {
             transaction: Some(self.transaction.clone()),
             mutations: self.writes.iter().map(mutation).collect(),
         };
-        let mut pace = self.pace();
-        let mut lost = false;
-        loop {
-            let failed = match self.commit_once(&place, request.clone(), &pace).await {
-                Ok(committed) => return Ok(committed.commit_timestamp),
-                Err(failed) => failed,
-            };
-            lost |= failed.0.lost;
-            let paused = self.client.pause(&mut pace, failed).await;
-            self.note(paused.map_err(|error| match error {
-                // Locks of which one is lost are lost for every copy of the request. Without any, a copy that is still
-                // on its way could find nobody in the way any more.
-                Error::Aborted(told) if lost && self.transaction.held.is_empty() => Error::Unknown(told),
-                error if lost => error.unknown(),
-                error => error,
-            }))?;
-        }
-    }
-
-    async fn commit_once(
-        &self,
-        place: &[u8],
-        request: proto::CommitRequest,
-        pace: &Pace,
-    ) -> Result<proto::CommitResponse, Failed> {
-        let target = self.client.leader_at(place, pace).await?;
         let send = |mut node: Store, request| async move { node.commit(request).await };
         self.client.ask(pace, &target.address, request, send).await.map_err(|fault| (fault, Some(target)))
+    }
+
+    /// Whom to ask to commit: the leader of the first row that is written, at `place`, and of what was only read the leader
+    /// of the split that was read first.
+    async fn coordinator(&self, place: &[u8], pace: &Pace) -> Result<Target, Failed> {
+        if self.writes.is_empty()
+            && let Some(held) = self.transaction.held.first()
+            && let Ok(target) = self.client.leader_of(held.split, pace).await
+        {
+            return Ok(target);
+        }
+        self.client.leader_at(place, pace).await
     }
 
     /// Ends it without a trace: its locks go now. Asked once; whoever does not hear it finds it idle later.
     pub async fn rollback(&mut self) {
         self.writes.clear();
-        let mut addresses = Vec::new();
-        let pace = self.pace();
-        for held in &self.transaction.held {
-            if let Ok(target) = self.client.leader_of(held.split, &pace).await
-                && !addresses.contains(&target.address)
-            {
-                addresses.push(target.address);
-            }
+        self.let_go().await;
+    }
+
+    /// Tells whoever may hold locks for it that it is over.
+    pub(crate) fn let_go(&self) -> impl Future<Output = ()> + Send + use<> {
+        let addresses: Vec<_> = if self.let_go { Vec::new() } else { self.asked.keys().cloned().collect() };
+        let client = self.client.clone();
+        let request = proto::RollbackRequest { transaction: Some(self.transaction.clone()) };
+        async move {
+            let pace = client.pace().quick();
+            let asked = addresses.iter().map(|address| {
+                let send = |mut node: Store, request| async move { node.rollback(request).await };
+                client.ask(&pace, address, request.clone(), send)
+            });
+            join_all(asked).await;
         }
-        let asked = addresses.iter().map(|address| {
-            let request = proto::RollbackRequest { transaction: Some(self.transaction.clone()) };
-            let send = |mut node: Store, request| async move { node.rollback(request).await };
-            self.client.ask(&pace, address, request, send)
-        });
-        join_all(asked).await;
+    }
+
+    fn asks(&mut self, address: &str, splits: &[u64]) {
+        self.let_go = false;
+        match self.asked.get_mut(address) {
+            Some(asked) => asked.extend(splits),
+            None => drop(self.asked.insert(address.to_owned(), splits.iter().copied().collect())),
+        }
     }
 
     /// The locks that it has by now: each split's leader adds its own to those it was told of.
@@ -334,10 +380,36 @@ impl Txn {
         }
     }
 
-    fn note(&mut self, result: Result<(), Error>) -> Result<(), Error> {
-        self.aborted |= matches!(result, Err(Error::Aborted(_)));
-        result
+    /// After a try that failed: an error if no other can help. `lost` is a commit of which a try may have come through.
+    async fn pause(&mut self, pace: &mut Pace, failed: Failed, lost: bool) -> Result<(), Error> {
+        let by = failed.1.as_ref().map(|target| target.address.clone());
+        let Err(error) = self.client.pause(pace, failed).await else { return Ok(()) };
+        let error = match error {
+            // Locks of which one is lost are lost for every copy of the request. Without any, a copy that is still on its
+            // way could find nobody in the way any more.
+            Error::Aborted(told) if lost && self.transaction.held.is_empty() => Error::Unknown(told),
+            error if lost => error.unknown(),
+            error => error,
+        };
+        self.aborted |= matches!(error, Error::Aborted(_));
+        self.over |= matches!(error, Error::Aborted(_) | Error::Ended(_));
+        if self.aborted
+            && let [(asked, splits)] = self.asked.iter().collect::<Vec<_>>().as_slice()
+        {
+            self.let_go = splits.len() == 1 && by.as_ref() == Some(*asked);
+        }
+        Err(error)
     }
+}
+
+/// Where the next page of a scan begins, of which one began at `start`.
+pub(crate) fn next_page(table: &Table, start: &[u8], next: &str) -> Result<Vec<u8>, Error> {
+    let place = table.sorted_first(next)?;
+    if place.as_slice() > start {
+        return Ok(place);
+    }
+    let message = format!("a node goes on at {next:?}, which is not after where it began");
+    Err(Error::Other(Told { message, reason: None }))
 }
 
 pub(crate) fn page_limit(limit: usize) -> u32 {

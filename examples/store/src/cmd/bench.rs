@@ -31,23 +31,24 @@ const OURS: &str = "store";
 /// Measures the store on this machine: three nodes of its own on loopback, rows of 200 bytes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// How long each thing is done by each number of clients, in all rounds.
-    #[arg(long, default_value_t = 10)]
+    /// Seconds for each kind of work with each number of clients, all rounds together.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     seconds: u64,
-    /// Numbers of clients.
-    #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
+    /// How many clients ask at the same time. Everything is measured once for each number given.
+    #[arg(long, value_name = "COUNT,…", value_delimiter = ',', default_value = "1,16,64")]
     clients: Vec<usize>,
-    /// What is measured beside it, in turns so that what else the machine does is the same to all.
-    #[arg(long, value_enum, value_delimiter = ',')]
+    /// Other databases to measure on this machine for comparison. Each must be installed.
+    #[arg(long, value_name = "NAME,…", value_enum, value_delimiter = ',')]
     beside: Vec<Peer>,
-    /// In so many turns.
-    #[arg(long, default_value_t = 2)]
+    /// How often the databases take turns: in each round each is measured for its share of --seconds, so that what else
+    /// the machine does meanwhile is the same for all.
+    #[arg(long, value_name = "COUNT", default_value_t = 2)]
     rounds: u64,
-    /// How often a leader is killed.
-    #[arg(long, default_value_t = 5)]
+    /// How often a leader is killed, to measure how long it takes until writes go on.
+    #[arg(long, value_name = "COUNT", default_value_t = 5)]
     deaths: u32,
-    /// By how much clocks are wrong at most, as nodes are told.
-    #[arg(long, default_value = "1ms", value_parser = humantime::parse_duration)]
+    /// By how much clocks can be wrong, as nodes are told: commits wait for up to twice as long.
+    #[arg(long, value_name = "DURATION", default_value = "1ms", value_parser = humantime::parse_duration)]
     epsilon: Duration,
     /// Where everybody keeps what is theirs: the disk that is measured. Default: a temporary directory.
     #[arg(long, value_name = "DIR")]
@@ -123,7 +124,7 @@ async fn start(args: &Args, directory: &Path, report: &mut Report) -> anyhow::Re
     let mut systems = Systems { ours, etcd: None, postgres: None };
     for peer in &args.beside {
         let started = match peer {
-            Peer::Etcd => Etcd::start(directory).await.map(|etcd| systems.etcd = Some(Arc::new(etcd))),
+            Peer::Etcd => Etcd::start(directory, most).await.map(|etcd| systems.etcd = Some(Arc::new(etcd))),
             Peer::Postgres => Postgres::start(directory).map(|postgres| systems.postgres = Some(postgres)),
         };
         if let Err(error) = started {

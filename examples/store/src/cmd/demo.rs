@@ -4,7 +4,6 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, IsTerminal as _},
-    net::{Ipv4Addr, TcpListener},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
@@ -15,15 +14,12 @@ use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
 use store_client::{Client, proto};
 
-use super::shell;
+use super::shell::{self, Ran};
 
 /// The bound of the demo's clock: all of its nodes read the same one.
 const EPSILON: Duration = Duration::from_millis(1);
 /// More on one machine show nothing more.
 const NODES_MAX: u64 = 9;
-/// Below those that the kernel gives to outgoing connections, one of which could take a node's while it is away.
-const PORT_FIRST: u16 = 10_000;
-const PORTS: u16 = 22_000;
 /// Until every node serves and every split has a leader.
 const START: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
@@ -90,8 +86,12 @@ async fn attend(nodes: &mut Nodes, ready: Option<&Path>) -> anyhow::Result<ExitC
     if is_attended() {
         return shell::attend(client).await;
     }
-    if !io::stdin().is_terminal() && shell::run_commands(client).await? > 0 {
-        return Ok(ExitCode::SUCCESS);
+    if !io::stdin().is_terminal() {
+        match shell::run_commands(client).await? {
+            Ran::Nothing => {}
+            Ran::All => return Ok(ExitCode::SUCCESS),
+            Ran::Failed => return Ok(ExitCode::FAILURE),
+        }
     }
     // Nobody says anything: until a signal does.
     std::future::pending().await
@@ -106,7 +106,8 @@ fn is_attended() -> bool {
 
 impl Nodes {
     fn start(count: u64, state: &Path) -> anyhow::Result<Self> {
-        let addresses = free_addresses(count)?;
+        let free = super::free_addresses(usize::try_from(count)?)?;
+        let addresses: BTreeMap<_, _> = (1..=count).zip(free.iter().map(ToString::to_string)).collect();
         let all: Vec<_> = addresses.iter().map(|(number, address)| format!("{number}={address}")).collect();
         let program = std::env::current_exe().context("this program is not to be found")?;
         let mut nodes = Self(Vec::new());
@@ -192,9 +193,11 @@ impl Nodes {
 
     /// Tells all to stop, then waits for each.
     fn stop(&mut self) {
-        for node in &self.0 {
-            if let Some(pid) = i32::try_from(node.child.id()).ok().and_then(Pid::from_raw) {
-                // One that has ended already is not there to be told.
+        for node in &mut self.0 {
+            // One that has ended is not there to be told, and its number may be somebody else's by now.
+            if matches!(node.child.try_wait(), Ok(None))
+                && let Some(pid) = i32::try_from(node.child.id()).ok().and_then(Pid::from_raw)
+            {
                 let _ended = kill_process(pid, Signal::TERM);
             }
         }
@@ -216,16 +219,6 @@ impl Drop for Nodes {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// Addresses that nobody has now. Somebody else may take one before the node does, which then says so.
-fn free_addresses(count: u64) -> anyhow::Result<BTreeMap<u64, String>> {
-    // Two demos that are started together begin to look at different ones.
-    let begin = u16::try_from(std::process::id() % u32::from(PORTS)).unwrap_or_default();
-    let ports = (0..PORTS).map(|step| PORT_FIRST + (begin + step) % PORTS);
-    let mut free = ports.filter(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
-    let address = |number| Ok((number, format!("127.0.0.1:{}", free.next().context("no free port")?)));
-    (1..=count).map(address).collect()
 }
 
 fn remove_old(path: &Path) -> anyhow::Result<()> {

@@ -9,12 +9,28 @@ pub(crate) mod torture;
 use std::{
     fs,
     io::{self, IsTerminal as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
 };
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// Below those that the kernel gives to outgoing connections, one of which could take a node's while it is away.
+const PORT_FIRST: u16 = 10_000;
+const PORTS: u16 = 22_000;
+
+/// Addresses on loopback that nobody has now. Somebody else may take one before whoever it is for does.
+fn free_addresses(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
+    // Two processes that are started together begin to look at different ones.
+    let begin = u16::try_from(std::process::id() % u32::from(PORTS)).unwrap_or_default();
+    let ports = (0..PORTS).map(|step| PORT_FIRST + (begin + step) % PORTS);
+    let addresses = ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    let free: Vec<_> = addresses.filter(|address| TcpListener::bind(address).is_ok()).take(count).collect();
+    anyhow::ensure!(free.len() == count, "too few ports on loopback are free");
+    Ok(free)
+}
 
 /// Log lines go to standard error, as many as RUST_LOG says.
 fn log(default: &str) {

@@ -33,7 +33,8 @@ pub(crate) struct Args {
     /// an NTP client must tell it.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     epsilon: Option<Duration>,
-    /// How long what rows held before is kept, for snapshots of the past.
+    /// How long old versions of rows are kept after they were overwritten or deleted: so far back snapshots can be asked
+    /// for.
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
     keep: Duration,
     /// A file to write when the node serves.

@@ -14,6 +14,8 @@ use crate::{
     wire::{PeerMessage, Vote},
 };
 
+/// An answer has to fit into memory and into a message. A row may be asked for more than once.
+const READ_BYTES_MAX: usize = 48 << 20;
 /// Longer than any transaction should hold a lock.
 const LOCK_WAIT: Duration = Duration::from_secs(3);
 
@@ -225,6 +227,7 @@ impl<D: Disk> Node<D> {
         else {
             return self.answer(reading.token, Err(Refused::Aborted));
         };
+        let mut room = Room::beside(reading.rows.iter().flatten());
         for place in places {
             let (Some(key), Some(group)) = (reading.keys.get(place), self.groups.get(split)) else {
                 continue;
@@ -234,6 +237,9 @@ impl<D: Disk> Node<D> {
                     let version_at = version.as_ref().map_or(Timestamp::ZERO, |version| version.at);
                     let value = version.and_then(|version| version.value);
                     let found = Found { key: key.clone(), value, version: version_at };
+                    if let Err(refused) = room.take(&found) {
+                        return self.answer(reading.token, Err(refused));
+                    }
                     if let Some(row) = reading.rows.get_mut(place) {
                         *row = Some(found);
                     }
@@ -293,6 +299,25 @@ impl<D: Disk> Node<D> {
 
     pub(super) fn not_here(&self, split: SplitId) -> Refused {
         Refused::NotHere { leader: self.leader_of(split) }
+    }
+}
+
+/// What is left of [`READ_BYTES_MAX`] for the rows of one answer.
+pub(super) struct Room(usize);
+
+impl Room {
+    /// What these rows leave.
+    pub(super) fn beside<'a>(rows: impl Iterator<Item = &'a Found>) -> Self {
+        Self(READ_BYTES_MAX.saturating_sub(rows.map(Found::bytes).sum()))
+    }
+
+    /// Makes room for one more row.
+    pub(super) fn take(&mut self, row: &Found) -> Result<(), Refused> {
+        let left = self.0.checked_sub(row.bytes());
+        self.0 = left.ok_or_else(|| {
+            Refused::TooMuch(format!("the rows are over the limit of {READ_BYTES_MAX} bytes: ask for fewer"))
+        })?;
+        Ok(())
     }
 }
 

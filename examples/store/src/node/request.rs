@@ -130,6 +130,13 @@ pub struct Found {
     pub version: Timestamp,
 }
 
+impl Found {
+    /// What it holds, in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.value.as_ref().map_or(0, Bytes::len)
+    }
+}
+
 /// What a node says.
 #[derive(Clone, Debug)]
 pub enum Answer {

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Answer, Due, Found, Moment, Node, Refused, locked::scan_rows};
+use super::{
+    Answer, Due, Found, Moment, Node, Refused,
+    locked::{Room, scan_rows},
+};
 use crate::{
     group::Group,
     keys::{Key, Range},
@@ -160,6 +163,7 @@ impl<D: Disk> Node<D> {
     ) -> Result<(Answer, Timestamp), Refused> {
         let mut rows = Vec::with_capacity(keys.len());
         let mut newest = Timestamp::ZERO;
+        let mut room = Room::beside(std::iter::empty());
         for (key, (split, _)) in keys.iter().zip(parts) {
             let Some(group) = self.groups.get(*split) else { return Err(self.not_here(*split)) };
             match group.replica().rows().get(key, at) {
@@ -167,7 +171,9 @@ impl<D: Disk> Node<D> {
                     let version_at = version.as_ref().map_or(Timestamp::ZERO, |version| version.at);
                     newest = newest.max(version_at);
                     let value = version.and_then(|version| version.value);
-                    rows.push(Found { key: key.clone(), value, version: version_at });
+                    let found = Found { key: key.clone(), value, version: version_at };
+                    room.take(&found)?;
+                    rows.push(found);
                 }
                 Err(error) => return Err(self.rows_failed(*split, error)),
             }

@@ -13,7 +13,7 @@ use super::{
     core::Failed,
     identity::number,
     peers,
-    status::{failed, misnamed, refusal},
+    status::{failed, misnamed, reason_of, refusal},
 };
 use crate::{
     keys::{Key, Range},
@@ -22,22 +22,18 @@ use crate::{
     mvcc::Mutation,
     node::{Answer, Found, Held, Moment, Refused, Request as Ask, SplitView},
     schema::{bound_of, from_of, key_of, range_of, text_of},
-    truetime::Timestamp,
+    truetime::{ClockError, Timestamp},
     txn::{Attempt, SplitId, TxnId},
 };
 
 /// Rows of one request.
-pub const ROWS_MAX: usize = 5000;
+const ROWS_MAX: usize = 5000;
 /// What one row holds.
-pub const VALUE_BYTES_MAX: usize = 1 << 20;
+const VALUE_BYTES_MAX: usize = 1 << 20;
 /// What one commit writes, keys as they are written included: it goes into a log as one record.
-pub const COMMIT_BYTES_MAX: usize = 8 << 20;
+const COMMIT_BYTES_MAX: usize = 8 << 20;
 /// Rows of one page of a scan.
-pub const SCAN_ROWS_MAX: usize = 1000;
-/// A page of a scan ends when it has this much.
-const PAGE_BYTES: usize = 16 << 20;
-/// Above it the rows of a read are to be asked for by several requests.
-const READ_BYTES_MAX: usize = 48 << 20;
+const SCAN_ROWS_MAX: usize = 1000;
 /// A split's leader is one; locks at more splits than this are no client's of ours.
 const HELD_MAX: usize = 4096;
 /// A transaction cannot have begun later than now, but for what two clocks are apart.
@@ -64,7 +60,8 @@ impl proto::store_server::Store for Api {
         }
         let transaction = match before {
             Some(before) => proto::Transaction {
-                started: txn.started.0,
+                // The first attempt may have begun by a clock that is a little ahead of this node's.
+                started: txn.started.0.max(before.first),
                 random: txn.random,
                 first: before.first,
                 client: before.client,
@@ -92,7 +89,7 @@ impl proto::store_server::Store for Api {
         let keys = self.keys(&rows).await?;
         let answer = self.ask(Ask::Read { attempt, held, keys }).await?;
         let Answer::Rows { rows: found, held, .. } = answer else { return Err(mismatch()) };
-        let rows = named(rows, found)?;
+        let rows = unnamed(&rows, found)?;
         Ok(Response::new(proto::ReadResponse { transaction: Some(holding(transaction, &held)), rows }))
     }
 
@@ -142,7 +139,7 @@ impl proto::store_server::Store for Api {
         let keys = self.keys(&rows).await?;
         let answer = self.ask(Ask::SnapshotRead { keys, moment: moment_of(moment) }).await?;
         let Answer::Rows { rows: found, at, .. } = answer else { return Err(mismatch()) };
-        let rows = named(rows, found)?;
+        let rows = unnamed(&rows, found)?;
         Ok(Response::new(proto::SnapshotReadResponse { rows, read_timestamp: at.0 }))
     }
 
@@ -261,10 +258,12 @@ impl Api {
 
     /// A new attempt's name, and what time it is at most.
     fn new_txn(&self) -> Result<(TxnId, Timestamp), Status> {
-        let now = self.shared.clock.now().map_err(|error| {
-            failed(&Failed::Refused(Refused::NoClock(error.to_string())), &self.shared.addresses)
-        })?;
+        let now = self.shared.clock.now().map_err(|error| self.no_clock(&error))?;
         Ok((TxnId { started: now.latest, random: self.shared.random() }, now.latest))
+    }
+
+    fn no_clock(&self, error: &ClockError) -> Status {
+        failed(&Failed::Refused(Refused::NoClock(error.to_string())), &self.shared.addresses)
     }
 
     /// The attempt that a transaction is, and its locks.
@@ -275,10 +274,7 @@ impl Api {
         let Some(transaction) = transaction.filter(|transaction| transaction.started != 0) else {
             return Err(refusal(Reason::Malformed, "there is no transaction; Begin makes one"));
         };
-        let now = self.shared.clock.now().map_err(|error| {
-            failed(&Failed::Refused(Refused::NoClock(error.to_string())), &self.shared.addresses)
-        })?;
-        check_times(&transaction, now.latest)?;
+        check_times(&transaction, self.shared.about_now().map_err(|error| self.no_clock(&error))?)?;
         if transaction.held.len() > HELD_MAX {
             let message =
                 format!("locks at {} splits are over the limit of {HELD_MAX}", transaction.held.len());
@@ -300,9 +296,10 @@ impl Api {
     async fn keys(&self, rows: &[proto::Row]) -> Result<Vec<Key>, Status> {
         check_rows(rows.len())?;
         let mut keys = Vec::with_capacity(rows.len());
+        let mut tables = self.shared.tables.reader();
         for row in rows {
-            let table = self.shared.tables.get(&row.table).await?;
-            keys.push(key_of(&table, &row.key).map_err(|error| misnamed(&error))?);
+            let table = tables.get(&row.table).await?;
+            keys.push(key_of(table, &row.key).map_err(|error| misnamed(&error))?);
         }
         Ok(keys)
     }
@@ -324,6 +321,7 @@ impl Api {
             check_rows(mutations.len())?;
         }
         let mut bytes = 0;
+        let mut tables = self.shared.tables.reader();
         let mut places = HashMap::new();
         let mut writes: Vec<Mutation> = Vec::with_capacity(mutations.len());
         for mutation in mutations {
@@ -332,8 +330,8 @@ impl Api {
                 let message = format!("{TABLES:?} is written by CreateTable alone");
                 return Err(refusal(Reason::ReservedTable, message));
             }
-            let table = self.shared.tables.get(&row.table).await?;
-            let key = key_of(&table, &row.key).map_err(|error| misnamed(&error))?;
+            let table = tables.get(&row.table).await?;
+            let key = key_of(table, &row.key).map_err(|error| misnamed(&error))?;
             let value_bytes = mutation.value.as_ref().map_or(0, Bytes::len);
             if value_bytes > VALUE_BYTES_MAX {
                 let message = format!(
@@ -365,11 +363,19 @@ impl Api {
         let mut tries = 0;
         loop {
             let (txn, _) = self.new_txn()?;
+            // With the age of the first try, so that in the end nobody in the way is older.
             let age = Age { first: first.started, client: first.random, attempt: Reverse(tries) };
             tries += 1;
-            match self.declare_once(table, &key, Attempt { txn, age }).await {
-                Err(status) if status.code() == tonic::Code::Aborted && tries < DECLARE_ATTEMPTS => {}
-                declared => return declared,
+            let declared = self.declare_once(table, &key, Attempt { txn, age }).await;
+            let Err(status) = declared else { return Ok(()) };
+            if status.code() == tonic::Code::Unknown {
+                return Err(status);
+            }
+            // What it has locked is in the way of the next try, which may be made elsewhere.
+            let _gone = self.ask(Ask::Rollback { txn }).await;
+            let again = matches!(reason_of(&status), Some(Reason::Aborted | Reason::Busy));
+            if !again || tries >= DECLARE_ATTEMPTS {
+                return Err(status);
             }
         }
     }
@@ -378,16 +384,15 @@ impl Api {
         let read = Ask::Read { attempt, held: Vec::new(), keys: vec![key.clone()] };
         let Answer::Rows { rows, held, .. } = self.ask(read).await? else { return Err(mismatch()) };
         let new = table.to_proto();
-        if let Some(declared) = rows.into_iter().next().and_then(|row| row.value) {
-            self.ask(Ask::Rollback { txn: attempt.txn }).await?;
-            if proto::CreateTableRequest::decode(declared).is_ok_and(|declared| declared == new) {
-                return Ok(());
-            }
-            let message = format!("there is a table {:?} already, with other keys", table.name());
-            return Err(refusal(Reason::TableExists, message));
+        let Some(declared) = rows.into_iter().next().and_then(|row| row.value) else {
+            let write = Mutation { key: key.clone(), value: Some(new.encode_to_vec().into()) };
+            return self.ask(Ask::Commit { attempt, held, writes: vec![write] }).await.map(drop);
+        };
+        if proto::CreateTableRequest::decode(declared).is_ok_and(|declared| declared == new) {
+            return self.ask(Ask::Rollback { txn: attempt.txn }).await.map(drop);
         }
-        let write = Mutation { key: key.clone(), value: Some(new.encode_to_vec().into()) };
-        self.ask(Ask::Commit { attempt, held, writes: vec![write] }).await.map(drop)
+        let message = format!("there is a table {:?} already, with other keys", table.name());
+        Err(refusal(Reason::TableExists, message))
     }
 
     /// A node that can be given something to do: its number is configured, and it has been heard of.
@@ -468,21 +473,13 @@ fn holding(transaction: proto::Transaction, held: &[Held]) -> proto::Transaction
     proto::Transaction { held, ..transaction }
 }
 
-/// What was found, under the names it was asked by.
-fn named(rows: Vec<proto::Row>, found: Vec<Found>) -> Result<Vec<proto::Found>, Status> {
+/// What was found of rows that whoever asked has the names of: one for each, in their order.
+fn unnamed(rows: &[proto::Row], found: Vec<Found>) -> Result<Vec<proto::Found>, Status> {
     if rows.len() != found.len() {
         return Err(mismatch());
     }
-    let bytes: usize = found.iter().filter_map(|row| row.value.as_ref()).map(Bytes::len).sum();
-    if bytes > READ_BYTES_MAX {
-        let message =
-            format!("the rows have {bytes} bytes, over the limit of {READ_BYTES_MAX}: ask for fewer");
-        return Err(refusal(Reason::TooMuch, message));
-    }
-    let named = rows.into_iter().zip(found);
-    Ok(named
-        .map(|(row, found)| proto::Found { row: Some(row), value: found.value, version: found.version.0 })
-        .collect())
+    let unnamed = |found: Found| proto::Found { row: None, value: found.value, version: found.version.0 };
+    Ok(found.into_iter().map(unnamed).collect())
 }
 
 /// One page of a scan, and where the next begins.
@@ -492,15 +489,9 @@ fn page(
     found: Vec<Found>,
     rest: Option<Range>,
 ) -> Result<(Vec<proto::Found>, Option<String>), Status> {
-    let mut bytes = 0;
     let mut rows = Vec::with_capacity(found.len());
     for Found { key, value, version } in found {
         let text = text_of(&key).ok_or_else(mismatch)?;
-        let size = value.as_ref().map_or(0, Bytes::len) + text.len();
-        if bytes > 0 && bytes + size > PAGE_BYTES {
-            return Ok((rows, Some(text)));
-        }
-        bytes += size;
         let row = proto::Row { table: table.name().to_owned(), key: text };
         rows.push(proto::Found { row: Some(row), value, version: version.0 });
     }

@@ -2,7 +2,7 @@
 //! disk has forgotten what it promised, and comes back as another one under the same number.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -19,9 +19,15 @@ const NUMBER_BITS: u32 = 16;
 /// The greatest number that a node can have.
 pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
 
+/// Disks that a number can have had: far more than anybody replaces, and far from where ids end.
+const INCARNATION_MAX: u64 = (1 << 32) - 1;
+/// A disk is replaced one at a time, and whoever was away meanwhile may have missed some. What says to be further ahead is
+/// made up, and would shut the real node out.
+const INCARNATIONS_MISSED_MAX: u64 = 16;
+
 /// The file with the node's own id.
 const NODE_FILE: &str = "node";
-/// The file with every id that the node has heard of.
+/// The file with the newest id of each number that the node has heard of.
 const KNOWN_FILE: &str = "known";
 
 /// The number in an id.
@@ -114,7 +120,32 @@ pub struct Identity {
 #[derive(Debug)]
 struct State {
     own: Option<Own>,
-    known: BTreeSet<NodeId>,
+    known: Known,
+}
+
+/// The newest id of each number: what a disk was before is nobody any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Known(BTreeMap<u64, NodeId>);
+
+impl Known {
+    /// Of these ids, and of all that are known, the newest.
+    fn hear(&mut self, ids: impl IntoIterator<Item = u64>) {
+        let heard = ids.into_iter().filter(|id| *id != 0).map(NodeId);
+        for id in heard.filter(|id| incarnation(*id) <= INCARNATION_MAX) {
+            let newest = self.0.entry(number(id)).or_insert(id);
+            *newest = id.max(*newest);
+        }
+    }
+
+    fn newest(&self, number: u64) -> Option<NodeId> {
+        self.0.get(&number).copied()
+    }
+
+    fn ids(&self) -> Vec<u64> {
+        let mut ids: Vec<_> = self.0.values().map(|id| id.0).collect();
+        ids.sort_unstable();
+        ids
+    }
 }
 
 /// What is known of another node.
@@ -126,6 +157,8 @@ pub enum Standing {
     New,
     /// It had a disk of which it has a newer one by now: whoever speaks for it is not to be heard.
     Replaced,
+    /// It says to have had more disks than it can have had.
+    Implausible,
 }
 
 /// What a node is to be.
@@ -158,8 +191,9 @@ impl Identity {
             let found = self::number(NodeId(own.id));
             return Err(IdentityError::Other { path: directory.join(NODE_FILE), found, number });
         }
-        let known: Option<Vec<u64>> = read(&directory.join(KNOWN_FILE))?;
-        let known = known.unwrap_or_default().into_iter().map(NodeId).collect();
+        let heard: Option<Vec<u64>> = read(&directory.join(KNOWN_FILE))?;
+        let mut known = Known::default();
+        known.hear(heard.unwrap_or_default());
         Ok(Self { directory: directory.to_owned(), number, state: Mutex::new(State { own, known }) })
     }
 
@@ -180,10 +214,8 @@ impl Identity {
     ) -> Result<Chosen, IdentityError> {
         let numbers: Vec<_> = numbers.collect();
         let mut state = self.state();
-        let heard = others.iter().flat_map(|other| other.known.iter().chain([&other.node])).copied();
-        state.known.extend(heard.filter(|id| *id != 0).map(NodeId));
-        let before =
-            state.known.iter().filter(|id| number(**id) == self.number).copied().map(incarnation).max();
+        state.known.hear(others.iter().flat_map(|other| other.known.iter().chain([&other.node])).copied());
+        let before = state.known.newest(self.number).map(incarnation);
         let empty = others.iter().all(|other| other.node == 0);
         let own = match before {
             None if empty => Own { id: id(self.number, 0).0, first: numbers, begun: false },
@@ -192,8 +224,8 @@ impl Identity {
                 Own { id: id.0, first: Vec::new(), begun: false }
             }
         };
-        state.known.insert(NodeId(own.id));
-        self.keep(KNOWN_FILE, &ids(&state.known))?;
+        state.known.hear([own.id]);
+        self.keep(KNOWN_FILE, &state.known.ids())?;
         self.keep(NODE_FILE, &own)?;
         let chosen = own.chosen();
         state.own = Some(own);
@@ -220,9 +252,9 @@ impl Identity {
     /// the first time is no universe that one of them could have lost: it says what an empty disk says.
     pub fn hello(&self) -> proto::HelloResponse {
         let state = self.state();
-        let own =
-            state.own.as_ref().filter(|own| own.first.iter().all(|id| state.known.contains(&NodeId(*id))));
-        proto::HelloResponse { node: own.map_or(0, |own| own.id), known: ids(&state.known) }
+        let has_been = |id: &u64| state.known.newest(number(NodeId(*id))).is_some();
+        let own = state.own.as_ref().filter(|own| own.first.iter().all(has_been));
+        proto::HelloResponse { node: own.map_or(0, |own| own.id), known: state.known.ids() }
     }
 
     /// What is known of another node. One that is new is on this disk before the answer.
@@ -232,20 +264,27 @@ impl Identity {
     /// When the disk fails.
     pub fn standing(&self, node: NodeId) -> Result<Standing, IdentityError> {
         let mut state = self.state();
-        let newer = NodeId(node.0.saturating_add(1))..;
-        if state.known.range(newer).any(|other| number(*other) == number(node)) {
-            return Ok(Standing::Replaced);
+        let newest = state.known.newest(number(node));
+        let missed = incarnation(node).saturating_sub(newest.map_or(0, incarnation));
+        match newest {
+            Some(newest) if node < newest => return Ok(Standing::Replaced),
+            Some(newest) if node == newest => return Ok(Standing::Known),
+            _ if missed > INCARNATIONS_MISSED_MAX || incarnation(node) > INCARNATION_MAX => {
+                return Ok(Standing::Implausible);
+            }
+            _ => {}
         }
-        if !state.known.insert(node) {
-            return Ok(Standing::Known);
-        }
-        self.keep(KNOWN_FILE, &ids(&state.known))?;
+        let mut known = state.known.clone();
+        known.hear([node.0]);
+        self.keep(KNOWN_FILE, &known.ids())?;
+        // Only now: what is not on disk is new to whoever asks next, too.
+        state.known = known;
         Ok(Standing::New)
     }
 
     /// The newest id that is known of each number.
     pub fn newest(&self) -> BTreeMap<u64, NodeId> {
-        self.state().known.iter().map(|id| (number(*id), *id)).collect()
+        self.state().known.0.clone()
     }
 
     fn keep(&self, name: &str, value: &impl Serialize) -> Result<(), IdentityError> {
@@ -266,10 +305,6 @@ impl Own {
         let first = self.first.iter().copied().map(NodeId).collect();
         Chosen { id: NodeId(self.id), first, begun: self.begun }
     }
-}
-
-fn ids(known: &BTreeSet<NodeId>) -> Vec<u64> {
-    known.iter().map(|id| id.0).collect()
 }
 
 fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>, IdentityError> {
@@ -360,5 +395,36 @@ mod tests {
         assert_eq!(a.standing(NodeId(1 << 16 | 2)).unwrap(), Standing::Known);
         assert_eq!(a.newest()[&2], NodeId(1 << 16 | 2));
         assert!(matches!(Identity::open(home.path(), 2), Err(IdentityError::Other { found: 1, .. })));
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_not_known() {
+        let (home, a) = fresh(1);
+        a.choose(&[hello(0, &[])], 1..=2).unwrap();
+        drop(home);
+        for _ in 0..2 {
+            assert!(matches!(a.standing(NodeId(2)), Err(IdentityError::Io { .. })));
+        }
+    }
+
+    #[test]
+    fn nobody_has_had_more_disks_than_can_have_been_missed() {
+        let (_a, a) = fresh(1);
+        a.choose(&[hello(0, &[])], 1..=2).unwrap();
+        for incarnation in [INCARNATIONS_MISSED_MAX + 1, INCARNATION_MAX, (1 << 48) - 1] {
+            assert_eq!(a.standing(NodeId(incarnation << 16 | 2)).unwrap(), Standing::Implausible);
+        }
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::New);
+        assert_eq!(a.standing(NodeId(2 << 16 | 2)).unwrap(), Standing::New);
+        assert_eq!(a.standing(NodeId(2)).unwrap(), Standing::Replaced);
+        // Of each number one id is kept.
+        assert_eq!(a.hello().known, [1, 2 << 16 | 2]);
+    }
+
+    #[test]
+    fn made_up_ids_do_not_make_a_new_disk_an_old_one() {
+        let (_a, a) = fresh(1);
+        let chosen = a.choose(&[hello(2, &[1, 2, u64::MAX << 16 | 1])], 1..=2).unwrap();
+        assert_eq!(chosen.id, NodeId(1 << 16 | 1));
     }
 }

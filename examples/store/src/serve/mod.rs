@@ -14,7 +14,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use store_client::proto::{admin_server::AdminServer, peers_server::PeersServer, store_server::StoreServer};
@@ -23,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, server::TcpIncoming};
 
 use api::Api;
-pub use api::{COMMIT_BYTES_MAX, ROWS_MAX, SCAN_ROWS_MAX, VALUE_BYTES_MAX};
 use core::{Core, Crash, Handle};
 use identity::{Addresses, Chosen, Identity, IdentityError, Standing};
 use tables::Tables;
@@ -32,7 +31,7 @@ use crate::{
     engine::{EngineError, Lsm},
     lease::NodeId,
     node::Config,
-    truetime::TrueTime,
+    truetime::{ClockError, Timestamp, TrueTime},
     wal::{Directory, Disk as _},
 };
 
@@ -43,6 +42,11 @@ const STREAMS_MAX: u32 = 8192;
 /// What may be under way on one stream and on one connection: a snapshot's pieces are large.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Who says nothing for so long is asked whether it is there, and has as long to answer: the connections of a host that
+/// vanished would stay for ever.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// So long a reading of the clock is gone on from where seconds do not matter.
+const READING_USED: Duration = Duration::from_millis(100);
 /// Requests under way may end in this time when the node is told to stop.
 const DRAIN: Duration = Duration::from_secs(3);
 /// Between two tries to hear from all others who a new node is to be.
@@ -114,6 +118,8 @@ struct Shared {
     clock: Arc<dyn TrueTime>,
     tables: Tables,
     rng: Mutex<fastrand::Rng>,
+    /// What time it was at most, and when: see [`Shared::about_now`].
+    reading: Mutex<Option<(Timestamp, Instant)>>,
     running: OnceLock<Running>,
     stopping: CancellationToken,
 }
@@ -124,14 +130,27 @@ impl Shared {
     }
 
     /// Whether another node may be heard. The node hears of one that is new.
-    fn is_current(&self, other: NodeId) -> Result<bool, IdentityError> {
+    fn standing(&self, other: NodeId) -> Result<Standing, IdentityError> {
         let standing = self.identity.standing(other)?;
         if standing == Standing::New
             && let Some(running) = self.running()
         {
             running.handle.meet(other);
         }
-        Ok(standing != Standing::Replaced)
+        Ok(standing)
+    }
+
+    /// What time it is at most, to the microsecond or so: to ask the kernel costs more than some requests do.
+    fn about_now(&self) -> Result<Timestamp, ClockError> {
+        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((latest, at)) = *reading
+            && at.elapsed() <= READING_USED
+        {
+            return Ok(latest.plus(at.elapsed()));
+        }
+        let latest = self.clock.now()?.latest;
+        *reading = Some((latest, Instant::now()));
+        Ok(latest)
     }
 
     fn random(&self) -> u64 {
@@ -165,6 +184,7 @@ pub async fn serve(
         clock,
         tables,
         rng: Mutex::new(rng),
+        reading: Mutex::default(),
         running: OnceLock::new(),
         stopping: CancellationToken::new(),
     });
@@ -184,6 +204,8 @@ pub async fn serve(
             .max_concurrent_streams(STREAMS_MAX)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_keepalive_interval(Some(KEEP_ALIVE))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE))
             .add_service(StoreServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX))
             .add_service(AdminServer::new(api))
             .add_service(
@@ -335,7 +357,7 @@ async fn introduce(shared: Arc<Shared>, me: NodeId, number: u64, address: String
     loop {
         match peers::hello(&address, Some(me)).await {
             Ok(other) if other.node != 0 => {
-                if let Err(error) = shared.is_current(NodeId(other.node)) {
+                if let Err(error) = shared.standing(NodeId(other.node)) {
                     tracing::error!(%error, "who is heard of cannot be kept");
                 }
                 return;

@@ -15,7 +15,7 @@ use store_client::{
         peers_server::Peers,
     },
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -24,7 +24,7 @@ use tonic::{
 use super::{
     Shared,
     core::Post,
-    identity::{Addresses, number},
+    identity::{Addresses, Standing, number},
     status::refusal,
 };
 use crate::lease::NodeId;
@@ -41,6 +41,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// Between two tries to connect, at first and at most: a peer that comes back is to be heard within an election.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// A stream that stood for so long was heard.
+const LASTED: Duration = Duration::from_secs(2);
 /// A connection over which nothing comes is asked whether it is alive so often, and given up after as long.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// To one Hello.
@@ -142,7 +144,13 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
     let mut pause = PAUSE_MIN;
     let mut said = None;
     loop {
-        match talk(me, &address, &queue, &mut pause).await {
+        let began = Instant::now();
+        let talked = talk(me, &address, &queue).await;
+        // One that ends at once is of a node that does not hear this one, and will not sooner for being asked sooner.
+        if began.elapsed() >= LASTED {
+            pause = PAUSE_MIN;
+        }
+        match talked {
             Ok(()) => {}
             Err(error) => {
                 let error = chain(error.as_ref());
@@ -163,10 +171,9 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// One stream, until it breaks.
-async fn talk(me: NodeId, address: &str, queue: &Arc<Queue>, pause: &mut Duration) -> Result<(), BoxError> {
+async fn talk(me: NodeId, address: &str, queue: &Arc<Queue>) -> Result<(), BoxError> {
     let mut peer = client(connect(address).await?);
     tracing::debug!(%address, "talks to another node");
-    *pause = PAUSE_MIN;
     let queue = Arc::clone(queue);
     let parcels = futures::stream::unfold(queue, move |queue| async move {
         let parcel = queue.parcel(me).await;
@@ -273,9 +280,13 @@ fn check_current(shared: &Shared, node: NodeId) -> Result<(), Status> {
         let message = format!("node {} is none of the others that are configured here", number(node));
         return Err(refusal(Reason::Malformed, message));
     }
-    match shared.is_current(node) {
-        Ok(true) => Ok(()),
-        Ok(false) => {
+    match shared.standing(node) {
+        Ok(Standing::Known | Standing::New) => Ok(()),
+        Ok(Standing::Implausible) => {
+            let message = format!("node {} cannot have had as many disks as {node:?} says", number(node));
+            Err(refusal(Reason::Malformed, message))
+        }
+        Ok(Standing::Replaced) => {
             let message = format!(
                 "node {} has lost the disk that it had as {node:?}, and is another one now",
                 number(node)

@@ -16,6 +16,11 @@ pub(super) fn refusal(reason: Reason, message: impl Into<String>) -> Status {
     status
 }
 
+/// The reason that a refusal has.
+pub(super) fn reason_of(status: &Status) -> Option<Reason> {
+    status.metadata().get(REASON_TRAILER)?.to_str().ok().and_then(Reason::parse)
+}
+
 /// What the node said no with.
 pub(super) fn refused(refused: &Refused, addresses: &Addresses) -> Status {
     let (reason, leader) = match refused {

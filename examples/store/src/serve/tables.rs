@@ -1,12 +1,8 @@
 //! Declarations of tables, as this node has read them.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use store_client::{Client, Error, Options, Reason, TABLES, Table};
+use store_client::{Client, Error, Options, Reason, Table};
 use tonic::Status;
 
 use super::{identity::Addresses, status::refusal};
@@ -14,10 +10,9 @@ use super::{identity::Addresses, status::refusal};
 /// To read a declaration wherever it is. Whoever asks tries again.
 const DEADLINE: Duration = Duration::from_secs(2);
 
-/// Tables are never dropped and never change, so what was read once is right for ever.
+/// Declarations are rows like all others, and this node may have none of them: they are read as anybody reads, by a client
+/// that remembers those it has read.
 pub(super) struct Tables {
-    known: Mutex<HashMap<String, Arc<Table>>>,
-    /// Declarations are rows like all others, and this node may have none of them: they are read as anybody reads.
     client: Client,
 }
 
@@ -30,31 +25,46 @@ impl Tables {
     pub(super) fn new(addresses: &Addresses, seed: u64) -> Result<Self, Error> {
         let options = Options { deadline: DEADLINE, seed, ..Options::default() };
         let client = Client::with(addresses.iter().map(|(_, address)| address.to_owned()), options)?;
-        let known = Mutex::new(HashMap::from([(TABLES.to_owned(), Arc::new(Table::of_tables()))]));
-        Ok(Self { known, client })
+        Ok(Self { client })
     }
 
     /// A table's declaration.
     pub(super) async fn get(&self, name: &str) -> Result<Arc<Table>, Status> {
-        if let Some(table) = self.known().get(name) {
-            return Ok(Arc::clone(table));
-        }
-        let table = self.client.table(name).await.map_err(|error| {
-            let reason = match error.reason() {
-                Some(reason @ (Reason::UnknownTable | Reason::BadTable)) => reason,
-                _ => Reason::Busy,
-            };
-            let message = match reason {
-                Reason::Busy => format!("the declaration of {name:?} cannot be read now: {error}"),
-                _ => error.to_string(),
-            };
-            refusal(reason, message)
-        })?;
-        self.known().insert(name.to_owned(), Arc::clone(&table));
-        Ok(table)
+        self.client.table(name).await.map_err(|error| unread(name, &error))
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Table>>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The tables of one request.
+    pub(super) fn reader(&self) -> Reader<'_> {
+        Reader { tables: self, last: None }
+    }
+}
+
+/// Reads the tables of one request: its rows are mostly of one.
+pub(super) struct Reader<'a> {
+    tables: &'a Tables,
+    last: Option<Arc<Table>>,
+}
+
+impl Reader<'_> {
+    /// A table's declaration.
+    pub(super) async fn get(&mut self, name: &str) -> Result<&Table, Status> {
+        let table = match self.last.take().filter(|last| last.name() == name) {
+            Some(last) => last,
+            None => self.tables.get(name).await?,
+        };
+        Ok(self.last.insert(table))
+    }
+}
+
+fn unread(name: &str, error: &Error) -> Status {
+    let message = format!("the declaration of {name:?} cannot be read now: {error}");
+    match (error, error.reason()) {
+        (_, Some(reason @ (Reason::UnknownTable | Reason::BadTable))) => refusal(reason, error.to_string()),
+        // Said by what stands before another node: to ask again does not help, and an operator must hear of it.
+        (Error::Denied(_), _) => {
+            tracing::error!(table = name, %error, "this node may not read what tables there are");
+            Status::permission_denied(message)
+        }
+        _ => refusal(Reason::Busy, message),
     }
 }

@@ -45,7 +45,7 @@ def main(address):
         read = store.Read(pb.ReadRequest(transaction=transaction, rows=[account("alice", 2), account("carol", 1)]))
         assert [found.HasField("value") for found in read.rows] == [True, False]
         assert read.rows[0].value == b"2" and read.rows[0].version == first
-        assert read.rows[1].row == account("carol", 1) and read.rows[1].version == 0
+        assert not read.rows[1].HasField("row") and read.rows[1].version == 0
         assert len(read.transaction.held) == 1
         seen, next_row = [], ""
         transaction = read.transaction

@@ -368,6 +368,15 @@ async fn the_demo_starts_nodes_and_takes_them_along() {
         assert!(!fs::exists(format!("/proc/{pid}")).unwrap(), "node {pid} outlives the demo");
     }
 
+    // What fails is said once, as the shell says it.
+    let ran = piped(&mut demo("a"), "scna accounts\n");
+    assert_eq!(ran.status.code(), Some(1));
+    let complained = String::from_utf8(ran.stderr).unwrap();
+    assert_eq!(
+        complained,
+        "line 1: scna accounts\nerror: there is no command \"scna\"\nhint: did you mean scan?\n"
+    );
+
     // Nor do they outlive one that is killed.
     fs::remove_file(&ready).unwrap();
     let mut child = demo("a").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();

@@ -195,6 +195,24 @@ async fn each_bad_input_has_its_status_and_loses_nothing() {
     let many = (0..9).map(|number| put(row(&format!("bulk/{number}")), vec![7; 1 << 20])).collect();
     refused(asked.commit(&txn, many), Code::InvalidArgument, "TOO_MUCH").await;
 
+    let full = vec![put(row("full/1"), vec![7; 1 << 20])];
+    asked.commit(&asked.begin().await, full).await.unwrap();
+    let often = vec![row("full/1"); 5000];
+    let reader = asked.begin().await;
+    refused(asked.read(&reader, often.clone()), Code::InvalidArgument, "TOO_MUCH").await;
+    refused(asked.shown(often, None), Code::InvalidArgument, "TOO_MUCH").await;
+    let rollback = proto::RollbackRequest { transaction: Some(reader) };
+    asked.node.clone().rollback(rollback).await.unwrap();
+    let delete = proto::Mutation { row: Some(row("full/1")), value: None };
+    asked.commit(&asked.begin().await, vec![delete]).await.unwrap();
+    // What is too large to be read at all was not done for certain.
+    let mut large = client.begin().await.unwrap();
+    for number in 0..33 {
+        large.put(Row::new("accounts", format!("bulk/{number}")), vec![7; 1 << 20].into());
+    }
+    let error = large.commit().await.unwrap_err();
+    assert!(matches!(error, Error::InvalidArgument(_)), "{error:?}");
+
     // Moments.
     let future = proto::moment::Moment::Timestamp(marked + 3_600_000_000_000);
     refused(asked.shown(vec![row("alice/1")], at(future)), Code::OutOfRange, "FUTURE").await;
@@ -206,6 +224,16 @@ async fn each_bad_input_has_its_status_and_loses_nothing() {
     refused(asked.commit(&txn, vec![]), Code::InvalidArgument, "MALFORMED").await;
     let early = proto::Transaction { started: marked + 3_600_000_000_000, ..txn.clone() };
     refused(asked.read(&early, vec![row("alice/1")]), Code::InvalidArgument, "MALFORMED").await;
+
+    // Another attempt of what began by a clock that is ahead.
+    let ahead = marked + 5_000_000_000;
+    let first = proto::Transaction { started: ahead, first: ahead, ..asked.begin().await };
+    let again = proto::BeginRequest { retry_of: Some(first) };
+    let again = asked.node.clone().begin(again).await.unwrap().into_inner().transaction.unwrap();
+    assert!(again.started >= again.first && again.first == ahead);
+    asked.read(&again, vec![row("alice/1")]).await.unwrap();
+    let rollback = proto::RollbackRequest { transaction: Some(again) };
+    asked.node.clone().rollback(rollback).await.unwrap();
 
     // A transaction that is over.
     let read = asked.read(&txn, vec![row("alice/1")]).await.unwrap().into_inner();

@@ -188,7 +188,7 @@ impl Client {
             Doing::Snapshot(snapshot) if world.truth - snapshot.start > PATIENCE_MS * MS => {}
             Doing::Snapshot(snapshot) => self.ask_snapshot(world, snapshot),
             Doing::Transaction(txn) if world.truth - txn.start > PATIENCE_MS * MS => {
-                self.end(world, *txn, None, false);
+                self.end(world, *txn, None);
             }
             Doing::Transaction(txn) => self.ask_transaction(world, txn),
         }
@@ -338,8 +338,8 @@ impl Client {
                 }
                 self.doing = Doing::Transaction(txn);
             }
-            Ok(Answer::Committed { at }) => self.end(world, *txn, Some(at), false),
-            Err(Refused::Aborted | Refused::Ended) => self.end(world, *txn, None, true),
+            Ok(Answer::Committed { at }) => self.end(world, *txn, Some(at)),
+            Err(Refused::Aborted | Refused::Ended) => self.end(world, *txn, None),
             Ok(_) => panic!("{answer:?}"),
             Err(_) => {
                 // Not now, or not here.
@@ -349,7 +349,7 @@ impl Client {
         }
     }
 
-    fn end(&mut self, world: &mut World, txn: Transaction, committed: Option<Timestamp>, _over: bool) {
+    fn end(&mut self, world: &mut World, txn: Transaction, committed: Option<Timestamp>) {
         if committed.is_some() {
             self.age = None;
         } else if !txn.committing {

@@ -17,10 +17,10 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{
-    load::{ROWS, System, Work, value},
+    load::{CLIENTS_A_CONNECTION, ROWS, System, Work, value},
     peer::{Guarded, find},
 };
-use crate::cmd::torture::{cluster::free_addresses, random::Random};
+use crate::cmd::{free_addresses, torture::random::Random};
 
 /// How long its members have to find a leader.
 const START: Duration = Duration::from_secs(30);
@@ -144,7 +144,8 @@ const COMPARE_MOD: i32 = 2;
 #[derive(Debug)]
 pub(crate) struct Etcd {
     members: Vec<Member>,
-    leader: Mutex<Channel>,
+    /// Connections to the leader.
+    leader: Mutex<Vec<Channel>>,
     /// What it says that it is.
     pub(crate) version: String,
 }
@@ -162,7 +163,7 @@ impl Etcd {
     /// # Errors
     ///
     /// When it is not installed or does not start.
-    pub(crate) async fn start(directory: &Path) -> anyhow::Result<Self> {
+    pub(crate) async fn start(directory: &Path, most_clients: usize) -> anyhow::Result<Self> {
         let program =
             find("etcd", &[]).ok_or_else(|| anyhow!("etcd is not installed; apt-get install etcd-server"))?;
         let addresses = free_addresses(6)?;
@@ -187,8 +188,10 @@ impl Etcd {
             member.start(&program)?;
             members.push(member);
         }
-        let (channel, version) = find_leader(&members, START).await?;
-        let etcd = Self { members, leader: Mutex::new(channel), version };
+        let (leader, _, version) = find_leader(&members, START).await?;
+        let channels = (0..most_clients.div_ceil(CLIENTS_A_CONNECTION).max(1)).map(|_| leader.channel());
+        let channels = channels.collect::<Result<_, _>>()?;
+        let etcd = Self { leader: Mutex::new(channels), version, members };
         etcd.load().await?;
         Ok(etcd)
     }
@@ -197,7 +200,7 @@ impl Etcd {
         let mut random = Random::new(0, 0);
         for first in (0..ROWS).step_by(usize::try_from(LOAD_ROWS).unwrap_or(1)) {
             let success = (first..first + LOAD_ROWS).map(|row| put(key(row), &mut random)).collect();
-            self.txn(TxnRequest { compare: Vec::new(), success }).await?;
+            self.txn(0, TxnRequest { compare: Vec::new(), success }).await?;
         }
         Ok(())
     }
@@ -217,8 +220,8 @@ impl Etcd {
             if died.elapsed() > START {
                 bail!("no write was acknowledged for {} s", START.as_secs());
             }
-            if let Ok((channel, _)) = find_leader(&self.members, Duration::from_millis(50)).await {
-                self.lead_by(channel);
+            if let Ok((_, channel, _)) = find_leader(&self.members, Duration::from_millis(50)).await {
+                self.lead_by(&channel);
                 if self.once(Work::BlindWrite, 0, &mut random).await.is_ok() {
                     break;
                 }
@@ -240,35 +243,43 @@ impl Etcd {
         bail!("no member leads")
     }
 
-    fn channel(&self) -> Channel {
-        self.leader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    fn channel(&self, client: usize) -> anyhow::Result<Channel> {
+        let channels = self.leader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let index = (client / CLIENTS_A_CONNECTION).min(channels.len().saturating_sub(1));
+        channels.get(index).cloned().context("no connection")
     }
 
-    fn lead_by(&self, channel: Channel) {
-        *self.leader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = channel;
+    /// Once leaders have been killed there are no figures for many clients any more: one connection is enough.
+    fn lead_by(&self, channel: &Channel) {
+        *self.leader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = vec![channel.clone()];
     }
 
-    async fn range(&self, key: Vec<u8>, serializable: bool) -> anyhow::Result<RangeResponse> {
-        call(self.channel(), "/etcdserverpb.KV/Range", RangeRequest { key, serializable }).await
+    async fn range(&self, client: usize, key: Vec<u8>, serializable: bool) -> anyhow::Result<RangeResponse> {
+        call(self.channel(client)?, "/etcdserverpb.KV/Range", RangeRequest { key, serializable }).await
     }
 
-    async fn txn(&self, request: TxnRequest) -> anyhow::Result<TxnResponse> {
-        call(self.channel(), "/etcdserverpb.KV/Txn", request).await
+    async fn txn(&self, client: usize, request: TxnRequest) -> anyhow::Result<TxnResponse> {
+        call(self.channel(client)?, "/etcdserverpb.KV/Txn", request).await
     }
 
     /// Reads rows and writes them if none of them changed meanwhile, until that is so.
-    async fn read_and_write(&self, keys: &[Vec<u8>], random: &mut Random) -> anyhow::Result<()> {
+    async fn read_and_write(
+        &self,
+        client: usize,
+        keys: &[Vec<u8>],
+        random: &mut Random,
+    ) -> anyhow::Result<()> {
         for _ in 0..ATTEMPTS_MAX {
             let read = |key: &Vec<u8>| RequestOp {
                 range: Some(RangeRequest { key: key.clone(), serializable: false }),
                 put: None,
             };
             let success = keys.iter().map(read).collect();
-            let found = self.txn(TxnRequest { compare: Vec::new(), success }).await?;
+            let found = self.txn(client, TxnRequest { compare: Vec::new(), success }).await?;
             let compare =
                 keys.iter().zip(&found.responses).map(|(key, found)| unchanged(key, found)).collect();
             let success = keys.iter().map(|key| put(key.clone(), random)).collect();
-            if self.txn(TxnRequest { compare, success }).await?.succeeded {
+            if self.txn(client, TxnRequest { compare, success }).await?.succeeded {
                 return Ok(());
             }
         }
@@ -277,17 +288,17 @@ impl Etcd {
 }
 
 impl System for Etcd {
-    async fn once(&self, work: Work, _client: usize, random: &mut Random) -> anyhow::Result<()> {
+    async fn once(&self, work: Work, client: usize, random: &mut Random) -> anyhow::Result<()> {
         let row = random.below(ROWS);
         match work {
             Work::BlindWrite => {
                 let request = PutRequest { key: key(row), value: value(random) };
-                call::<_, PutResponse>(self.channel(), "/etcdserverpb.KV/Put", request).await.map(drop)
+                call::<_, PutResponse>(self.channel(client)?, "/etcdserverpb.KV/Put", request).await.map(drop)
             }
-            Work::ReadModifyWrite => self.read_and_write(&[key(row)], random).await,
-            Work::Transfer => self.read_and_write(&[key(row), key(row + ROWS / 2)], random).await,
-            Work::StrongRead | Work::Mix => found(&self.range(key(row), false).await?),
-            Work::StaleRead => found(&self.range(key(row), true).await?),
+            Work::ReadModifyWrite => self.read_and_write(client, &[key(row)], random).await,
+            Work::Transfer => self.read_and_write(client, &[key(row), key(row + ROWS / 2)], random).await,
+            Work::StrongRead | Work::Mix => found(&self.range(client, key(row), false).await?),
+            Work::StaleRead => found(&self.range(client, key(row), true).await?),
         }
     }
 }
@@ -315,7 +326,7 @@ impl Member {
     }
 }
 
-async fn find_leader(members: &[Member], within: Duration) -> anyhow::Result<(Channel, String)> {
+async fn find_leader(members: &[Member], within: Duration) -> anyhow::Result<(&Member, Channel, String)> {
     let began = Instant::now();
     loop {
         for member in members {
@@ -324,7 +335,7 @@ async fn find_leader(members: &[Member], within: Duration) -> anyhow::Result<(Ch
                 tokio::time::timeout(Duration::from_millis(200), status(channel.clone())).await
                 && leads(&status)
             {
-                return Ok((channel, status.version));
+                return Ok((member, channel, status.version));
             }
         }
         if began.elapsed() > within {

@@ -16,6 +16,8 @@ use crate::cmd::torture::random::Random;
 
 /// Before anything counts: connections, caches, leaders.
 const WARM_UP: Duration = Duration::from_millis(400);
+/// Clients that share a connection to each server, whoever is measured.
+pub(crate) const CLIENTS_A_CONNECTION: usize = 8;
 /// How many rows there are to choose from.
 pub(crate) const ROWS: u64 = 10_000;
 /// What is in each, everywhere.

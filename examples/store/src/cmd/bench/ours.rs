@@ -10,11 +10,14 @@ use bytes::Bytes;
 use store_client::{Client, Error, Kind, Moment, Row, Txn, proto::SplitInfo};
 use tokio::{sync::watch, task::JoinSet, time::sleep};
 
-use super::load::{ROWS, System, Work, value};
-use crate::cmd::torture::{
-    cluster::{Cluster, Place, free_addresses},
-    random::Random,
-    rows::sorted,
+use super::load::{CLIENTS_A_CONNECTION, ROWS, System, Work, value};
+use crate::cmd::{
+    free_addresses,
+    torture::{
+        cluster::{Cluster, Place},
+        random::Random,
+        rows::sorted,
+    },
 };
 
 /// How long nodes have to start, and a split to have a leader again.
@@ -25,8 +28,6 @@ const LOAD_ROWS: u64 = 500;
 const ATTEMPTS_MAX: u32 = 100;
 /// How old a stale read may be.
 const STALE: Duration = Duration::from_secs(10);
-/// Tasks that share a connection to each node.
-const TASKS_A_CONNECTION: usize = 8;
 /// What a dead node answered may still come in for so long.
 const LAST_WORDS: Duration = Duration::from_millis(20);
 /// Between two deaths, for the node to catch up with what it missed.
@@ -85,7 +86,7 @@ impl Ours {
         let cluster = Cluster::new((1..).zip(free_addresses(3)?).map(place).collect(), epsilon)?;
         cluster.start_first()?;
         let connect = |_| Client::connect(cluster.addresses());
-        let clients = (0..most_clients.div_ceil(TASKS_A_CONNECTION).max(1)).map(connect);
+        let clients = (0..most_clients.div_ceil(CLIENTS_A_CONNECTION).max(1)).map(connect);
         let clients = clients.collect::<Result<_, _>>()?;
         let ours = Self { cluster, clients };
         ours.declare().await?;
@@ -188,7 +189,7 @@ impl Ours {
     }
 
     fn client(&self, task: usize) -> anyhow::Result<&Client> {
-        let index = (task / TASKS_A_CONNECTION).min(self.clients.len().saturating_sub(1));
+        let index = (task / CLIENTS_A_CONNECTION).min(self.clients.len().saturating_sub(1));
         self.clients.get(index).context("no client")
     }
 }

@@ -75,6 +75,7 @@ pub(super) fn parse(line: &str) -> Result<Option<Command>, Misread> {
 }
 
 fn command(name: &str, rest: &[Vec<u8>]) -> Result<Command, Misread> {
+    let name = if name == "exit" { "quit" } else { name };
     let texts = |expected: usize| -> Result<Vec<&str>, Misread> {
         let texts: Vec<_> = rest.iter().map(|word| plain(word)).collect::<Result<_, _>>()?;
         if texts.len() == expected { Ok(texts) } else { Err(usage(name)) }
@@ -130,7 +131,7 @@ fn command(name: &str, rest: &[Vec<u8>]) -> Result<Command, Misread> {
         "splits" => texts(0).map(|_| Command::Splits),
         "status" => texts(0).map(|_| Command::Status),
         "help" => Ok(Command::Help),
-        "quit" | "exit" => texts(0).map(|_| Command::Quit),
+        "quit" => texts(0).map(|_| Command::Quit),
         _ => Err(unknown(name)),
     }
 }
@@ -358,6 +359,7 @@ mod tests {
         assert_eq!(wrong("at noon get accounts a/1").0, "\"noon\" is no moment");
         assert_eq!(wrong("get accounts").0, "it is: get TABLE KEY …");
         assert_eq!(wrong("put a b \"c").0, "a quote is not closed");
+        assert_eq!(wrong("exit now"), ("it is: quit".to_owned(), "ends the shell".to_owned()));
         assert_eq!(wrong("merge one").0, "\"one\" is no number");
     }
 

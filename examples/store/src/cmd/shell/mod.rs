@@ -67,20 +67,25 @@ pub(crate) async fn attend(client: Client) -> anyhow::Result<ExitCode> {
 }
 
 async fn script(client: Client) -> anyhow::Result<ExitCode> {
-    match run_commands(client).await {
-        Ok(_) => Ok(ExitCode::SUCCESS),
-        Err(error) if error.is::<Said>() => Ok(ExitCode::FAILURE),
-        Err(error) => Err(error),
-    }
+    Ok(match run_commands(client).await? {
+        Ran::Nothing | Ran::All => ExitCode::SUCCESS,
+        Ran::Failed => ExitCode::FAILURE,
+    })
 }
 
-/// A command failed, which has been said.
-#[derive(Debug, thiserror::Error)]
-#[error("a command failed")]
-struct Said;
+/// What became of commands from standard input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ran {
+    /// There were none.
+    Nothing,
+    /// All were done.
+    All,
+    /// One failed, which has been said, and those after it were not begun.
+    Failed,
+}
 
-/// Commands from standard input, up to its end or the first that fails. Gives how many lines there were.
-pub(crate) async fn run_commands(client: Client) -> anyhow::Result<usize> {
+/// Commands from standard input, up to its end or the first that fails.
+pub(crate) async fn run_commands(client: Client) -> anyhow::Result<Ran> {
     let mut session = Session::new(client, io::stdout());
     let mut lines = 0;
     loop {
@@ -96,12 +101,12 @@ pub(crate) async fn run_commands(client: Client) -> anyhow::Result<usize> {
                 eprintln!("line {lines}: {line}");
                 complain(&failure);
                 session.end().await;
-                return Err(Said.into());
+                return Ok(Ran::Failed);
             }
         }
     }
     session.end().await;
-    Ok(lines)
+    Ok(if lines == 0 { Ran::Nothing } else { Ran::All })
 }
 
 fn complain(failure: &Failure) {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use futures::future::join_all;
 use store_client::{Client, Error, Moment, Reason, Txn};
 
 use super::{
@@ -81,8 +82,9 @@ impl<W: Write> Session<W> {
             Some(Command::Quit) => Ok(Next::End),
             Some(command) => {
                 let done = self.run(command).await;
-                if matches!(done, Err(Failure::Store(Error::Aborted(_) | Error::Ended(_)))) {
-                    // It is over, and what it still holds elsewhere is let go.
+                // A command beside it may have been aborted, too.
+                if self.txn.as_ref().is_some_and(Txn::is_over) {
+                    // What it still holds elsewhere is let go.
                     self.end().await;
                 }
                 done.map(|()| Next::Line)
@@ -174,15 +176,16 @@ impl<W: Write> Session<W> {
             Command::Status => {
                 // Whoever is not known yet is asked for.
                 let known = self.client.splits().await;
-                let mut nodes = Vec::new();
                 let mut addresses = self.client.addresses();
                 addresses.extend(known.into_iter().flat_map(|known| known.nodes).map(|node| node.address));
                 addresses.sort();
                 addresses.dedup();
-                for address in addresses {
-                    let status = self.client.status(&address).await;
-                    nodes.push((address, status));
-                }
+                let client = &self.client;
+                let asked = addresses.into_iter().map(async |address| {
+                    let status = client.status(&address).await;
+                    (address, status)
+                });
+                let nodes = join_all(asked).await;
                 write!(self.out, "{}", print::nodes(&nodes))?;
             }
             Command::Help => {

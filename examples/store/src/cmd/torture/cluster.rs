@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -281,15 +281,4 @@ fn append_to(log: &Path) -> anyhow::Result<File> {
 
 fn lock(node: &Mutex<Node>) -> MutexGuard<'_, Node> {
     node.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Addresses on loopback that nobody listens at, held until all of them are found so that no two are the same.
-///
-/// # Errors
-///
-/// When there are none.
-pub(crate) fn free_addresses(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
-    let held: Result<Vec<_>, _> = (0..count).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect();
-    let held = held.context("no port on loopback is free")?;
-    held.iter().map(|listener| listener.local_addr().context("a port on loopback")).collect()
 }

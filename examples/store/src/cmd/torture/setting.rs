@@ -13,7 +13,7 @@ use rustix::process::geteuid;
 use super::{
     Args,
     admin::Admin,
-    cluster::{Cluster, Place, free_addresses},
+    cluster::{Cluster, Place},
     disk::SmallDisk,
     nemesis::{Fault, Targets},
     network::Network,
@@ -135,7 +135,7 @@ fn state(given: Option<&Path>) -> anyhow::Result<State> {
 }
 
 fn addresses(nodes: &[u64], network: Option<&Network>) -> anyhow::Result<Vec<SocketAddr>> {
-    let Some(network) = network else { return free_addresses(nodes.len()) };
+    let Some(network) = network else { return crate::cmd::free_addresses(nodes.len()) };
     let address = |node: &u64| network.address(*node).map(|address| SocketAddr::new(address, PORT));
     nodes.iter().map(address).collect::<Option<_>>().context("a node without an address")
 }

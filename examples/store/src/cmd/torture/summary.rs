@@ -99,12 +99,12 @@ impl Summary {
         self.counts.values().map(|counts| counts.ok).sum()
     }
 
-    /// How to have the history checked.
-    fn command(&self) -> String {
+    /// What a checker of the history has to know.
+    fn to_check(&self) -> String {
         format!(
-            "check_history.py {} --clock-bound {} --sum acct/={}",
+            "to be checked: {}, by commit timestamps with clocks {CLOCK_BOUND_NANOS} ns apart at most, and in every \
+             state the rows of acct/ are {} in all",
             self.history.display(),
-            CLOCK_BOUND_NANOS,
             rows::TOTAL
         )
     }
@@ -131,7 +131,7 @@ impl Summary {
         if self.deeds.full > 0 {
             println!("{:>9} × a node ended with its disk full", self.deeds.full);
         }
-        println!("\n{}\n\n{}", self.nodes.join("\n"), self.command());
+        println!("\n{}\n\n{}", self.nodes.join("\n"), self.to_check());
     }
 
     fn to_json(&self) -> serde_json::Value {
@@ -157,7 +157,6 @@ impl Summary {
             "nodes": self.nodes,
             "clock_bound_ns": CLOCK_BOUND_NANOS,
             "sum": format!("acct/={}", rows::TOTAL),
-            "check": self.command(),
         })
     }
 }
