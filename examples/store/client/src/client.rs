@@ -414,7 +414,8 @@ impl Client {
                 return Err(error);
             }
             // The next attempt is older than this one, and does not wait until all have heard.
-            tokio::spawn(txn.let_go());
+            #[expect(clippy::disallowed_methods, reason = "it ends by itself, in the time of one try")]
+            let _ends_by_itself = tokio::spawn(txn.let_go());
             retry_of = Some(txn.to_proto().clone());
             // Its age decides who comes through, so that a longer pause each time would only waste it.
             self.sleep(&mut self.pace_until(deadline)).await;

@@ -208,10 +208,7 @@ pub async fn serve(
             .http2_keepalive_timeout(Some(KEEP_ALIVE))
             .add_service(StoreServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX))
             .add_service(AdminServer::new(api))
-            .add_service(
-                PeersServer::new(incoming)
-                    .max_decoding_message_size(peers::PARCEL_BYTES_MAX + REQUEST_BYTES_MAX),
-            )
+            .add_service(PeersServer::new(incoming).max_decoding_message_size(peers::PARCEL_BYTES_MAX),)
             .add_service(health_service)
             .serve_with_incoming_shutdown(incoming_connections, async move {
                 stopping.cancelled().await;

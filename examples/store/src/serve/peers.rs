@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use store_client::{
     Reason,
     proto::{
@@ -29,12 +29,14 @@ use super::{
 };
 use crate::lease::NodeId;
 
-/// A parcel is closed when it has this much: one behind another, they share the stream with heartbeats.
+/// Of messages in a parcel, and of a part of one that is larger: parcels go one behind another, heartbeats among them.
 const PARCEL_BYTES: usize = 1 << 20;
-/// The largest message is a snapshot's piece or an entry with a commit; it goes alone.
-pub(super) const PARCEL_BYTES_MAX: usize = 64 << 20;
+/// Of messages, of a part, and of what is around them.
+pub(super) const PARCEL_BYTES_MAX: usize = 4 * PARCEL_BYTES;
+/// The largest message is a snapshot of a split: all of its versions.
+const MESSAGE_BYTES_MAX: usize = 512 << 20;
 /// What waits for a peer that takes nothing. The oldest goes first: it is said again.
-const QUEUED_BYTES_MAX: usize = 2 * PARCEL_BYTES_MAX;
+const QUEUED_BYTES_MAX: usize = 128 << 20;
 const QUEUED_MESSAGES_MAX: usize = 16_384;
 /// Until a connection stands.
 const CONNECT: Duration = Duration::from_secs(1);
@@ -59,11 +61,23 @@ struct Queue {
 struct Waiting {
     messages: VecDeque<(NodeId, Bytes)>,
     bytes: usize,
+    /// Messages that go in parts, what is left of each.
+    large: VecDeque<(NodeId, Bytes)>,
+    large_bytes: usize,
 }
 
 impl Queue {
     fn push(&self, to: NodeId, message: Bytes) {
         let mut waiting = self.waiting();
+        if message.len() > PARCEL_BYTES {
+            // A later one would wait behind what is said again by the time that it goes.
+            if waiting.large_bytes + message.len() <= MESSAGE_BYTES_MAX {
+                waiting.large_bytes += message.len();
+                waiting.large.push_back((to, message));
+                self.some.notify_one();
+            }
+            return;
+        }
         waiting.bytes += message.len();
         waiting.messages.push_back((to, message));
         while waiting.bytes > QUEUED_BYTES_MAX || waiting.messages.len() > QUEUED_MESSAGES_MAX {
@@ -74,7 +88,7 @@ impl Queue {
         self.some.notify_one();
     }
 
-    /// As many messages as make a parcel, all for one node.
+    /// As many messages as make a parcel, and a part of a large one, all for one node.
     async fn parcel(&self, from: NodeId) -> Parcel {
         loop {
             let some = self.some.notified();
@@ -96,9 +110,9 @@ impl Queue {
 
 impl Waiting {
     fn parcel(&mut self, from: NodeId) -> Option<Parcel> {
-        let (to, first) = self.messages.pop_front()?;
-        let mut bytes = first.len();
-        let mut messages = vec![first];
+        let (to, _) = *self.messages.front().or(self.large.front())?;
+        let mut bytes = 0;
+        let mut messages = Vec::new();
         while let Some((_, next)) = self.messages.front().filter(|(other, _)| *other == to)
             && bytes + next.len() <= PARCEL_BYTES
         {
@@ -106,7 +120,20 @@ impl Waiting {
             messages.extend(self.messages.pop_front().map(|(_, message)| message));
         }
         self.bytes -= bytes;
-        Some(Parcel { from: from.0, to: to.0, messages })
+        let (part, last) = self.part(to).map_or((None, false), |(part, last)| (Some(part), last));
+        Some(Parcel { from: from.0, to: to.0, messages, part, last })
+    }
+
+    /// The next part of a large message for `to`, and whether it is the last.
+    fn part(&mut self, to: NodeId) -> Option<(Bytes, bool)> {
+        let (_, left) = self.large.front_mut().filter(|(other, _)| *other == to)?;
+        let part = left.split_to(left.len().min(PARCEL_BYTES));
+        let last = left.is_empty();
+        if last {
+            self.large.pop_front();
+        }
+        self.large_bytes -= part.len();
+        Some((part, last))
     }
 }
 
@@ -118,7 +145,7 @@ pub(super) struct Outgoing {
 impl Post for Outgoing {
     fn post(&mut self, to: NodeId, message: Bytes) {
         match self.queues.get(&number(to)) {
-            Some(queue) if message.len() <= PARCEL_BYTES_MAX => queue.push(to, message),
+            Some(queue) if message.len() <= MESSAGE_BYTES_MAX => queue.push(to, message),
             Some(_) => tracing::error!(to = to.0, bytes = message.len(), "a message is too large to be sent"),
             None => tracing::debug!(to = to.0, "a message is for a node that is not configured"),
         }
@@ -198,8 +225,8 @@ async fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
 
 fn client(channel: Channel) -> PeersClient<Channel> {
     PeersClient::new(channel)
-        .max_encoding_message_size(PARCEL_BYTES_MAX + PARCEL_BYTES)
-        .max_decoding_message_size(PARCEL_BYTES_MAX + PARCEL_BYTES)
+        .max_encoding_message_size(PARCEL_BYTES_MAX)
+        .max_decoding_message_size(PARCEL_BYTES_MAX)
 }
 
 /// Who the node at `address` says to be.
@@ -232,6 +259,7 @@ pub(super) struct Incoming {
 impl Peers for Incoming {
     async fn talk(&self, request: Request<Streaming<Parcel>>) -> Result<Response<TalkResponse>, Status> {
         let mut parcels = request.into_inner();
+        let mut parts = Parts::default();
         let stopping = self.shared.stopping.clone();
         loop {
             let parcel = tokio::select! {
@@ -240,7 +268,7 @@ impl Peers for Incoming {
                 parcel = parcels.message() => parcel?,
             };
             match parcel {
-                Some(parcel) => self.hear(parcel)?,
+                Some(parcel) => self.hear(parcel, &mut parts)?,
                 None => break,
             }
         }
@@ -256,8 +284,23 @@ impl Peers for Incoming {
     }
 }
 
+/// The parts of a large message that have come.
+#[derive(Default)]
+struct Parts(BytesMut);
+
+impl Parts {
+    /// The message, when this is its last part.
+    fn add(&mut self, part: &[u8], last: bool) -> Result<Option<Bytes>, Status> {
+        if self.0.len() + part.len() > MESSAGE_BYTES_MAX {
+            return Err(refusal(Reason::TooMuch, format!("a message is over {MESSAGE_BYTES_MAX} bytes")));
+        }
+        self.0.extend_from_slice(part);
+        Ok(last.then(|| std::mem::take(&mut self.0).freeze()))
+    }
+}
+
 impl Incoming {
-    fn hear(&self, parcel: Parcel) -> Result<(), Status> {
+    fn hear(&self, mut parcel: Parcel, parts: &mut Parts) -> Result<(), Status> {
         let (from, to) = (NodeId(parcel.from), NodeId(parcel.to));
         let own = &self.shared.number;
         if number(to) != *own {
@@ -265,6 +308,9 @@ impl Incoming {
             return Err(refusal(Reason::Malformed, message));
         }
         check_current(&self.shared, from)?;
+        if let Some(part) = &parcel.part {
+            parcel.messages.extend(parts.add(part, parcel.last)?);
+        }
         // What is for another disk of this node's is for nobody: consensus goes on without it until it is replaced.
         if let Some(running) = self.shared.running()
             && running.id == to
@@ -322,19 +368,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn parcels_have_what_waits_for_one_node_and_large_messages_go_alone() {
+    async fn parcels_have_what_waits_for_one_node_and_large_messages_go_in_parts() {
         let queue = Queue::default();
-        let large = PARCEL_BYTES * 3;
-        for (to, size) in [(2, 10), (2, 20), (2, large), (65538, 30), (65538, 40)] {
+        let large = Bytes::from_iter((0..PARCEL_BYTES * 2 + 7).map(|place| place as u8));
+        queue.push(NodeId(2), large.clone());
+        for (to, size) in [(2, 10), (2, 20), (65538, 30), (65538, 40)] {
             queue.push(NodeId(to), vec![0; size].into());
         }
         let mut parcels = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..4 {
             parcels.push(queue.parcel(NodeId(1)).await);
         }
-        assert_eq!(parcels.iter().map(|parcel| parcel.to).collect::<Vec<_>>(), [2, 2, 65538]);
-        assert_eq!(parcels.iter().map(sizes).collect::<Vec<_>>(), [vec![10, 20], vec![large], vec![30, 40]]);
-        assert_eq!(queue.waiting().bytes, 0);
+        assert_eq!(parcels.iter().map(|parcel| parcel.to).collect::<Vec<_>>(), [2, 65538, 2, 2]);
+        assert_eq!(
+            parcels.iter().map(sizes).collect::<Vec<_>>(),
+            [vec![10, 20], vec![30, 40], vec![], vec![]]
+        );
+        assert_eq!((queue.waiting().bytes, queue.waiting().large_bytes), (0, 0));
+        let mut parts = Parts::default();
+        let mut whole = Vec::new();
+        for parcel in &parcels {
+            assert!(parcel.part.as_ref().map_or(0, Bytes::len) <= PARCEL_BYTES);
+            whole.extend(parcel.part.iter().filter_map(|part| parts.add(part, parcel.last).unwrap()));
+        }
+        assert_eq!(whole, [large]);
+    }
+
+    #[test]
+    fn parts_without_an_end_are_refused() {
+        let mut parts = Parts::default();
+        let part = vec![0; 64 << 20];
+        assert!((0..8).all(|_| parts.add(&part, false).is_ok()));
+        assert!(parts.add(&part, false).is_err());
     }
 
     #[tokio::test]
@@ -346,8 +411,9 @@ mod tests {
         assert_eq!(queue.waiting().messages.len(), QUEUED_MESSAGES_MAX);
         assert_eq!(queue.waiting().messages.front().unwrap().1.len(), 1);
         for _ in 0..4 {
-            queue.push(NodeId(2), vec![0; PARCEL_BYTES_MAX].into());
+            queue.push(NodeId(2), vec![0; MESSAGE_BYTES_MAX / 2].into());
         }
+        assert!(queue.waiting().large_bytes <= MESSAGE_BYTES_MAX);
         assert!(queue.waiting().bytes <= QUEUED_BYTES_MAX);
     }
 

@@ -190,17 +190,20 @@ async fn a_leader_that_dies_is_followed_by_another() {
     assert!(was.is_some());
 }
 
-/// A node without its disk is another node: it takes nothing of what it had, and is given replicas anew.
+/// A node without its disk is another node: it takes nothing of what it had, and is given replicas anew, those too that
+/// have more versions of their rows than a message holds.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_lost_its_disk_joins_as_another() {
     let mut cluster = Cluster::start(3).await;
     let client = cluster.client();
     client.create_table("accounts", ACCOUNTS).await.unwrap();
     let put = async |txn: &mut Txn| {
-        txn.put(account("alice", 1), "x".into());
+        txn.put(account("alice", 1), vec![b'x'; 1 << 20].into());
         Ok(())
     };
-    client.transact(put).await.unwrap();
+    for _ in 0..80 {
+        client.transact(put).await.unwrap();
+    }
     let split = cluster.led().await[0].clone();
     let lost = (1..=3).find(|number| *number != split.leader).unwrap();
     let number = usize::try_from(lost).unwrap();
