@@ -254,8 +254,10 @@ impl<D: Disk> Groups<D> {
                 group.say(ready.take_messages(), post);
                 let restart = group.install(&ready, &self.engine)?;
                 restarted |= restart.is_some();
+                // How far others agree is heard again: where nothing else is new, nothing is written and synced for it.
+                let must_write = ready.must_sync() || restart.is_some();
                 let records = records(*split, &mut ready, restart);
-                for record in &records {
+                for record in records.iter().filter(|_| must_write) {
                     note_segment(&mut self.segments, segment, record);
                     self.wal.gather(&wire::encode_record(record))?;
                 }
@@ -338,12 +340,18 @@ impl<D: Disk> Groups<D> {
         if leaves { self.destroy(split, term) } else { Ok(()) }
     }
 
-    /// Whether the split to its left is here, and has not taken it in yet: when it has, nothing is left of it.
+    /// Whether a split that is here is to take this one in, and has not done so yet: the one that ends where this one
+    /// begins, or one that has not even been cut there. What has more in it than this one has taken it in.
     fn is_awaited(&self, split: SplitId) -> bool {
         let Some(half) = self.groups.get(&split).filter(|half| half.is_filled()) else { return false };
-        self.groups.values().filter(|left| left.split != split && left.is_filled()).any(|left| {
-            left.replica.touches(&half.replica) || left.replica.range().overlaps(half.replica.range())
-        })
+        let half = &half.replica;
+        let others = || self.groups.values().filter(|other| other.split != split && other.is_filled());
+        let overlaps = |other: &Replica| other.range().overlaps(half.range());
+        let taken = |other: &Group| {
+            overlaps(&other.replica) && other.replica.generation() > half.generation()
+                || other.replica.has_absorbed(split)
+        };
+        !others().any(taken) && others().any(|other| other.replica.touches(half) || overlaps(&other.replica))
     }
 
     /// Whether the split is part of another, as far as this node knows: its number is never given again.

@@ -8,6 +8,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// A request makes and frees a few dozen small things.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The sample store: a small Spanner.
 #[derive(Debug, Parser)]
 #[command(name = "palisade-store", version, max_term_width = 100)]
