@@ -25,7 +25,9 @@ use crate::{
     lease::{NUMBER_MASK, NodeId},
     raft_log::{Hole, RaftLog},
     truetime::Interval,
-    txn::{Applied, Command, Entry, FIRST_TERM, Leader, Replica, ReplicaError, SplitId, State},
+    txn::{
+        Applied, Command, Entry, FIRST_TERM, Leader, Replica, ReplicaError, SplitId, State, looks_at_rows,
+    },
     wal::{Disk, Wal, WalError},
     wire::{self, Checkpoint, Image, Record, WireError},
 };
@@ -216,7 +218,7 @@ impl<D: Disk> Groups<D> {
     /// # Errors
     ///
     /// When it is of no use here.
-    pub fn step(&mut self, from: NodeId, split: SplitId, bytes: &[u8]) -> Result<(), Dropped> {
+    pub fn step(&mut self, from: NodeId, split: SplitId, bytes: Bytes) -> Result<(), Dropped> {
         let message = wire::decode_message(bytes)?;
         if message.from != from.0 {
             return Err(WireError::Field("sender").into());
@@ -430,7 +432,22 @@ impl<D: Disk> Groups<D> {
         Ok(())
     }
 
+    /// What a turn has agreed on is written to the engine at once.
     fn apply(&mut self, split: SplitId, applied: &mut Vec<(SplitId, Applied)>) -> Result<(), NodeError> {
+        let mut batch = Batch::default();
+        let result = self.apply_backlog(split, &mut batch, applied);
+        if !batch.is_empty() {
+            self.engine.write(batch)?;
+        }
+        result
+    }
+
+    fn apply_backlog(
+        &mut self,
+        split: SplitId,
+        batch: &mut Batch,
+        applied: &mut Vec<(SplitId, Applied)>,
+    ) -> Result<(), NodeError> {
         loop {
             let Some(group) = self.groups.get_mut(&split) else { return Ok(()) };
             let Some(entry) = group.backlog.front() else { return Ok(()) };
@@ -442,14 +459,17 @@ impl<D: Disk> Groups<D> {
                 group.begin_term();
                 continue;
             }
-            let command = wire::decode_entry(&entry.data)?;
+            let command = wire::decode_entry(entry.data.clone())?;
+            if looks_at_rows(&command.command) && !batch.is_empty() {
+                self.engine.write(std::mem::take(batch))?;
+            }
             let came_to = match &command.command {
                 Command::Split { right, .. } => self.divide(split, &command, *right)?,
                 Command::Absorb { right, .. } => match self.absorb(split, &command, *right)? {
                     Some(came_to) => came_to,
                     None => return Ok(()),
                 },
-                _ => group.apply_front(command)?,
+                _ => group.apply_front(batch, command)?,
             };
             if let Some(group) = self.groups.get_mut(&split) {
                 group.came_to(&came_to);
@@ -1033,9 +1053,12 @@ impl Group {
         Ok(())
     }
 
-    fn apply_front(&mut self, entry: Entry) -> Result<Applied, NodeError> {
+    fn apply_front(&mut self, batch: &mut Batch, entry: Entry) -> Result<Applied, NodeError> {
         let term = self.front_term();
-        let applied = self.replica.apply(entry, term);
+        let applied = match looks_at_rows(&entry.command) {
+            true => self.replica.apply(entry, term),
+            false => self.replica.apply_into(batch, entry, term),
+        };
         self.pop();
         applied.map_err(|error| NodeError::Replica(self.split, error))
     }

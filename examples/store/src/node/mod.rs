@@ -244,7 +244,8 @@ impl<D: Disk> Node<D> {
     /// Takes a message of another node's.
     pub fn message(&mut self, from: NodeId, message: &[u8], now: Interval) {
         self.heard.insert(from, self.ticks);
-        // What does not read is nobody's: messages are lost anyway.
+        // Copied once, since entries of it are kept, and would keep all that it came with. What does not read is nobody's:
+        // messages are lost anyway.
         if let Ok(message) = wire::decode_peer(Bytes::copy_from_slice(message)) {
             self.hear(from, message, now);
             self.use_locks(now);
@@ -341,7 +342,7 @@ impl<D: Disk> Node<D> {
         match message {
             PeerMessage::Raft { split, message } => {
                 if let Err(Dropped::Stranger { .. } | Dropped::Unknown(_)) =
-                    self.groups.step(from, split, &message)
+                    self.groups.step(from, split, message)
                 {
                     self.bid_farewell(from, split);
                 }

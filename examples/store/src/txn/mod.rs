@@ -29,8 +29,8 @@ use crate::{
 
 pub use coordinator::{Coordinator, Verdict};
 pub use leader::{IDLE, Leader, Refusal, Snapshot};
-pub(crate) use replica::FIRST_TERM;
 pub use replica::{Applied, Prepared, Replica, ReplicaError, State};
+pub(crate) use replica::{FIRST_TERM, looks_at_rows};
 
 /// One attempt of a transaction. The client makes it, so that it can ask how a commit ended whose answer was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -213,8 +213,28 @@ impl Replica {
     ///
     /// When the log contradicts itself, or the engine fails.
     pub fn apply(&mut self, entry: Entry, term: u64) -> Result<Applied, ReplicaError> {
-        let closed = self.begin(&entry, term)?;
         let mut batch = Batch::default();
+        let applied = self.apply_into(&mut batch, entry, term)?;
+        self.engine.write(batch)?;
+        if applied == Applied::Collected {
+            self.measure()?;
+        }
+        Ok(applied)
+    }
+
+    /// What [`Replica::apply`] is, of an entry that does not look at rows ([`looks_at_rows`]): what it writes is left in
+    /// `batch`, for the caller to write together with that of other entries.
+    ///
+    /// # Errors
+    ///
+    /// When the log contradicts itself.
+    pub fn apply_into(
+        &mut self,
+        batch: &mut Batch,
+        entry: Entry,
+        term: u64,
+    ) -> Result<Applied, ReplicaError> {
+        let closed = self.begin(&entry, term)?;
         let applied = match entry.command {
             Command::Close | Command::Split { .. } | Command::Absorb { .. } => Applied::Nothing,
             Command::Lease(_) if self.retired.is_some() => Applied::Nothing,
@@ -224,7 +244,7 @@ impl Replica {
                 Applied::Nothing
             }
             Command::Commit { txn, at, writes, participants } => {
-                let applied = self.commit(&mut batch, txn, at, &writes, closed)?;
+                let applied = self.commit(batch, txn, at, &writes, closed)?;
                 if applied == Applied::Ended(txn, Outcome::Committed(at)) && !participants.is_empty() {
                     self.unsettled.insert(txn, participants);
                 }
@@ -237,8 +257,8 @@ impl Replica {
             Command::Prepare { txn, prepared } => self.prepare(txn, prepared, closed)?,
             // Which of its entries the split that takes it in has seen by then, differs between nodes.
             Command::Resolve { .. } if self.retired.is_some() => Applied::Nothing,
-            Command::Resolve { txn, outcome } => self.resolve(&mut batch, txn, outcome)?,
-            Command::Collect { horizon, outcomes } => self.collect(&mut batch, horizon, outcomes)?,
+            Command::Resolve { txn, outcome } => self.resolve(batch, txn, outcome)?,
+            Command::Collect { horizon, outcomes } => self.collect(batch, horizon, outcomes)?,
             Command::Retire { into } => {
                 self.retired = Some(into);
                 // Its leader made the entry under its own lease, and serves no more.
@@ -246,10 +266,6 @@ impl Replica {
                 Applied::Retired
             }
         };
-        self.engine.write(batch)?;
-        if applied == Applied::Collected {
-            self.measure()?;
-        }
         self.safe.close(entry.closed);
         Ok(applied)
     }
@@ -635,6 +651,11 @@ impl Replica {
         self.newest = self.newest.max(other.newest);
         Ok(())
     }
+}
+
+/// Whether applying `command` reads rows, which must be written by then.
+pub(crate) fn looks_at_rows(command: &Command) -> bool {
+    matches!(command, Command::Collect { .. } | Command::Split { .. } | Command::Absorb { .. })
 }
 
 impl std::fmt::Debug for Replica {

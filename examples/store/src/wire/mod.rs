@@ -5,6 +5,7 @@ mod checkpoint;
 mod pb;
 mod peer;
 
+use bytes::Bytes;
 use prost::Message as _;
 use raft::eraftpb;
 
@@ -86,7 +87,7 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
 /// # Errors
 ///
 /// When they are none.
-pub fn decode_entry(bytes: &[u8]) -> Result<Entry, WireError> {
+pub fn decode_entry(bytes: Bytes) -> Result<Entry, WireError> {
     let entry = pb::LogEntry::decode(bytes)?;
     let command = match entry.command.ok_or(WireError::Field("command"))? {
         pb::Command::Close(_) => Command::Close,
@@ -185,7 +186,7 @@ pub fn encode_message(message: &eraftpb::Message) -> Vec<u8> {
 /// # Errors
 ///
 /// When they are none, or one that a node says only to itself.
-pub fn decode_message(bytes: &[u8]) -> Result<eraftpb::Message, WireError> {
+pub fn decode_message(bytes: Bytes) -> Result<eraftpb::Message, WireError> {
     let wire = pb::Message::decode(bytes)?;
     let kind = BETWEEN_NODES.into_iter().find(|kind| *kind as i32 == wire.kind);
     let mut message = eraftpb::Message::default();
@@ -495,12 +496,13 @@ mod tests {
         #[test]
         fn entries_come_back_as_they_went(term in any::<u64>(), closed in any::<u64>(), command in command()) {
             let entry = Entry { term, closed: Timestamp(closed), command };
-            prop_assert_eq!(decode_entry(&encode_entry(&entry)).unwrap(), entry);
+            prop_assert_eq!(decode_entry(encode_entry(&entry).into()).unwrap(), entry);
         }
 
         #[test]
         fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            let read = [decode_entry(&bytes).is_ok(), decode_record(&bytes).is_ok(), decode_message(&bytes).is_ok()];
+            let bytes = Bytes::from(bytes);
+            let read = [decode_entry(bytes.clone()).is_ok(), decode_record(&bytes).is_ok(), decode_message(bytes.clone()).is_ok()];
             // A message without a kind, which no bytes at all would be, is a node's word to itself.
             prop_assert!(!bytes.is_empty() || read == [false, true, false]);
         }
@@ -522,12 +524,12 @@ mod tests {
              message.commit_term, message.reject_hint] = numbers;
             message.reject = reject;
             message.set_entries(entries.clone().into());
-            prop_assert_eq!(decode_message(&encode_message(&message)).unwrap(), message.clone());
+            prop_assert_eq!(decode_message(encode_message(&message).into()).unwrap(), message.clone());
             let mut wrong = message.clone();
             wrong.index += 1;
-            prop_assert!(entries.is_empty() || decode_message(&encode_message(&wrong)).is_err(), "a hole");
+            prop_assert!(entries.is_empty() || decode_message(encode_message(&wrong).into()).is_err(), "a hole");
             wrong.term = u64::MAX;
-            prop_assert!(decode_message(&encode_message(&wrong)).is_err(), "a term that nobody comes to");
+            prop_assert!(decode_message(encode_message(&wrong).into()).is_err(), "a term that nobody comes to");
             let mut hard = eraftpb::HardState::default();
             [hard.term, hard.vote, hard.commit, ..] = numbers;
             let record = Record { split: numbers[7], hard_state: Some(hard), entries, restart: Some(numbers[6]) };
