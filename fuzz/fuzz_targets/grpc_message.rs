@@ -14,7 +14,9 @@ syntax = "proto3";
 package bank;
 message Account { string id = 1; int64 branch = 2; }
 message Ask { Account account = 1; oneof how { string note = 2; bytes picture = 3; } repeated sint32 tags = 4; }
-service Accounts { rpc Read(Ask) returns (Ask); }
+message Row { string table = 1; string key = 2; bytes value = 3; }
+message Rows { repeated Row rows = 1; repeated sint32 tags = 2; }
+service Accounts { rpc Read(Ask) returns (Ask); rpc ReadRows(Rows) returns (Rows); }
 "#;
 const FILES: [(&str, &str); 5] = [
     (
@@ -26,17 +28,22 @@ const FILES: [(&str, &str); 5] = [
     ("services/bank/bank.proto", PROTO),
     (
         "services/bank/bank.cedarschema",
-        "namespace Bank { entity Account; action Read appliesTo { principal: [Mesh::Workload], resource: [Account], \
-         context: Mesh::Context }; }",
+        "namespace Bank { entity Account; entity Row; \
+         action Read appliesTo { principal: [Mesh::Workload], resource: [Account], context: Mesh::Context }; \
+         action ReadRows appliesTo { principal: [Mesh::Workload], resource: [Row], context: Mesh::Context }; }",
     ),
     (
         "services/bank/bank.cedar",
-        "@id(\"all\") permit (principal is Mesh::Workload, action == Bank::Action::\"Read\", resource);",
+        "@id(\"all\") permit (principal is Mesh::Workload, action == Bank::Action::\"Read\", resource);\n\
+         @id(\"rows\") permit (principal is Mesh::Workload, action == Bank::Action::\"ReadRows\", resource);",
     ),
     (
         "services/bank/map.toml",
         "[[route]]\nmatch = \"POST /bank.Accounts/Read\"\naction = \"Read\"\nobject = 'Account::\"{body:/account.id}\"'\n\
-         body_type = \"grpc\"\nbody = { \"account.id\" = \"id\", \"account.branch\" = \"int\" }\n",
+         body_type = \"grpc\"\nbody = { \"account.id\" = \"id\", \"account.branch\" = \"int\" }\n\
+         [[route]]\nmatch = \"POST /bank.Accounts/ReadRows\"\naction = \"ReadRows\"\n\
+         object = 'Row::\"{body:/rows.table}/{body:/rows.key}\"'\n\
+         body_type = \"grpc\"\nbody = { \"rows.table\" = \"[id]\", \"rows.key\" = \"[key]\" }\n",
     ),
 ];
 
@@ -66,15 +73,36 @@ fuzz_target!(|input: (String, Vec<u8>)| {
         policy.map(&request.into_parts().0).ok()
     };
     if let Some(mapped) = map(&path) {
-        assert_eq!(path, "/bank.Accounts/Read");
+        assert!(matches!(path.as_str(), "/bank.Accounts/Read" | "/bank.Accounts/ReadRows"));
         drop(mapped);
     }
     let mapped = map("/bank.Accounts/Read").unwrap();
     if let Ok(judged) = mapped.with_body(&message) {
-        let descriptor = pool.get_message_by_name("bank.Ask").unwrap();
-        let other = DynamicMessage::decode(descriptor, &message[..]).unwrap();
+        let other = decoded(pool, "bank.Ask", &message);
         let account = other.get_field_by_name("account").unwrap();
-        let id = account.as_message().unwrap().get_field_by_name("id").unwrap();
-        assert_eq!(judged.objects()[0].id(), id.as_str().unwrap());
+        assert_eq!(judged.objects()[0].id(), text(account.as_message().unwrap(), "id"));
+    }
+    // Of a list each row is named, once.
+    let mapped = map("/bank.Accounts/ReadRows").unwrap();
+    if let Ok(judged) = mapped.with_body(&message) {
+        let other = decoded(pool, "bank.Rows", &message);
+        let rows = other.get_field_by_name("rows").unwrap();
+        let mut named: Vec<String> = Vec::new();
+        for row in rows.as_list().unwrap() {
+            let row = row.as_message().unwrap();
+            let name = format!("{}/{}", text(row, "table"), text(row, "key"));
+            if !named.contains(&name) {
+                named.push(name);
+            }
+        }
+        assert!(judged.objects().iter().map(|object| object.id()).eq(named.iter().map(String::as_str)));
     }
 });
+
+fn decoded(pool: &DescriptorPool, name: &str, message: &[u8]) -> DynamicMessage {
+    DynamicMessage::decode(pool.get_message_by_name(name).unwrap(), message).unwrap()
+}
+
+fn text(message: &DynamicMessage, field: &str) -> String {
+    message.get_field_by_name(field).unwrap().as_str().unwrap().to_owned()
+}

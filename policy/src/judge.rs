@@ -195,7 +195,7 @@ impl ServicePolicy {
     }
 
     /// The decision with everything that is to be said about it. What the engine says is held against Cedar's
-    /// answer: over the policies whose scope fits, or over all of them.
+    /// answer: of a denial over the policies whose scope fits, or of every object over all of them.
     fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, over_all: bool) -> Verdict {
         let (shared, caller) = (self.shared(), asked.caller);
         let mut recorded: Vec<RecordedObject> = asked.objects.iter().map(bare_object).collect();
@@ -223,6 +223,15 @@ impl ServicePolicy {
                 replace(&mut recorded, seen, entry);
                 return builtin("attributes.missing", flaw, recorded);
             }
+            let swift = self.rule_swiftly(asked, action, (seen, object), kind, occasion.now);
+            // Nobody asks why an object is permitted, and a list of many would cost as many evaluations: Cedar is asked
+            // about the one that is denied.
+            if let Some(Ruling::Permitted(rule)) = swift.filter(|_| !over_all) {
+                entry.outcome = Some(Outcome::Permit);
+                replace(&mut recorded, seen, entry);
+                permitted_by = permitted_by.or(Some(rule));
+                continue;
+            }
             let question =
                 shared.question(caller, &action.uid, object, kind, &entry.attributes, occasion.now);
             let question = match question {
@@ -235,7 +244,7 @@ impl ServicePolicy {
             let subject = shared.engine.subject(caller, action, kind, Some(object));
             let panel = if over_all { Panel::All } else { Panel::Some(shared.engine.candidates(subject)) };
             let answer = shared.ask(&question, &panel);
-            if let Some(swift) = self.rule_swiftly(asked, action, (seen, object), kind, occasion.now) {
+            if let Some(swift) = swift {
                 shadow::compared(swift == answer.ruling);
                 if swift != answer.ruling {
                     tracing::error!(

@@ -324,6 +324,16 @@ impl Shape {
         if field.is_map() {
             return wrong(format!("{name} is a map: what is in it has no order and is not read"));
         }
+        let way = |wanted: &Wanted<'_>| wanted.path.first().map(|further| (*further).to_owned());
+        if !matches!(field.kind(), Kind::Message(_))
+            && let Some((wanted, further)) = below.iter().find_map(|wanted| Some((wanted, way(wanted)?)))
+        {
+            let error = format!("{name} is no message and has no field `{further}`");
+            return Err((
+                wanted.name.to_owned(),
+                with_hint(error, Some(format!("take out `{}`", wanted.name))),
+            ));
+        }
         match (field.kind(), first.path.as_slice()) {
             (Kind::Message(message), [_, ..]) => {
                 if message.full_name() == "google.protobuf.Any" {
@@ -338,8 +348,7 @@ impl Shape {
                 Ok(Taken::Within(Self::new(&message, below, depth + 1)?))
             }
             (Kind::Message(_), []) => wrong(format!("{name} is a message, not a value")),
-            (_, [further, ..]) => wrong(format!("{name} is no message and has no field `{further}`")),
-            (kind, []) => {
+            (kind, _) => {
                 let Member { kind: wanted, optional, many } = first.member;
                 if many && !first.repeated {
                     return wrong(format!("{name} is one value: there is no list to be told"));
@@ -801,6 +810,11 @@ service Accounts {
             let error = call(&[(member, kind)]).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
+        // Beside one that leads somewhere, too.
+        let both = Call::new(&pool(), "/bank.Accounts/Transfer", &members(&[("to", "id"), ("to.x", "id")]));
+        let (member, error) = both.unwrap_err();
+        assert_eq!(member.as_deref(), Some("to.x"));
+        assert_eq!(error, "bank.Move.to is no message and has no field `x`; take out `to.x`");
         let of = |path: &str| Call::new(&pool(), path, &Members::new());
         assert!(
             of("/bank.Accounts/Batch").unwrap().streams && !of("/bank.Accounts/Transfer").unwrap().streams
@@ -985,11 +999,15 @@ service Accounts {
         /// As many values of each list as there are elements, and those that every reader finds there.
         #[test]
         fn lists_that_are_read_are_read_alike_by_others(
-            elements in proptest::collection::vec(("[a-z]{1,2}|", "[a-z]{1,2}(/[a-z]{1,2}){0,2}", proptest::option::of(0i64..9)), 0..6),
+            elements in proptest::collection::vec(("[a-z]{1,2}", "[a-z]{1,2}(/[a-z]{1,2}){0,2}", proptest::option::of(0i64..9)), 1..6),
             numbers in proptest::collection::vec((proptest::collection::vec(any::<i32>(), 0..3), any::<bool>()), 0..4),
-            rest in proptest::collection::vec(any::<u8>(), 0..3),
+            unread in proptest::collection::vec(prop_oneof![
+                any::<String>().prop_map(|name| text(3, name.as_bytes())),
+                any::<u64>().prop_map(|stamp| [tag(5, 1), stamp.to_le_bytes().to_vec()].concat()),
+            ], 0..4),
+            rest in prop_oneof![4 => Just(Vec::new()), 1 => proptest::collection::vec(any::<u8>(), 1..3)],
         ) {
-            let mut message = Vec::new();
+            let mut message: Vec<u8> = unread.concat();
             for (iban, to, count) in &elements {
                 let count = count.map(|count| number(2, count as u64)).unwrap_or_default();
                 let place = text(1, &[text(1, iban.as_bytes()), count].concat());
@@ -1003,9 +1021,11 @@ service Accounts {
                     message.extend(written.flat_map(|value| [tag(2, 0), value].concat()));
                 }
             }
-            message.extend(rest);
+            message.extend(&rest);
             let call = batch(&[("lines.place.iban", "[id]"), ("lines.to", "[key]"), ("numbers", "[int]?")]).unwrap();
-            if let Ok(values) = call.message.read(&message) {
+            let read = call.message.read(&message);
+            prop_assert!(read.is_ok() || !rest.is_empty(), "{read:?}");
+            if let Ok(values) = read {
                 let descriptor = pool().get_message_by_name("bank.Batch").unwrap();
                 let other = prost_reflect::DynamicMessage::decode(descriptor, &message[..]).unwrap();
                 let field = |of: &DynamicMessage, name: &str| of.get_field_by_name(name).unwrap().into_owned();

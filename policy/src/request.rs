@@ -2,7 +2,7 @@
 //!
 //! Nothing is normalised, repaired or guessed: what was judged is byte for byte what is passed on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -255,7 +255,7 @@ impl Mapped {
         let route = Arc::clone(&self.route);
         let nameless =
             || Refusal::malformed("request.object", "the request does not name its object").on(&route);
-        let (mut objects, mut elements) = (SmallVec::new(), SmallVec::new());
+        let mut named = Named::default();
         for id in &route.plan.ids {
             // Lists are taken element by element, with the values that are no list beside each.
             let count = match id.list {
@@ -272,19 +272,10 @@ impl Mapped {
                     one => Some(plain_text(one)),
                 };
                 let object = ObjectRef::shared(Arc::clone(&route.kind), id.fill(value).ok_or_else(nameless)?);
-                let element = id.list.map(|_| at);
-                // What a list tells of an object, it tells of no other that only has the same name.
-                let known =
-                    objects.iter().zip(&elements).any(|(known, named): (&ObjectRef, &Option<usize>)| {
-                        *known == object && named.is_some() == element.is_some()
-                    });
-                if !known {
-                    objects.push(object);
-                    elements.push(element);
-                }
+                named.add(object, id.list.map(|_| at));
             }
         }
-        (self.objects, self.elements) = (objects, elements);
+        (self.objects, self.elements) = (named.objects, named.elements);
         Ok(())
     }
 
@@ -331,6 +322,38 @@ impl Mapped {
                 })
             }),
             Source::Relations | Source::Entities | Source::Response(_) => None,
+        }
+    }
+}
+
+/// Up to here every object named so far is looked at; above it a table knows them.
+const FEW: usize = 16;
+
+/// The objects of a request, each once, and the elements of lists that named them.
+#[derive(Default)]
+struct Named {
+    objects: SmallVec<[ObjectRef; 1]>,
+    elements: SmallVec<[Option<usize>; 1]>,
+    /// All of them, and whether a list named each, once there are more than [`FEW`].
+    known: HashSet<(ObjectRef, bool)>,
+}
+
+impl Named {
+    fn add(&mut self, object: ObjectRef, element: Option<usize>) {
+        // What a list tells of an object, it tells of no other that only has the same name.
+        let listed = element.is_some();
+        let all = || self.objects.iter().zip(self.elements.iter().map(Option::is_some));
+        let known = if self.objects.len() < FEW {
+            all().any(|known| known == (&object, listed))
+        } else {
+            if self.known.is_empty() {
+                self.known = all().map(|(object, listed)| (object.clone(), listed)).collect();
+            }
+            !self.known.insert((object.clone(), listed))
+        };
+        if !known {
+            self.objects.push(object);
+            self.elements.push(element);
         }
     }
 }

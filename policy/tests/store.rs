@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use identity::{SpiffeId, TrustDomain};
 use policy::{
-    Attributes, Caller, Case, Layer, Occasion, Policies, Principal, ServicePolicy, Verdict, render,
+    Attributes, Caller, Case, Layer, Mapped, Occasion, Policies, Principal, ServicePolicy, Verdict, render,
 };
 
 const READ: &str = "/palisade.store.v1.Store/Read";
@@ -35,14 +35,19 @@ fn store() -> Arc<ServicePolicy> {
     policies().service("store").unwrap()
 }
 
-/// A read of rows by accounts, for nobody.
-fn read(policy: &ServicePolicy, rows: &[(&str, &str)]) -> Verdict {
+/// What a read of rows is about.
+fn mapped(policy: &ServicePolicy, rows: &[(&str, &str)]) -> Mapped {
     let request = http::Request::post(READ).header("content-type", "application/grpc").body(()).unwrap();
     let text = |field: u8, text: &[u8]| [&[field << 3 | 2, u8::try_from(text.len()).unwrap()], text].concat();
     let row =
         |(table, key): &(&str, &str)| text(2, &[text(1, table.as_bytes()), text(2, key.as_bytes())].concat());
     let message: Vec<u8> = rows.iter().flat_map(row).collect();
-    let mapped = policy.map(&request.into_parts().0).unwrap().with_body(&message).unwrap();
+    policy.map(&request.into_parts().0).unwrap().with_body(&message).unwrap()
+}
+
+/// A read of rows by accounts, for nobody.
+fn read(policy: &ServicePolicy, rows: &[(&str, &str)]) -> Verdict {
+    let mapped = mapped(policy, rows);
     let caller = Caller {
         principal: Principal::Workload(SpiffeId::new("spiffe://bank.example/service/accounts").unwrap()),
         user: None,
@@ -97,4 +102,19 @@ fn a_denial_names_the_row() {
     let Verdict::Deny(denial) = read(&policy, &rows) else { panic!("a row of another table was read") };
     let told = render(denial.record());
     assert!(told.contains("Store::Row::\"payments/bob/42\""), "{told}");
+}
+
+#[test]
+fn each_row_is_named_once_however_many_there_are() {
+    let policy = store();
+    for count in [1, 15, 16, 17, 100] {
+        let keys: Vec<_> = (0..count).map(|number| format!("alice/{number}")).collect();
+        let once: Vec<_> = keys.iter().map(|key| ("accounts", key.as_str())).collect();
+        let twice = [once.clone(), once.clone()].concat();
+        let ids = |rows: &[(&str, &str)]| -> Vec<_> {
+            mapped(&policy, rows).objects().iter().map(|object| object.id().to_owned()).collect()
+        };
+        assert_eq!(ids(&twice), ids(&once));
+        assert_eq!(ids(&once).len(), count);
+    }
 }
