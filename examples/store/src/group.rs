@@ -56,7 +56,7 @@ pub const FIRST_SPLIT: SplitId = SplitId(1);
 const FIRST_ENTRY: (u64, u64) = (1, 1);
 /// A replica that waits for the one beside it so many ticks asks for a snapshot instead.
 const STALL_TICKS: u32 = 200;
-/// Whoever learns and has heard nothing for so many ticks asks whether it still does.
+/// Whoever has heard nothing for so many ticks asks whether it still is one of the split's.
 const UNHEARD_TICKS: usize = 20 * ELECTION_TICKS;
 /// A snapshot of which nothing is heard for so many ticks is sent again.
 const SNAPSHOT_TICKS: u32 = 300;
@@ -808,11 +808,12 @@ impl Group {
             .any(|nodes| nodes.contains(&self.me.0))
     }
 
-    /// Whether it may be none of the split's any more and not have heard: it only learns, and of a split that is about to
-    /// be part of another, or that nobody tells it of.
+    /// Whether it may be none of the split's any more and not have heard: nobody tells it anything, or it only learns, and
+    /// of a split that is about to be part of another.
     pub fn is_left_over(&self) -> bool {
-        let unheard = self.raft.raft.election_elapsed > UNHEARD_TICKS;
-        !self.nodes().0.contains(&self.me) && (unheard || self.replica.retired().is_some())
+        let unheard = self.led_by().is_none() || self.raft.raft.election_elapsed > UNHEARD_TICKS;
+        let learns = !self.nodes().0.contains(&self.me);
+        unheard || learns && self.replica.retired().is_some()
     }
 
     /// What a node that is none of this split's is told by its leader: the term, and where the log ends.
