@@ -13,7 +13,10 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use prost::Message as _;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout, timeout_at},
+};
 use tonic::{
     Request, Response, Status,
     transport::{Channel, Endpoint},
@@ -390,7 +393,19 @@ impl Client {
     /// failed with, [`Error::Unknown`] in particular.
     pub async fn transact<T>(
         &self,
+        work: impl AsyncFnMut(&mut Txn) -> Result<T, Error>,
+    ) -> Result<(T, u64), Error> {
+        let mut ended = JoinSet::new();
+        let outcome = self.attempts(work, &mut ended).await;
+        // Mostly long since done, and none takes long.
+        while ended.join_next().await.is_some() {}
+        outcome
+    }
+
+    async fn attempts<T>(
+        &self,
         mut work: impl AsyncFnMut(&mut Txn) -> Result<T, Error>,
+        ended: &mut JoinSet<()>,
     ) -> Result<(T, u64), Error> {
         let deadline = Instant::now() + self.inner.options.transaction_deadline;
         let mut retry_of = None;
@@ -414,8 +429,7 @@ impl Client {
                 return Err(error);
             }
             // The next attempt is older than this one, and does not wait until all have heard.
-            #[expect(clippy::disallowed_methods, reason = "it ends by itself, in the time of one try")]
-            let _ends_by_itself = tokio::spawn(txn.let_go());
+            ended.spawn(txn.let_go());
             retry_of = Some(txn.to_proto().clone());
             // Its age decides who comes through, so that a longer pause each time would only waste it.
             self.sleep(&mut self.pace_until(deadline)).await;

@@ -22,7 +22,7 @@ use store_client::{
         store_server::{Store, StoreServer},
     },
 };
-use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tonic::{Code, Request, Response, Status, transport::server::TcpIncoming};
 
 type Answer<A> = Result<A, Status>;
@@ -59,13 +59,8 @@ struct Nodes {
     addresses: Vec<String>,
     /// Which node was asked to roll back.
     rolled_back: mpsc::UnboundedReceiver<usize>,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Drop for Nodes {
-    fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
-    }
+    /// They end with it.
+    _tasks: JoinSet<()>,
 }
 
 struct Node {
@@ -147,7 +142,7 @@ impl Nodes {
         };
         let (tell, rolled_back) = mpsc::unbounded_channel();
         let began = Arc::new(AtomicUsize::new(0));
-        let mut tasks = Vec::new();
+        let mut tasks = JoinSet::new();
         for (index, (listener, says)) in listeners.into_iter().zip(says).enumerate() {
             let node = Node {
                 index,
@@ -159,9 +154,9 @@ impl Nodes {
             let server = tonic::transport::Server::builder()
                 .add_service(StoreServer::new(node))
                 .serve_with_incoming(TcpIncoming::from(listener));
-            tasks.push(tokio::spawn(async move { server.await.unwrap() }));
+            tasks.spawn(async move { server.await.unwrap() });
         }
-        Self { addresses, rolled_back, tasks }
+        Self { addresses, rolled_back, _tasks: tasks }
     }
 
     fn client(&self) -> Client {

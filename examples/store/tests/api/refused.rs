@@ -109,6 +109,38 @@ async fn a_moment_whose_versions_are_forgotten_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_no_answer_and_no_request_can_hold_is_refused() {
+    let cluster = Cluster::start(1).await;
+    let client = cluster.client();
+    client.create_table("accounts", &[("owner", Kind::Text), ("number", Kind::Int)]).await.unwrap();
+    let value = Bytes::from(vec![7; 1 << 20]);
+    let full = Row::new("accounts", "full/1");
+    let fill = async |txn: &mut Txn| {
+        txn.put(full.clone(), value.clone());
+        Ok(())
+    };
+    client.transact(fill).await.unwrap();
+
+    let often = vec![full.clone(); 5000];
+    let shown = client.snapshot_read(&often, Moment::Now).await.unwrap_err();
+    assert_eq!(shown.reason(), Some(Reason::TooMuch), "{shown}");
+    let mut reader = client.begin().await.unwrap();
+    let read = reader.read(&often).await.unwrap_err();
+    assert_eq!(read.reason(), Some(Reason::TooMuch), "{read}");
+    reader.rollback().await;
+
+    // The transport itself refuses it, and the node never sees it.
+    let mut large = client.begin().await.unwrap();
+    for number in 0..33 {
+        large.put(Row::new("accounts", format!("bulk/{number}")), value.clone());
+    }
+    let error = large.commit().await.unwrap_err();
+    assert!(matches!(error, Error::InvalidArgument(_)), "{error:?}");
+    // Nothing of all that is in the way of anybody.
+    client.transact(fill).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_bad_input_has_its_status_and_loses_nothing() {
     use proto::key_part::Kind::{Int, Text, Unspecified};
 
@@ -194,24 +226,6 @@ async fn each_bad_input_has_its_status_and_loses_nothing() {
     assert!(said.await.message().contains("accounts/a/1"));
     let many = (0..9).map(|number| put(row(&format!("bulk/{number}")), vec![7; 1 << 20])).collect();
     refused(asked.commit(&txn, many), Code::InvalidArgument, "TOO_MUCH").await;
-
-    let full = vec![put(row("full/1"), vec![7; 1 << 20])];
-    asked.commit(&asked.begin().await, full).await.unwrap();
-    let often = vec![row("full/1"); 5000];
-    let reader = asked.begin().await;
-    refused(asked.read(&reader, often.clone()), Code::InvalidArgument, "TOO_MUCH").await;
-    refused(asked.shown(often, None), Code::InvalidArgument, "TOO_MUCH").await;
-    let rollback = proto::RollbackRequest { transaction: Some(reader) };
-    asked.node.clone().rollback(rollback).await.unwrap();
-    let delete = proto::Mutation { row: Some(row("full/1")), value: None };
-    asked.commit(&asked.begin().await, vec![delete]).await.unwrap();
-    // What is too large to be read at all was not done for certain.
-    let mut large = client.begin().await.unwrap();
-    for number in 0..33 {
-        large.put(Row::new("accounts", format!("bulk/{number}")), vec![7; 1 << 20].into());
-    }
-    let error = large.commit().await.unwrap_err();
-    assert!(matches!(error, Error::InvalidArgument(_)), "{error:?}");
 
     // Moments.
     let future = proto::moment::Moment::Timestamp(marked + 3_600_000_000_000);
