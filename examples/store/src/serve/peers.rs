@@ -15,7 +15,7 @@ use store_client::{
         peers_server::Peers,
     },
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -142,7 +142,8 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
     let mut pause = PAUSE_MIN;
     let mut said = None;
     loop {
-        match talk(me, &address, &queue, &mut pause).await {
+        let began = Instant::now();
+        match talk(me, &address, &queue).await {
             Ok(()) => {}
             Err(error) => {
                 let error = chain(error.as_ref());
@@ -152,6 +153,10 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
                 }
                 said = Some(error);
             }
+        }
+        // A connection says nothing of whether the node is there: it may be a sidecar's.
+        if began.elapsed() > PAUSE_MAX {
+            pause = PAUSE_MIN;
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_MAX);
@@ -163,10 +168,9 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// One stream, until it breaks.
-async fn talk(me: NodeId, address: &str, queue: &Arc<Queue>, pause: &mut Duration) -> Result<(), BoxError> {
+async fn talk(me: NodeId, address: &str, queue: &Arc<Queue>) -> Result<(), BoxError> {
     let mut peer = client(connect(address).await?);
     tracing::debug!(%address, "talks to another node");
-    *pause = PAUSE_MIN;
     let queue = Arc::clone(queue);
     let parcels = futures::stream::unfold(queue, move |queue| async move {
         let parcel = queue.parcel(me).await;

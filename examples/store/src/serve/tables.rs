@@ -29,7 +29,9 @@ impl Tables {
     /// When an address is none.
     pub(super) fn new(addresses: &Addresses, seed: u64) -> Result<Self, Error> {
         let options = Options { deadline: DEADLINE, seed, ..Options::default() };
-        let client = Client::with(addresses.iter().map(|(_, address)| address.to_owned()), options)?;
+        // By number: where other nodes say that they are is where those ask them.
+        let nodes = addresses.iter().map(|(number, address)| format!("{number}={address}"));
+        let client = Client::with(nodes, options)?;
         let known = Mutex::new(HashMap::from([(TABLES.to_owned(), Arc::new(Table::of_tables()))]));
         Ok(Self { known, client })
     }
