@@ -34,6 +34,7 @@ async fn nodes_and_clients_behind_sidecars() {
     a_node_that_is_one_no_longer_is_heard_no_longer(&stage).await;
     let transfers = Transfers::begin(stage.client("accounts"));
     every_identity_rotates(&stage, &transfers).await;
+    a_leader_hangs(&stage, &transfers).await;
     a_leader_dies_and_comes_back(&mut stage, &transfers).await;
     transfers.end().await;
 }
@@ -264,6 +265,16 @@ async fn every_identity_rotates(stage: &Stage, transfers: &Transfers) {
         true
     })
     .await;
+    transfers.more(20).await;
+}
+
+/// Its sidecar answers pings all the while.
+async fn a_leader_hangs(stage: &Stage, transfers: &Transfers) {
+    let splits = transfers.client.splits().await.unwrap().splits;
+    let leader = stage.node(splits.last().unwrap().leader);
+    leader.signal("STOP");
+    transfers.more(20).await;
+    leader.signal("CONT");
     transfers.more(20).await;
 }
 

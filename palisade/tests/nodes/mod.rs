@@ -122,6 +122,10 @@ impl Stage {
         self.until_serves(number);
     }
 
+    pub(crate) fn node(&self, number: u64) -> &Process {
+        &self.nodes[&number]
+    }
+
     pub(crate) fn sidecar(&self, name: &str) -> &Process {
         &self.sidecars[name]
     }

@@ -445,7 +445,10 @@ impl Client {
             };
             match tried.await {
                 Ok(answer) => return Ok(answer),
-                Err((fault, _)) if fault.lost => return Err(fault.error.unknown()),
+                Err((fault, asked)) if fault.lost => {
+                    self.forget(asked.as_ref());
+                    return Err(fault.error.unknown());
+                }
                 Err(failed) => self.pause(&mut pace, failed).await?,
             }
         }
@@ -619,6 +622,9 @@ impl Client {
 
     /// After a try that failed: an error if no other can help, else a pause, or a hint to follow without one.
     pub(crate) async fn pause(&self, pace: &mut Pace, (fault, asked): Failed) -> Result<(), Error> {
+        if fault.again && Instant::now() >= pace.deadline {
+            self.forget(asked.as_ref());
+        }
         if !fault.again || Instant::now() >= pace.deadline {
             return Err(fault.error);
         }
@@ -639,6 +645,15 @@ impl Client {
             let _stale = self.refresh(&seen, pace).await;
         }
         if Instant::now() >= pace.deadline { Err(fault.error) } else { Ok(()) }
+    }
+
+    /// Whoever asks for these splits next finds out anew who leads them: a node that took all the time there was may
+    /// hang, and no connection says so where a sidecar is between.
+    fn forget(&self, asked: Option<&Target>) {
+        if let Some(Target { splits, .. }) = asked {
+            let mut routes = lock(&self.inner.routes);
+            *routes = Arc::new(routes.without(splits));
+        }
     }
 
     async fn sleep(&self, pace: &mut Pace) {
