@@ -56,7 +56,7 @@ pub(crate) fn follow(
         trust_domain: trust_domain.clone(),
         source: source.clone(),
     };
-    let is_service = workload.mesh.service.keys().any(|name| name.as_str() == service);
+    let is_service = workload.mesh.service.values().any(|known| known.policies.as_str() == service);
     let audits = is_service && workload.mesh.mesh.mode == mesh::Mode::Audit;
     let decider = Decider {
         service: service.to_owned(),

@@ -355,7 +355,8 @@ impl Inbound {
                 AttributeSource::Known | AttributeSource::Response => Attributes::none(),
             };
             let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-            let (body, _faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
+            let (body, _faults) =
+                self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
             let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
             let held = held.filtered(&policy, caller, mapped, occasion).map_err(refuse)?;
             understood.attributes = attributes;
@@ -365,7 +366,8 @@ impl Inbound {
             AttributeSource::Known => {
                 let attributes = Attributes::none();
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                let (body, faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
+                let (body, faults) =
+                    self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
@@ -375,7 +377,8 @@ impl Inbound {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
                 let attributes = Box::pin(asked).await?.map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                let (body, faults) = self.judged(body, &policy, mapped, caller, &attributes, occasion);
+                let (body, faults) =
+                    self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
                 understood.attributes = attributes;
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
@@ -385,7 +388,7 @@ impl Inbound {
             AttributeSource::Response => {
                 // What is safe to ask takes no body of messages.
                 let (body, _faults) =
-                    self.judged(body, &policy, mapped, caller, &Attributes::none(), occasion);
+                    self.judged(body, connection, &policy, mapped, caller, &Attributes::none(), occasion);
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
                 let attributes = held.attributes(mapped).map_err(refuse)?;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
@@ -467,9 +470,11 @@ impl Inbound {
     }
 
     /// What is passed on, and where it leaves word should it have to be ended.
+    #[expect(clippy::too_many_arguments, reason = "what a decision is made of, to be asked for again")]
     fn judged(
         &self,
         carried: Carried,
+        connection: &Connection,
         policy: &Arc<ServicePolicy>,
         mapped: &Mapped,
         caller: &Caller,
@@ -478,7 +483,15 @@ impl Inbound {
     ) -> (Body, Option<Faults>) {
         match carried {
             Carried::Body(body) => (body, None),
-            Carried::Call { body, faults } => (body, Some(faults)),
+            Carried::Call { body, faults } if body.whole().is_some() => (body, Some(faults)),
+            Carried::Call { body, faults } => {
+                // It may go on for long before there is an answer, and nothing that it says is judged.
+                let Some(peer) = &connection.peer else { return (body, Some(faults)) };
+                let facts = facts(peer, connection, occasion);
+                let asked = asked(occasion, caller, mapped, &Said::default(), attributes);
+                let word = Some(Arc::clone(&faults));
+                (self.streams.watch(body, facts, policy, asked, word), Some(faults))
+            }
             Carried::Begun(begun) => {
                 let Begun { first, rest, unjudged } = *begun;
                 let faults = Faults::default();
@@ -641,21 +654,11 @@ impl Inbound {
         let Some(peer) = connection.peer.as_ref().filter(|_| response.body().whole().is_none()) else {
             return response;
         };
-        let asked = Asked {
-            method: occasion.method.to_owned(),
-            target: occasion.target.to_owned(),
-            transaction: occasion.transaction.clone(),
-            trace_id: occasion.trace_id,
-            caller: caller.clone(),
-            said: said.clone(),
-            mapped: mapped.clone(),
-            attributes: attributes.clone(),
-        };
-        let facts =
-            Facts { kind: Kind::Stream, peer: peer.clone(), remote: connection.remote, since: occasion.now };
+        let asked = asked(occasion, caller, mapped, said, attributes);
+        let facts = facts(peer, connection, occasion);
         response.map(|body| {
             let body = Relay::body(body, Bound::Endless, remembered);
-            self.streams.watch(body, facts, policy, asked)
+            self.streams.watch(body, facts, policy, asked, None)
         })
     }
 
@@ -811,6 +814,31 @@ pub(crate) fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
         Verdict::Permit(permit) => Ok(permit),
         Verdict::Deny(denial) => denial.audited(),
     }
+}
+
+/// A decision, to be asked for again.
+fn asked(
+    occasion: &Occasion<'_>,
+    caller: &Caller,
+    mapped: &Mapped,
+    said: &Said,
+    attributes: &Attributes,
+) -> Asked {
+    Asked {
+        method: occasion.method.to_owned(),
+        target: occasion.target.to_owned(),
+        transaction: occasion.transaction.clone(),
+        trace_id: occasion.trace_id,
+        caller: caller.clone(),
+        said: said.clone(),
+        mapped: mapped.clone(),
+        attributes: attributes.clone(),
+    }
+}
+
+/// What is known of a stream when it begins.
+fn facts(peer: &Peer, connection: &Connection, occasion: &Occasion<'_>) -> Facts {
+    Facts { kind: Kind::Stream, peer: peer.clone(), remote: connection.remote, since: occasion.now }
 }
 
 fn caller(peer: &Peer, chain: Option<&Chain>, remote: SocketAddr) -> Caller {

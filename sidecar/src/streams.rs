@@ -1,6 +1,6 @@
-//! What goes on after its decision: answers that stream, and upgraded connections.
+//! What goes on after its decision: answers that stream, calls that say more, and upgraded connections.
 //!
-//! The decision was about a moment. [`released`] keeps what it was taken from beside the answer, so that a policy
+//! The decision was about a moment. [`Streams::watch`] keeps what it was taken from beside the stream, so that a policy
 //! that comes later judges it again, and ends the stream of whoever may have it no longer.
 
 use std::pin::Pin;
@@ -20,6 +20,7 @@ use policy::{
 
 use crate::inbound::permitted;
 use crate::live::{Closed, Facts, Judge, Registry};
+use crate::messages::{Fault, Faults};
 use crate::metrics::Metrics;
 use crate::{Body, BoxError};
 
@@ -71,13 +72,14 @@ pub(crate) fn map_again(
 }
 
 impl Streams {
-    /// The body, which `decided` let out: it ends when another policy does not.
+    /// The body, which `decided` let pass: it ends when another policy does not, and leaves word of why in `faults`.
     pub(crate) fn watch(
         self: &Arc<Self>,
         body: Body,
         facts: Facts,
         decided: &Arc<ServicePolicy>,
         asked: Asked,
+        faults: Option<Faults>,
     ) -> Body {
         let question =
             Arc::new(Question { asked, receipts: Arc::clone(&self.receipts), clock: self.clock.clone() });
@@ -87,10 +89,15 @@ impl Streams {
         let overtaken = if Arc::ptr_eq(&now, decided) { Ok(()) } else { question.judge(&now) };
         let streams = Arc::clone(self);
         let ended = Box::pin(async move {
-            match &overtaken {
-                Err(closed) => streams.ended(closed, &question),
-                Ok(()) => streams.ended(live.closed().await, &question),
+            let closed = match &overtaken {
+                Err(closed) => closed,
+                Ok(()) => live.closed().await,
+            };
+            if let (Closed::Denied(denial), Some(faults)) = (closed, faults) {
+                // The first word counts.
+                let _known = faults.set(Fault::Denied(denial.clone()));
             }
+            streams.ended(closed, &question)
         });
         Body::new(Watched { body, ended })
     }

@@ -76,7 +76,7 @@ fn asked(
     printer: &Printer,
 ) -> Result<Exit, Failure> {
     let mesh = config::load(&global.config)?;
-    let policy = workload::policy(&mesh, service)?.with_mode(Mode::Enforce);
+    let policy = workload::policy(&mesh, mesh.policies_of(service))?.with_mode(Mode::Enforce);
     let registered = mesh.registrations();
     let known = registered.iter().find(|known| known.name == *caller).map(|known| known.id.clone());
     let id = known.or_else(|| SpiffeId::new(caller).ok()).ok_or_else(|| {

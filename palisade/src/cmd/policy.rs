@@ -39,7 +39,7 @@ enum What {
     },
     /// Check the policies, and run the tests beside them: services/NAME/tests/*.toml. Exit code 1 if one fails.
     Test {
-        /// Only the tests of this service.
+        /// Only the tests of this service's policies.
         #[arg(long, value_name = "NAME")]
         service: Option<String>,
         /// Each test and its outcome as JSON.
@@ -95,6 +95,7 @@ fn test(mesh: &Mesh, service: Option<&str>, json: bool, printer: &Printer) -> Re
     let known = |name: &str| registered.iter().find(|known| known.name == name).map(|known| known.id.clone());
     let cases = Case::load(directory, &policies, known)
         .map_err(|problems| Failure::problems(&directory.display().to_string(), problems.0))?;
+    let service = service.map(|name| mesh.policies_of(name));
     if let Some(name) = service.filter(|name| policies.service(name).is_none()) {
         return Err(workload::no_policy(directory, name));
     }
@@ -232,7 +233,7 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     let policies = workload::policies(mesh)?;
     let own = [("gateway", mesh.gateway.is_some()), ("vault", mesh.vault.is_some())];
     let own = own.into_iter().filter(|(_, there)| *there).map(|(name, _)| name);
-    let needed = mesh.service.keys().map(crate::mesh::ServiceName::as_str).chain(own);
+    let needed = mesh.service.values().map(|service| service.policies.as_str()).chain(own);
     for service in needed {
         if policies.service(service).is_none() {
             return Err(workload::no_policy(&mesh.mesh.policies, service));

@@ -139,8 +139,8 @@ struct OfMesh {
 impl OfMesh {
     fn read(name: &str, global: &Global) -> Result<(Workload, Arc<ServicePolicy>), Failure> {
         let workload = Workload::begin(global)?;
-        service(&workload.mesh, name)?;
-        let policy = policies::at_start(&workload, name)?;
+        let service = service(&workload.mesh, name)?;
+        let policy = policies::at_start(&workload, service.policies.as_str())?;
         Ok((workload, policy))
     }
 
@@ -165,6 +165,7 @@ impl OfMesh {
         let target = workload.mesh.telemetry.access_log.then_some(AccessTarget::Stderr);
         let access_log = access_log(target.as_ref(), &clock, &scope)?;
         let own = self::service(&workload.mesh, &service)?;
+        let decided = own.policies.to_string();
         let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh), &clock)?;
         let traces = workload.mesh.traces.clone();
         let config = SidecarConfig { access_log, traces, capture, ..config };
@@ -174,7 +175,7 @@ impl OfMesh {
         };
         let at_start = config.inbound.as_ref().map(|inbound| Arc::clone(&inbound.policy));
         let followed =
-            at_start.and_then(|policy| policies::follow(&workload, &service, &source, policy, fits, &scope));
+            at_start.and_then(|policy| policies::follow(&workload, &decided, &source, policy, fits, &scope));
         let ready =
             workload.identified(source.clone(), Some(config.id.clone()), policies::awaited(&followed));
         discovery.follow(&workload, &scope);
@@ -188,7 +189,7 @@ impl OfMesh {
         let put = move |policy| in_force.replace_policy(policy);
         policies::apply(followed, put, move |stale| told.policy_is_stale(stale), &scope);
         let (reloaded, mesh) = (Arc::clone(&sidecar), workload.mesh);
-        let reload = move || policies::reload(&mesh, &service, |policy| reloaded.replace_policy(policy));
+        let reload = move || policies::reload(&mesh, &decided, |policy| reloaded.replace_policy(policy));
         Ok(Started::new(sidecar).ready_when(ready).reloaded_by(reload))
     }
 }

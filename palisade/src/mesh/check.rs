@@ -96,6 +96,12 @@ impl Check<'_> {
         let mut services = BTreeMap::new();
         for (name, section) in &service {
             if let Some((name, service)) = self.service(name, section, trust_domain.as_ref(), &names) {
+                // Its own are `policy check`'s to miss, as they always were.
+                if let (Some(shared), None) = (&section.policies, &policy)
+                    && service.policies != name
+                {
+                    self.has_policies(shared, &policies);
+                }
                 services.insert(name, service);
             }
         }
@@ -349,6 +355,10 @@ impl Check<'_> {
         // A bad name has been reported where the names were gathered.
         let name = ServiceName::new(written.get_ref()).ok();
         let what = |part: &str| format!("{}'s {part}", written.get_ref());
+        let policies = match &section.policies {
+            Some(written) => self.service_name(written),
+            None => name.clone(),
+        };
         let host = section.host.as_ref().map_or(ANY_HOST, |host| host.get_ref()).to_owned();
         let app = self.bind_on(&host, Some(&section.app), "", &what("app"), Reach::Loopback);
         // Where others are told where to dial, it may listen on all addresses.
@@ -410,6 +420,7 @@ impl Check<'_> {
         let attest = self.attest(&section.attest);
         let service = Service {
             id: id?,
+            policies: policies?,
             host,
             app: app?,
             inbound: inbound?,
@@ -450,6 +461,27 @@ impl Check<'_> {
             }
         }
         names
+    }
+
+    fn service_name(&mut self, written: &Text) -> Option<ServiceName> {
+        let name = ServiceName::new(written.get_ref());
+        name.map_err(|message| self.report(written, message, None)).ok()
+    }
+
+    /// Policies that several services share are nobody's own, so nothing else would tell that they are not there.
+    fn has_policies(&mut self, written: &Text, directory: &Path) {
+        let services = directory.join("services");
+        let name = written.get_ref();
+        if services.join(name).is_dir() || !directory.is_dir() {
+            return;
+        }
+        let there = std::fs::read_dir(&services).into_iter().flatten().flatten();
+        let there: Vec<_> = there.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let hint = suggest(name, there.iter().map(String::as_str)).unwrap_or_else(|| {
+            format!("make services/{name}/ there, with a schema, map.toml and at least one policy")
+        });
+        let message = format!("there are no policies of `{name}` in {}", directory.display());
+        self.report(written, message, Some(hint));
     }
 
     fn known_service(&mut self, written: &Text, names: &BTreeSet<ServiceName>) -> Option<ServiceName> {

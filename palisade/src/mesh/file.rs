@@ -223,6 +223,10 @@ pub(crate) struct ServiceSection {
     /// Its identity. Default: spiffe://TRUST_DOMAIN/service/NAME.
     #[schemars(with = "Option<String>", example = "spiffe://bank.example/service/web")]
     pub(crate) id: Option<Text>,
+    /// Whose policies decide about it: services/THAT in the directory of policies. For services that are the same to
+    /// those who call them, such as the nodes of a store, each with its own identity. Default: its own name.
+    #[schemars(with = "Option<String>", example = &"web")]
+    pub(crate) policies: Option<Text>,
     /// The host it runs on, as that host's agent calls itself. Default: local, any host.
     #[schemars(with = "Option<String>", example = &"local")]
     pub(crate) host: Option<Text>,

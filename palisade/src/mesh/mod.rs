@@ -162,6 +162,8 @@ pub(crate) struct Vault {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Service {
     pub(crate) id: SpiffeId,
+    /// Whose policies decide about it.
+    pub(crate) policies: ServiceName,
     pub(crate) host: String,
     pub(crate) app: SocketAddr,
     pub(crate) inbound: SocketAddr,
@@ -493,6 +495,12 @@ pub(crate) struct Registration {
 }
 
 impl Mesh {
+    /// Whose policies decide about what `name` is: a service, or what policies call it itself.
+    pub(crate) fn policies_of<'a>(&'a self, name: &'a str) -> &'a str {
+        let service = self.service.iter().find(|(known, _)| known.as_str() == name);
+        service.map_or(name, |(_, service)| service.policies.as_str())
+    }
+
     /// Reads and checks `file`. `hostname` is what `[agent] host` defaults to.
     pub(crate) fn load(file: &Path, hostname: &str) -> Result<Self, Vec<Problem>> {
         let text = load::read::<file::MeshFile>(file).map_err(|problem| vec![problem])?;
@@ -554,7 +562,7 @@ mod tests {
 
     fn parse(accounts: &str, more: &str) -> Result<Mesh, String> {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("policies")).unwrap();
+        std::fs::create_dir_all(folder.path().join("policies/services/ledger")).unwrap();
         let text = format!(
             "[mesh]\ntrust_domain = \"bank.example\"\npolicies = \"policies\"\n\
              [service.accounts]\napp = \"127.0.0.1:5000\"\nadmin = \"127.0.0.1:5002\"\nattest = {{ uid = 2 }}\n{accounts}\n\
@@ -593,6 +601,29 @@ mod tests {
         let wrong =
             parse("inbound = \"0.0.0.0:5001\"\nendpoints = [\"10.0.0.2:5001\", \"x:1\"]", "").unwrap_err();
         assert!(wrong.contains("`x:1` is not an address to connect to"), "{wrong}");
+    }
+
+    #[test]
+    fn services_that_are_the_same_to_their_callers_share_policies() {
+        let inbound = "inbound = \"127.0.0.1:5001\"";
+        let mesh = parse(&format!("{inbound}\npolicies = \"ledger\""), "").unwrap();
+        assert_eq!(mesh.policies_of("accounts"), "ledger");
+        assert_eq!((mesh.policies_of("web"), mesh.policies_of("vault")), ("web", "vault"));
+        for (wrong, why) in [
+            ("ledgr", "there are no policies of `ledgr`"),
+            ("../ledger", "`../ledger` is no service name"),
+            ("vault", "`vault` is the name of one of the mesh's own parts"),
+        ] {
+            let told = parse(&format!("{inbound}\npolicies = \"{wrong}\""), "").unwrap_err();
+            assert!(told.contains(why) && told.starts_with("9: "), "{told}");
+        }
+        let told = parse(&format!("{inbound}\npolicies = \"ledgr\""), "").unwrap_err();
+        assert!(told.contains("ledger"), "the hint is what there is: {told}");
+        let by_control = "[policy]\nrepository = \"policies.git\"";
+        assert!(
+            parse(&format!("{inbound}\npolicies = \"ledgr\""), by_control).is_ok(),
+            "they are in a repository"
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::fs;
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 #[path = "../ports/mod.rs"]
 mod ports;
 
-use ports::free_addresses;
+pub(crate) use ports::free_addresses;
 
 /// A busy machine and a debug build: generous, because it only bounds a hang.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
@@ -50,33 +51,34 @@ const POLICIES: [(&str, &str); 6] = [
 
 /// A mesh in a directory of its own.
 pub(crate) struct Mesh {
-    directory: tempfile::TempDir,
+    home: Home,
     pub(crate) app: SocketAddr,
     /// Where an app of `caller` calls `echo`.
     pub(crate) call: SocketAddr,
     pub(crate) echo_admin: SocketAddr,
     pub(crate) caller_admin: SocketAddr,
     pub(crate) caller_inbound: SocketAddr,
-    control: Option<Process>,
-    agent: Option<Process>,
+}
+
+impl Deref for Mesh {
+    type Target = Home;
+
+    fn deref(&self) -> &Home {
+        &self.home
+    }
+}
+
+impl DerefMut for Mesh {
+    fn deref_mut(&mut self) -> &mut Home {
+        &mut self.home
+    }
 }
 
 impl Mesh {
     /// Writes the files; nothing runs yet. `app` is where echo's app listens.
     pub(crate) fn new(app: SocketAddr) -> Self {
-        // On the binary's own file system, for the hard links.
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let [control, console, echo, echo_admin, caller_app, caller, caller_admin, call] = free_addresses();
-        let mesh = Self {
-            directory,
-            app,
-            call,
-            echo_admin,
-            caller_admin,
-            caller_inbound: caller,
-            control: None,
-            agent: None,
-        };
+        let mesh = Self { home: Home::new(), app, call, echo_admin, caller_admin, caller_inbound: caller };
         let policies = mesh.path("policies");
         let write = |name: &str, text: &str| {
             let path = policies.join(name);
@@ -122,27 +124,49 @@ attest = {{ path = "caller" }}
 "#
         );
         fs::write(mesh.path("mesh.toml"), text).unwrap();
-        for directory in ["control-credentials", "agent-credentials"] {
-            fs::create_dir(mesh.path(directory)).unwrap();
-        }
-        mesh.secret("control-credentials/ca-passphrase", "forty-three characters, and not one to spare");
         mesh
     }
 
     /// A mesh whose control and agent run.
     pub(crate) fn start(app: SocketAddr) -> Self {
         let mut mesh = Self::new(app);
-        mesh.start_control();
+        mesh.begin();
+        mesh
+    }
+}
+
+/// A directory with a mesh.toml, and the control and agent that run by it.
+pub(crate) struct Home {
+    directory: tempfile::TempDir,
+    control: Option<Process>,
+    agent: Option<Process>,
+}
+
+impl Home {
+    /// A directory; nothing runs yet, and mesh.toml is yet to be written.
+    pub(crate) fn new() -> Self {
+        // On the binary's own file system, for the hard links.
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let home = Self { directory, control: None, agent: None };
+        for directory in ["control-credentials", "agent-credentials"] {
+            fs::create_dir(home.path(directory)).unwrap();
+        }
+        home.secret("control-credentials/ca-passphrase", "forty-three characters, and not one to spare");
+        home
+    }
+
+    /// Starts control, and the agent of the host `here`.
+    pub(crate) fn begin(&mut self) {
+        self.start_control();
         let ask = |args: &[&str]| {
-            let output = mesh.palisade(args).stderr(Stdio::inherit()).output().unwrap();
+            let output = self.palisade(args).stderr(Stdio::inherit()).output().unwrap();
             assert!(output.status.success(), "{args:?}");
             String::from_utf8(output.stdout).unwrap()
         };
         let (token, bundle) = (ask(&["token", "create", "here"]), ask(&["token", "bundle"]));
-        mesh.secret("agent-credentials/join-token", token.trim());
-        mesh.secret("agent-credentials/trust-bundle", &bundle);
-        mesh.start_agent();
-        mesh
+        self.secret("agent-credentials/join-token", token.trim());
+        self.secret("agent-credentials/trust-bundle", &bundle);
+        self.start_agent();
     }
 
     pub(crate) fn start_control(&mut self) {
@@ -167,7 +191,7 @@ attest = {{ path = "caller" }}
         self.directory.path().join(name)
     }
 
-    fn secret(&self, name: &str, text: &str) {
+    pub(crate) fn secret(&self, name: &str, text: &str) {
         fs::write(self.path(name), text).unwrap();
         fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
     }

@@ -19,11 +19,13 @@ use tokio::{
 };
 use tonic::{
     Request, Response, Status,
+    metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
 
 use crate::{
     ANSWER_BYTES_MAX, Error, Found, Kind, Moment, Part, Row, TABLES, Told, Txn,
+    book::Book,
     error::{Fault, Reason, fault},
     key,
     proto::{self, admin_client::AdminClient, store_client::StoreClient},
@@ -65,6 +67,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// A connection is asked whether it is alive so often, and given up when it says nothing for as long: whoever waits for
 /// a lock at a node that has stopped is to ask the next leader, who is there by then.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// The header by which a sidecar knows which request a call belongs to, and so for whom it is made.
+const TRACEPARENT: &str = "traceparent";
 
 /// How long to try.
 #[derive(Clone, Copy, Debug)]
@@ -98,12 +102,14 @@ impl Default for Options {
 #[derive(Clone, Debug)]
 pub struct Client {
     inner: Arc<Inner>,
+    /// Of the request that its calls are made for.
+    traceparent: Option<MetadataValue<Ascii>>,
 }
 
 #[derive(Debug)]
 struct Inner {
     options: Options,
-    addresses: Vec<String>,
+    book: Book,
     channels: Mutex<HashMap<String, Channel>>,
     routes: Mutex<Arc<Routes>>,
     /// One asks what splits there are, and the others wait for what it hears.
@@ -197,11 +203,15 @@ impl Group<'_> {
 pub(crate) type Failed = (Fault, Option<Target>);
 
 impl Client {
-    /// A client that begins with these nodes, `HOST:PORT` each, and finds the others. Connects when it is first used.
+    /// A client that begins with these nodes, `HOST:PORT` each, and asks the others where nodes say that they are. Or,
+    /// with all nodes by number, `NUMBER=HOST:PORT` each, one that asks them there and nowhere else: through a sidecar
+    /// the addresses are this host's own, and what nodes say of theirs is not for it.
+    ///
+    /// Connects when it is first used.
     ///
     /// # Errors
     ///
-    /// When there is no address, or one is none.
+    /// When there is no address, one is none, or some have a number and some have not.
     pub fn connect(addresses: impl IntoIterator<Item = String>) -> Result<Self, Error> {
         Self::with(addresses, Options::default())
     }
@@ -212,19 +222,18 @@ impl Client {
     ///
     /// As [`Client::connect`].
     pub fn with(addresses: impl IntoIterator<Item = String>, options: Options) -> Result<Self, Error> {
-        let addresses: Vec<_> = addresses.into_iter().collect();
-        let invalid = |message| Error::InvalidArgument(Told { message, reason: None });
-        if addresses.is_empty() {
-            return Err(invalid("the store's nodes are to be named, HOST:PORT each".to_owned()));
-        }
-        for address in &addresses {
-            endpoint(address).map_err(|_| invalid(format!("{address:?} is not HOST:PORT")))?;
+        let book = Book::parse(addresses)?;
+        for address in book.written() {
+            endpoint(address).map_err(|_| {
+                let message = format!("{address:?} is not HOST:PORT");
+                Error::InvalidArgument(Told { message, reason: None })
+            })?;
         }
         let tables = [(TABLES.to_owned(), Arc::new(Table::of_tables()))].into();
         Ok(Self {
             inner: Arc::new(Inner {
                 options,
-                addresses,
+                book,
                 channels: Mutex::default(),
                 routes: Mutex::default(),
                 asking: tokio::sync::Mutex::default(),
@@ -234,7 +243,23 @@ impl Client {
                 suspects: Mutex::default(),
                 time: Mutex::default(),
             }),
+            traceparent: None,
         })
+    }
+
+    /// The same client for what is done while a request is served: give it the `traceparent` that came with that
+    /// request. A sidecar beside this program finds by it for whom the calls are made, and lets them touch what that
+    /// person's rows are. Without a mesh it is a trace's, and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// When it is no header's value.
+    pub fn serving(&self, traceparent: &str) -> Result<Self, Error> {
+        let traceparent = traceparent.parse().map_err(|_| {
+            let message = format!("{traceparent:?} is no traceparent");
+            Error::InvalidArgument(Told { message, reason: None })
+        })?;
+        Ok(Self { inner: Arc::clone(&self.inner), traceparent: Some(traceparent) })
     }
 
     /// Declares a table. Doing it again is fine as long as it is declared the same.
@@ -453,7 +478,7 @@ impl Client {
 
     /// Where each node can be asked that is known so far, those that the client began with included.
     pub fn addresses(&self) -> Vec<String> {
-        let mut all = self.inner.addresses.clone();
+        let mut all: Vec<_> = self.inner.book.written().cloned().collect();
         all.extend(self.routes().nodes().cloned());
         all.sort();
         all.dedup();
@@ -532,7 +557,10 @@ impl Client {
             };
             match tried.await {
                 Ok(answer) => return Ok(answer),
-                Err((fault, _)) if fault.lost => return Err(fault.error.unknown()),
+                Err((fault, asked)) if fault.lost => {
+                    self.forget(asked.as_ref());
+                    return Err(fault.error.unknown());
+                }
                 Err(failed) => self.pause(&mut pace, failed).await?,
             }
         }
@@ -562,7 +590,7 @@ impl Client {
     fn anybody(&self) -> String {
         let routes = self.routes();
         let known: Vec<_> = routes.nodes().collect();
-        let all = if known.is_empty() { self.inner.addresses.iter().collect() } else { known };
+        let all = if known.is_empty() { self.inner.book.written().collect() } else { known };
         let turn = self.turn() % all.len().max(1);
         let order = || all.iter().cycle().skip(turn).take(all.len());
         let next = order().find(|address| !self.is_suspect(address)).or_else(|| order().next());
@@ -672,7 +700,7 @@ impl Client {
             .map(|address| async {
                 let send = |mut node: Store, request| async move { node.list_splits(request).await };
                 let answer = self.ask(&pace.quick(), &address, proto::ListSplitsRequest {}, send).await;
-                answer.map(|answer| (address, answer))
+                answer.map(|answer| (address, self.inner.book.translated(answer)))
             })
             .collect();
         let mut answers = Vec::new();
@@ -720,18 +748,25 @@ impl Client {
     {
         let channel = self.channel(address)?;
         let left = pace.deadline.saturating_duration_since(Instant::now()).min(pace.attempt);
-        match timeout(left, send(channel, Request::new(request))).await {
+        let mut request = Request::new(request);
+        if let Some(traceparent) = &self.traceparent {
+            request.metadata_mut().insert(TRACEPARENT, traceparent.clone());
+        }
+        match timeout(left, send(channel, request)).await {
             Ok(Ok(answer)) => {
                 self.trust(address);
                 Ok(answer.into_inner())
             }
-            Ok(Err(status)) => Err(self.suspect(address, fault(address, &status))),
+            Ok(Err(status)) => Err(self.suspect(address, fault(address, &status, &self.inner.book))),
             Err(_) => Err(self.suspect(address, Fault::late(address))),
         }
     }
 
     /// After a try that failed: an error if no other can help, else a pause, or a hint to follow without one.
     pub(crate) async fn pause(&self, pace: &mut Pace, (fault, asked): Failed) -> Result<(), Error> {
+        if fault.again && Instant::now() >= pace.deadline {
+            self.forget(asked.as_ref());
+        }
         if !fault.again || Instant::now() >= pace.deadline {
             return Err(fault.error);
         }
@@ -754,6 +789,15 @@ impl Client {
             let _stale = self.refresh(&seen, pace).await;
         }
         if Instant::now() >= pace.deadline { Err(fault.error) } else { Ok(()) }
+    }
+
+    /// Whoever asks for these splits next finds out anew who leads them: a node that took all the time there was may
+    /// hang, and no connection says so where a sidecar is between.
+    fn forget(&self, asked: Option<&Target>) {
+        if let Some(Target { splits, .. }) = asked {
+            let mut routes = lock(&self.inner.routes);
+            *routes = Arc::new(routes.without(splits));
+        }
     }
 
     async fn sleep(&self, pace: &mut Pace) {
@@ -871,6 +915,15 @@ mod tests {
     fn what_is_no_address_is_refused() {
         assert!(Client::connect([]).is_err());
         assert!(Client::connect(["not an address".to_owned()]).is_err());
+        assert!(Client::connect(["1=not an address".to_owned()]).is_err());
         assert!(Client::connect(["127.0.0.1:7001".to_owned()]).is_ok());
+        assert!(Client::connect(["1=127.0.0.1:7001".to_owned()]).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_header_is_no_traceparent() {
+        let client = Client::connect(["127.0.0.1:7001".to_owned()]).unwrap();
+        assert!(client.serving("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").is_ok());
+        assert!(client.serving("00\n").is_err());
     }
 }

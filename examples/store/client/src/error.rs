@@ -4,7 +4,7 @@ use std::fmt;
 
 use tonic::{Code, Status};
 
-use crate::{LEADER_TRAILER, REASON_TRAILER, schema::NameError};
+use crate::{LEADER_NODE_TRAILER, LEADER_TRAILER, REASON_TRAILER, book::Book, schema::NameError};
 
 /// What a node said of a refusal, or the client itself where no node was asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -229,11 +229,13 @@ impl From<Error> for Fault {
     }
 }
 
-/// What a status means, said by the node at `address` or by what is before it.
-pub(crate) fn fault(address: &str, status: &Status) -> Fault {
+/// What a status means, said by the node at `address` or by what is before it. `book` says where the leader is that it
+/// names.
+pub(crate) fn fault(address: &str, status: &Status, book: &Book) -> Fault {
     let trailer = |name| status.metadata().get(name).and_then(|value| value.to_str().ok());
     let reason = trailer(REASON_TRAILER).and_then(Reason::parse);
-    let leader = trailer(LEADER_TRAILER).map(str::to_owned).filter(|leader| !leader.is_empty());
+    let leader_node = trailer(LEADER_NODE_TRAILER).and_then(|node| node.parse().ok());
+    let leader = book.find(leader_node.unwrap_or_default(), trailer(LEADER_TRAILER).unwrap_or_default());
     let message = match reason {
         Some(_) => status.message().to_owned(),
         None => format!("{address}: {}", explain(status)),
@@ -298,6 +300,10 @@ fn explain(status: &Status) -> String {
 mod tests {
     use super::*;
 
+    fn announced() -> Book {
+        Book::parse(["a:1".to_owned()]).unwrap()
+    }
+
     #[test]
     fn every_reason_is_found_by_its_name() {
         for reason in Reason::ALL {
@@ -308,14 +314,14 @@ mod tests {
 
     #[test]
     fn what_no_node_said_may_have_been_done() {
-        let fault = fault("a:1", &Status::unavailable("reset"));
+        let fault = fault("a:1", &Status::unavailable("reset"), &announced());
         assert!(fault.lost && fault.again);
         assert!(matches!(fault.error.unknown(), Error::Unknown(_)));
     }
 
     #[test]
     fn what_was_too_large_to_be_read_was_not_done() {
-        let fault = fault("a:1", &Status::out_of_range("the limit is 33554432 bytes"));
+        let fault = fault("a:1", &Status::out_of_range("the limit is 33554432 bytes"), &announced());
         assert!(!fault.lost && !fault.again);
         assert!(matches!(fault.error, Error::InvalidArgument(_)));
     }
@@ -324,7 +330,7 @@ mod tests {
     fn a_read_whose_answer_is_lost_has_written_nothing() {
         let mut status = Status::unknown("this node stopped before it answered");
         status.metadata_mut().insert(REASON_TRAILER, "UNKNOWN".parse().unwrap());
-        let fault = fault("a:1", &status);
+        let fault = fault("a:1", &status, &announced());
         assert!(fault.lost && fault.again && fault.error.nothing_written());
         assert!(matches!(fault.error.unknown(), Error::Unknown(_)));
     }
@@ -334,10 +340,22 @@ mod tests {
         let mut status = Status::unavailable("not I");
         status.metadata_mut().insert(REASON_TRAILER, "NOT_LEADER".parse().unwrap());
         status.metadata_mut().insert(LEADER_TRAILER, "b:2".parse().unwrap());
-        let fault = fault("a:1", &status);
+        let fault = fault("a:1", &status, &announced());
         assert!(!fault.lost && fault.again);
         assert_eq!(fault.leader.as_deref(), Some("b:2"));
         assert_eq!(fault.error.reason(), Some(Reason::NotLeader));
         assert_eq!(fault.error.to_string(), "not I");
+    }
+
+    #[test]
+    fn a_leader_is_looked_for_where_this_client_was_told() {
+        let mut status = Status::unavailable("not I");
+        let own = Book::parse(["2=ours:2".to_owned()]).unwrap();
+        for (node, leader) in [("65538", Some("ours:2")), ("3", None), ("x", None)] {
+            status.metadata_mut().insert(REASON_TRAILER, "NOT_LEADER".parse().unwrap());
+            status.metadata_mut().insert(LEADER_TRAILER, "theirs:2".parse().unwrap());
+            status.metadata_mut().insert(LEADER_NODE_TRAILER, node.parse().unwrap());
+            assert_eq!(fault("ours:1", &status, &own).leader.as_deref(), leader);
+        }
     }
 }

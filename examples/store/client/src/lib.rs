@@ -24,6 +24,7 @@
 
 #![forbid(unsafe_code)]
 
+mod book;
 mod client;
 mod error;
 mod names;
@@ -46,8 +47,18 @@ pub const TABLES: &str = "tables";
 pub const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// The trailer that names the [`Reason`] of a refusal.
 pub const REASON_TRAILER: &str = "store-reason";
-/// The trailer that says where to ask instead.
+/// The trailer that says where to ask instead: at the address at which the node that says it asks that one.
 pub const LEADER_TRAILER: &str = "store-leader";
+/// The trailer that says whom to ask instead: the id of that node.
+pub const LEADER_NODE_TRAILER: &str = "store-leader-node";
+
+/// Bits of a node's id that are its number.
+pub const NODE_NUMBER_BITS: u32 = 16;
+
+/// The number in a node's id, with which it was started. The rest of the id says which disk it has.
+pub fn node_number(id: u64) -> u64 {
+    id & ((1 << NODE_NUMBER_BITS) - 1)
+}
 
 /// The contract as generated from `proto/store.proto`.
 pub mod proto {

@@ -68,6 +68,13 @@ impl Routes {
         routes
     }
 
+    /// The same, but that nothing is known of `splits`.
+    pub(crate) fn without(&self, splits: &[u64]) -> Self {
+        let mut routes = self.clone();
+        routes.splits.retain(|route| !splits.contains(&route.split));
+        routes
+    }
+
     /// Where to ask for the split's leader, or else anybody who may know it.
     pub(crate) fn leader<'a>(&'a self, route: &'a Route, turn: usize) -> Option<&'a str> {
         route.leader.as_deref().or_else(|| self.replicas(route, turn).next())
@@ -163,6 +170,15 @@ mod tests {
     fn nothing_is_known_in_a_gap() {
         let routes = Routes::of(vec![answer("n1", vec![info(2, "m", None, 2, 2)])]);
         assert_eq!(routes.at(b"a"), None);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_a_gap_between_what_is_known() {
+        let splits = vec![info(1, "", Some("m"), 2, 1), info(2, "m", None, 2, 2)];
+        let routes = Routes::of(vec![answer("n1", splits)]).without(&[2]);
+        assert_eq!(routes.at(b"a").map(|route| route.split), Some(1));
+        assert_eq!(routes.at(b"m"), None);
+        assert_eq!(routes.nodes().count(), 3, "who can be asked is known still");
     }
 
     #[test]

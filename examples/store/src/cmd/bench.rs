@@ -20,13 +20,15 @@ use anyhow::Context;
 use self::{
     etcd::Etcd,
     load::{Work, measure},
-    ours::{Ours, Waited},
+    ours::{Ours, Rows, Waited},
     postgres::Postgres,
     table::Report,
 };
 
 /// What the figures of this store are under.
 const OURS: &str = "store";
+/// What those of another one are under.
+const OTHER: &str = "store, elsewhere";
 
 /// Measures the store on this machine: three nodes of its own on loopback, rows of 200 bytes.
 #[derive(Debug, clap::Args)]
@@ -40,6 +42,13 @@ pub(crate) struct Args {
     /// Other databases to measure on this machine for comparison. Each must be installed.
     #[arg(long, value_name = "NAME,…", value_enum, value_delimiter = ',')]
     beside: Vec<Peer>,
+    /// Another store of ours that runs already and is empty, measured in the same turns: by number, 1=HOST:PORT,…, where
+    /// it is behind a sidecar.
+    #[arg(long, value_name = "[NUMBER=]HOST:PORT,…", value_delimiter = ',')]
+    nodes: Vec<String>,
+    /// Only these kinds of work, by parts of their names.
+    #[arg(long, value_name = "PART,…", value_delimiter = ',')]
+    only: Vec<String>,
     /// How often the databases take turns: in each round each is measured for its share of --seconds, so that what else
     /// the machine does meanwhile is the same for all.
     #[arg(long, value_name = "COUNT", default_value_t = 2)]
@@ -69,7 +78,8 @@ enum Peer {
 
 /// Everything that runs.
 struct Systems {
-    ours: Arc<Ours>,
+    ours: Ours,
+    other: Option<Arc<Rows>>,
     etcd: Option<Arc<Etcd>>,
     postgres: Option<Postgres>,
 }
@@ -87,7 +97,9 @@ async fn bench(args: Args) -> anyhow::Result<ExitCode> {
     let temporary = directory(args.state.as_deref())?;
     let mut report = Report::default();
     let systems = start(&args, temporary.path(), &mut report).await?;
-    for work in Work::ALL {
+    let wanted =
+        |work: &Work| args.only.is_empty() || args.only.iter().any(|part| work.name().contains(part));
+    for work in Work::ALL.into_iter().filter(wanted) {
         let before = systems.ours.waited().await?;
         for clients in &args.clients {
             eprintln!("{}, {clients} clients", work.name());
@@ -120,8 +132,12 @@ fn directory(given: Option<&Path>) -> anyhow::Result<tempfile::TempDir> {
 
 async fn start(args: &Args, directory: &Path, report: &mut Report) -> anyhow::Result<Systems> {
     let most = args.clients.iter().copied().max().unwrap_or(1);
-    let ours = Arc::new(Ours::start(directory, args.epsilon, most).await?);
-    let mut systems = Systems { ours, etcd: None, postgres: None };
+    let ours = Ours::start(directory, args.epsilon, most).await?;
+    let other = match args.nodes.as_slice() {
+        [] => None,
+        nodes => Some(Arc::new(Rows::make(nodes, most).await.context("the store at --nodes")?)),
+    };
+    let mut systems = Systems { ours, other, etcd: None, postgres: None };
     for peer in &args.beside {
         let started = match peer {
             Peer::Etcd => Etcd::start(directory, most).await.map(|etcd| systems.etcd = Some(Arc::new(etcd))),
@@ -144,8 +160,12 @@ async fn turn(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let time = Duration::from_secs(args.seconds) / u32::try_from(args.rounds.max(1)).unwrap_or(1);
-    let ours = measure(&systems.ours, work, clients, time, round).await?;
+    let ours = measure(&systems.ours.rows, work, clients, time, round).await?;
     report.add(work, clients, OURS, ours);
+    if let Some(other) = &systems.other {
+        let measured = measure(other, work, clients, time, round).await?;
+        report.add(work, clients, OTHER, measured);
+    }
     if let Some(etcd) = &systems.etcd {
         let measured = measure(etcd, work, clients, time, round).await?;
         report.add(work, clients, &format!("etcd {}", etcd.version), measured);

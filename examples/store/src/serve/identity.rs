@@ -10,14 +10,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use store_client::proto;
+use store_client::{NODE_NUMBER_BITS, node_number, proto};
 
 use crate::lease::NodeId;
 
-/// Bits of an id that are the node's number.
-const NUMBER_BITS: u32 = 16;
 /// The greatest number that a node can have.
-pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
+pub const NUMBER_MAX: u64 = (1 << NODE_NUMBER_BITS) - 1;
 
 /// Disks that a number can have had: far more than anybody replaces, and far from where ids end.
 const INCARNATION_MAX: u64 = (1 << 32) - 1;
@@ -32,17 +30,17 @@ const KNOWN_FILE: &str = "known";
 
 /// The number in an id.
 pub fn number(id: NodeId) -> u64 {
-    id.0 & NUMBER_MAX
+    node_number(id.0)
 }
 
 /// How many disks the node had before.
 pub fn incarnation(id: NodeId) -> u64 {
-    id.0 >> NUMBER_BITS
+    id.0 >> NODE_NUMBER_BITS
 }
 
 /// The id of a number's disk.
 fn id(number: u64, incarnation: u64) -> NodeId {
-    NodeId(incarnation << NUMBER_BITS | number)
+    NodeId(incarnation << NODE_NUMBER_BITS | number)
 }
 
 /// Where nodes can be asked, by number.

@@ -43,8 +43,6 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// Between two tries to connect, at first and at most: a peer that comes back is to be heard within an election.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
-/// A stream that stood for so long was heard.
-const LASTED: Duration = Duration::from_secs(2);
 /// A connection over which nothing comes is asked whether it is alive so often, and given up after as long.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// To one Hello.
@@ -172,12 +170,7 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
     let mut said = None;
     loop {
         let began = Instant::now();
-        let talked = talk(me, &address, &queue).await;
-        // One that ends at once is of a node that does not hear this one, and will not sooner for being asked sooner.
-        if began.elapsed() >= LASTED {
-            pause = PAUSE_MIN;
-        }
-        match talked {
+        match talk(me, &address, &queue).await {
             Ok(()) => {}
             Err(error) => {
                 let error = chain(error.as_ref());
@@ -187,6 +180,10 @@ async fn keep_talking(me: NodeId, address: String, queue: Arc<Queue>) {
                 }
                 said = Some(error);
             }
+        }
+        // A connection says nothing of whether the node is there, or hears this one: it may be a sidecar's.
+        if began.elapsed() > PAUSE_MAX {
+            pause = PAUSE_MIN;
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_MAX);

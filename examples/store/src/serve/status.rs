@@ -1,6 +1,6 @@
 //! Refusals as gRPC statuses, with a trailer for programs that names the reason.
 
-use store_client::{LEADER_TRAILER, REASON_TRAILER, Reason};
+use store_client::{LEADER_NODE_TRAILER, LEADER_TRAILER, REASON_TRAILER, Reason};
 use tonic::{
     Code, Status,
     metadata::{Ascii, MetadataValue},
@@ -38,6 +38,9 @@ pub(super) fn refused(refused: &Refused, addresses: &Addresses) -> Status {
         Refused::NoClock(_) => (Reason::NoClock, None),
     };
     let mut status = refusal(reason, refused.to_string());
+    if let Some(leader) = leader {
+        status.metadata_mut().insert(LEADER_NODE_TRAILER, leader.0.into());
+    }
     let address = leader.and_then(|leader| addresses.of(leader));
     if let Some(address) = address.and_then(|address| address.parse::<MetadataValue<Ascii>>().ok()) {
         status.metadata_mut().insert(LEADER_TRAILER, address);
@@ -103,6 +106,7 @@ mod tests {
         assert_eq!(status.code(), Code::Unavailable);
         assert_eq!(status.metadata().get(REASON_TRAILER).unwrap(), "NOT_LEADER");
         assert_eq!(status.metadata().get(LEADER_TRAILER).unwrap(), "127.0.0.1:7002");
+        assert_eq!(status.metadata().get(LEADER_NODE_TRAILER).unwrap(), "65538");
         let status = refused(&Refused::NotLeader { leader: Some(NodeId(3)) }, &addresses);
         assert_eq!(status.metadata().get(LEADER_TRAILER), None);
     }

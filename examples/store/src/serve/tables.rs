@@ -24,8 +24,9 @@ impl Tables {
     /// When an address is none.
     pub(super) fn new(addresses: &Addresses, seed: u64) -> Result<Self, Error> {
         let options = Options { deadline: DEADLINE, seed, ..Options::default() };
-        let client = Client::with(addresses.iter().map(|(_, address)| address.to_owned()), options)?;
-        Ok(Self { client })
+        // By number: where other nodes say that they are is where those ask them.
+        let nodes = addresses.iter().map(|(number, address)| format!("{number}={address}"));
+        Ok(Self { client: Client::with(nodes, options)? })
     }
 
     /// A table's declaration.

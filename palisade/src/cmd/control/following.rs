@@ -18,7 +18,7 @@ use crate::repository::Repository;
 pub(super) fn config(mesh: &Mesh) -> Option<PoliciesConfig> {
     mesh.policy.as_ref()?;
     let mut services: HashMap<_, _> =
-        mesh.service.iter().map(|(name, service)| (service.id.clone(), name.to_string())).collect();
+        mesh.service.values().map(|service| (service.id.clone(), service.policies.to_string())).collect();
     let own = [(Own::Gateway, gateway::gateway::SERVICE), (Own::Vault, secrets::POLICY_SERVICE)];
     services.extend(own.into_iter().filter_map(|(own, name)| Some((mesh.own_id(own)?, name.to_owned()))));
     let replayer = Replay { trust_domain: mesh.mesh.trust_domain.clone() };

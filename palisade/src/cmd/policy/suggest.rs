@@ -71,7 +71,8 @@ struct Suggestion<'a> {
 
 pub(super) fn run(args: &Args, mesh: &Mesh, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
     let policies = workload::policies(mesh)?;
-    if let Some(name) = args.service.as_ref().filter(|name| policies.service(name).is_none()) {
+    let service = args.service.as_deref().map(|name| mesh.policies_of(name));
+    if let Some(name) = service.filter(|name| policies.service(name).is_none()) {
         return Err(workload::no_policy(&mesh.mesh.policies, name));
     }
     let records = recorded(args.decisions.as_deref(), || asked(global))?;
@@ -79,7 +80,7 @@ pub(super) fn run(args: &Args, mesh: &Mesh, global: &Global, printer: &Printer) 
         record.verdict == Outcome::Deny
             && record.rule == Rule::Absent
             && (args.denied || record.mode == Mode::Audit)
-            && args.service.as_ref().is_none_or(|name| *name == record.service)
+            && service.is_none_or(|name| name == record.service)
     };
     let records: Vec<&DecisionRecord> = records.iter().filter(wanted).collect();
     let suggestions = suggestions(&records, &policies);

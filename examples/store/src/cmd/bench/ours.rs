@@ -1,7 +1,8 @@
-//! This store: three nodes on loopback, its rows in two splits that two nodes lead.
+//! This store: three nodes, its rows in two splits that two nodes lead.
 
 use std::{
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -33,12 +34,16 @@ const LAST_WORDS: Duration = Duration::from_millis(20);
 /// Between two deaths, for the node to catch up with what it missed.
 const CATCH_UP: Duration = Duration::from_secs(4);
 
-/// Three nodes.
+/// Three nodes of the bench's own, on loopback.
 #[derive(Debug)]
 pub(crate) struct Ours {
     cluster: Cluster,
-    clients: Vec<Client>,
+    pub(crate) rows: Arc<Rows>,
 }
+
+/// Rows in a store, and those who ask for them.
+#[derive(Debug)]
+pub(crate) struct Rows(Vec<Client>);
 
 /// How long commits waited for their timestamps to pass.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,50 +90,11 @@ impl Ours {
         };
         let cluster = Cluster::new((1..).zip(free_addresses(3)?).map(place).collect(), epsilon)?;
         cluster.start_first()?;
-        let connect = |_| Client::connect(cluster.addresses());
-        let clients = (0..most_clients.div_ceil(CLIENTS_A_CONNECTION).max(1)).map(connect);
-        let clients = clients.collect::<Result<_, _>>()?;
-        let ours = Self { cluster, clients };
-        ours.declare().await?;
-        ours.load().await?;
-        ours.cut().await?;
-        Ok(ours)
-    }
-
-    async fn declare(&self) -> anyhow::Result<()> {
-        let began = Instant::now();
-        while let Err(error) = self.client(0)?.create_table("rows", &[("id", Kind::Int)]).await {
-            if let Some(death) = self.cluster.deaths().first() {
-                bail!("node {} died at once: {}", death.node, death.why);
-            }
-            if began.elapsed() > START {
-                return Err(error).context("the store does not start");
-            }
-            sleep(Duration::from_millis(100)).await;
+        let rows = Rows::make(&cluster.addresses(), most_clients).await;
+        if let (Err(_), Some(death)) = (&rows, cluster.deaths().first()) {
+            bail!("node {} died at once: {}", death.node, death.why);
         }
-        Ok(())
-    }
-
-    async fn load(&self) -> anyhow::Result<()> {
-        let mut random = Random::new(0, 0);
-        for first in (0..ROWS).step_by(usize::try_from(LOAD_ROWS).unwrap_or(1)) {
-            let mut txn = self.client(0)?.begin().await?;
-            for id in first..first + LOAD_ROWS {
-                txn.put(row(id), value(&mut random).into());
-            }
-            txn.commit().await.context("rows cannot be written")?;
-        }
-        Ok(())
-    }
-
-    /// Cuts the rows in two, and has another node lead the right half: what goes across splits goes across nodes.
-    async fn cut(&self) -> anyhow::Result<()> {
-        let client = self.client(0)?;
-        let last = client.splits().await?.splits.into_iter().last().context("there is no split")?;
-        let middle = row(ROWS / 2);
-        let right = client.split(last.id, Some(middle)).await.context("the rows cannot be cut in two")?;
-        let other = last.nodes.iter().find(|node| **node != last.leader).context("one node only")?;
-        client.lead(right, *other).await.context("leadership cannot be handed over")
+        Ok(Self { cluster, rows: Arc::new(rows?) })
     }
 
     /// How long commits waited so far, on all nodes.
@@ -139,7 +105,7 @@ impl Ours {
     pub(crate) async fn waited(&self) -> anyhow::Result<Waited> {
         let mut waited = Waited::default();
         for address in self.cluster.addresses() {
-            let status = self.client(0)?.status(&address).await?;
+            let status = self.rows.client(0)?.status(&address).await?;
             waited = waited.plus(Waited { all: status.commit_wait, hidden: status.commit_wait_hidden });
         }
         Ok(waited)
@@ -181,20 +147,70 @@ impl Ours {
     /// Who leads the split of the first row.
     async fn leader(&self) -> anyhow::Result<u64> {
         let place = sorted("rows/0");
-        let splits = self.client(0)?.splits().await?.splits;
+        let splits = self.rows.client(0)?.splits().await?.splits;
         let has =
             |split: &SplitInfo| split.start <= place && split.end.as_ref().is_none_or(|end| place < *end);
         let split = splits.iter().find(|split| has(split) && split.leader != 0);
         split.map(|split| split.leader).context("nobody leads the split of the first row")
     }
+}
+
+impl Rows {
+    /// Fills a store that answers at these addresses with rows, and cuts those in two.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer, or has such rows already.
+    pub(crate) async fn make(addresses: &[String], most_clients: usize) -> anyhow::Result<Self> {
+        let connect = |_| Client::connect(addresses.to_vec());
+        let clients = (0..most_clients.div_ceil(CLIENTS_A_CONNECTION).max(1)).map(connect);
+        let rows = Self(clients.collect::<Result<_, _>>()?);
+        rows.declare().await?;
+        rows.load().await?;
+        rows.cut().await?;
+        Ok(rows)
+    }
+
+    async fn declare(&self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while let Err(error) = self.client(0)?.create_table("rows", &[("id", Kind::Int)]).await {
+            if began.elapsed() > START || matches!(error, Error::Denied(_)) {
+                return Err(error).context("the store does not start");
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+        Ok(())
+    }
+
+    async fn load(&self) -> anyhow::Result<()> {
+        let mut random = Random::new(0, 0);
+        for first in (0..ROWS).step_by(usize::try_from(LOAD_ROWS).unwrap_or(1)) {
+            let mut txn = self.client(0)?.begin().await?;
+            for id in first..first + LOAD_ROWS {
+                txn.put(row(id), value(&mut random).into());
+            }
+            txn.commit().await.context("rows cannot be written")?;
+        }
+        Ok(())
+    }
+
+    /// Cuts the rows in two, and has another node lead the right half: what goes across splits goes across nodes.
+    async fn cut(&self) -> anyhow::Result<()> {
+        let client = self.client(0)?;
+        let last = client.splits().await?.splits.into_iter().last().context("there is no split")?;
+        let middle = row(ROWS / 2);
+        let right = client.split(last.id, Some(middle)).await.context("the rows cannot be cut in two")?;
+        let other = last.nodes.iter().find(|node| **node != last.leader).context("one node only")?;
+        client.lead(right, *other).await.context("leadership cannot be handed over")
+    }
 
     fn client(&self, task: usize) -> anyhow::Result<&Client> {
-        let index = (task / CLIENTS_A_CONNECTION).min(self.clients.len().saturating_sub(1));
-        self.clients.get(index).context("no client")
+        let index = (task / CLIENTS_A_CONNECTION).min(self.0.len().saturating_sub(1));
+        self.0.get(index).context("no client")
     }
 }
 
-impl System for Ours {
+impl System for Rows {
     async fn once(&self, work: Work, client: usize, random: &mut Random) -> anyhow::Result<()> {
         let client = self.client(client)?;
         let id = random.below(ROWS);

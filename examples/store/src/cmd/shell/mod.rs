@@ -18,8 +18,9 @@ use session::{Failure, Next, Session};
 /// What `palisade-store shell` takes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Some nodes; the others are found.
-    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',', required = true)]
+    /// Some nodes; the others are found where those say. Or all by number, 1=HOST:PORT,2=HOST:PORT,…: they are asked
+    /// there and nowhere else, as is needed behind a sidecar.
+    #[arg(long, value_name = "[NUMBER=]HOST:PORT,…", value_delimiter = ',', required = true)]
     nodes: Vec<String>,
 }
 
