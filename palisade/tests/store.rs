@@ -93,7 +93,7 @@ async fn only_nodes_are_nodes(stage: &Stage) {
         for address in stage.called_by(service).values() {
             let mut peers = PeersClient::new(channel(*address));
             let hello = peers.hello(HelloRequest { node: 0 }).await.unwrap_err();
-            let parcels = futures::stream::repeat(Parcel { from: 1, to: 2, messages: Vec::new() });
+            let parcels = futures::stream::repeat(Parcel { from: 1, to: 2, ..Parcel::default() });
             let talk = peers.talk(parcels).await.unwrap_err();
             for refused in [hello, talk] {
                 assert_eq!(refused.code(), Code::PermissionDenied, "{service}: {refused:?}");
