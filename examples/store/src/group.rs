@@ -244,8 +244,8 @@ impl<D: Disk> Groups<D> {
     /// When the node must stop.
     pub fn turn(&mut self, post: &mut dyn Post) -> Result<Vec<(SplitId, Applied)>, NodeError> {
         let mut readies = Vec::new();
-        let mut restarted = false;
-        if self.wal.begins_segment() {
+        let (mut restarted, mut must_write) = (false, false);
+        if self.wal.begins_segment() && !self.wal.has_gathered() {
             self.say_hard_states_again()?;
         }
         let segment = self.wal.next_segment();
@@ -258,17 +258,21 @@ impl<D: Disk> Groups<D> {
                 group.say(ready.take_messages(), post);
                 let restart = group.install(&ready, &self.engine)?;
                 restarted |= restart.is_some();
-                // How far others agree is heard again: where nothing else is new, nothing is written and synced for it.
-                let must_write = ready.must_sync() || restart.is_some();
+                // How far all agree is heard again, and waits for what has to be written. But who the nodes are, this one
+                // must know without the others: nobody but it may be there to lead.
+                let nodes = |entry: &RaftEntry| entry.get_entry_type() != EntryType::EntryNormal;
+                must_write |= ready.must_sync() || ready.committed_entries().iter().any(nodes);
                 let records = records(*split, &mut ready, restart);
-                for record in records.iter().filter(|_| must_write) {
+                for record in &records {
                     note_segment(&mut self.segments, segment, record);
                     self.wal.gather(&wire::encode_record(record))?;
                 }
                 readies.push((*split, ready, records));
             }
         }
-        self.syncs += u64::from(self.wal.commit()?);
+        if must_write {
+            self.syncs += u64::from(self.wal.commit()?);
+        }
         for (split, ready, records) in readies {
             if let Some(group) = self.groups.get_mut(&split) {
                 group.persisted(ready, records, post)?;
@@ -452,9 +456,10 @@ impl<D: Disk> Groups<D> {
     ) -> Result<(), NodeError> {
         loop {
             let Some(group) = self.groups.get_mut(&split) else { return Ok(()) };
-            let Some(entry) = group.backlog.front() else { return Ok(()) };
-            if entry.get_entry_type() != EntryType::EntryNormal {
-                group.change_nodes()?;
+            let Some(Agreed { entry, conf }) = group.backlog.front() else { return Ok(()) };
+            if let Some(conf) = conf {
+                let conf = conf.clone();
+                group.change_nodes(conf);
                 continue;
             }
             if entry.data.is_empty() {
@@ -534,7 +539,7 @@ impl<D: Disk> Groups<D> {
             let checkpoint = Checkpoint {
                 index: FIRST_ENTRY.0,
                 index_term: FIRST_ENTRY.1,
-                conf: group.raft.store().conf_state().clone(),
+                conf: group.conf.clone(),
                 conf_index: FIRST_ENTRY.0,
                 state: half.state(),
             };
@@ -597,6 +602,12 @@ impl<D: Disk> Groups<D> {
     }
 }
 
+/// An entry that is agreed on, and what nodes the split has from it on, where it changes them.
+struct Agreed {
+    entry: RaftEntry,
+    conf: Option<ConfState>,
+}
+
 /// This node's part of one split.
 pub struct Group {
     split: SplitId,
@@ -609,11 +620,12 @@ pub struct Group {
     proposals: Vec<RaftEntry>,
     proposals_term: u64,
     /// Agreed on and not applied yet.
-    backlog: VecDeque<RaftEntry>,
+    backlog: VecDeque<Agreed>,
     /// Index and term of the last entry applied.
     applied: (u64, u64),
     checkpoint_index: u64,
-    /// The entry that made the split's nodes what they are.
+    /// The split's nodes as of the last entry applied, and the entry that made them so. Consensus may be further on.
+    conf: ConfState,
     conf_index: u64,
     stalled_ticks: u32,
     /// How often it has stalled as a leader.
@@ -651,7 +663,7 @@ impl Group {
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let raft = RawNode::new(&config, log, &logger).map_err(|error| NodeError::Raft(split, error))?;
-        let Checkpoint { index, index_term, conf_index, state, .. } = checkpoint;
+        let Checkpoint { index, index_term, conf, conf_index, state } = checkpoint;
         let replica =
             Replica::restore(engine, split, state).map_err(|error| NodeError::Replica(split, error))?;
         Ok(Self {
@@ -666,6 +678,7 @@ impl Group {
             backlog: VecDeque::new(),
             applied: (index, index_term),
             checkpoint_index: index,
+            conf,
             conf_index,
             stalled_ticks: 0,
             stalls: 0,
@@ -974,6 +987,7 @@ impl Group {
         self.stalled_ticks = 0;
         self.applied = (index, term);
         self.checkpoint_index = index;
+        self.conf = conf.clone();
         self.conf_index = checkpoint.conf_index;
         self.raft.mut_store().restart(index, term, conf);
         Ok(Some(index))
@@ -995,7 +1009,7 @@ impl Group {
             restarted |= record.restart.is_some();
         }
         self.say(ready.take_persisted_messages(), post);
-        self.backlog.extend(ready.take_committed_entries());
+        let committed = ready.take_committed_entries();
         let mut light = self.raft.advance_append(ready);
         if let Some(commit) = light.commit_index() {
             self.raft.mut_store().set_commit(commit);
@@ -1004,8 +1018,8 @@ impl Group {
             self.raft.advance_apply_to(self.applied.0);
         }
         self.say(light.take_messages(), post);
-        self.backlog.extend(light.take_committed_entries());
-        Ok(())
+        self.agree(committed)?;
+        self.agree(light.take_committed_entries())
     }
 
     fn say(&self, messages: Vec<Message>, post: &mut dyn Post) {
@@ -1015,14 +1029,13 @@ impl Group {
     }
 
     fn front_term(&self) -> u64 {
-        self.backlog.front().map_or(0, |entry| entry.term)
+        self.backlog.front().map_or(0, |agreed| agreed.entry.term)
     }
 
     /// The entry at the front is applied.
     fn pop(&mut self) -> Option<RaftEntry> {
-        let entry = self.backlog.pop_front()?;
+        let Agreed { entry, .. } = self.backlog.pop_front()?;
         self.applied = (entry.index, entry.term);
-        self.raft.advance_apply_to(entry.index);
         self.stalled_ticks = 0;
         Some(entry)
     }
@@ -1036,26 +1049,47 @@ impl Group {
         }
     }
 
+    /// Takes entries that are agreed on, to be applied in order. Consensus itself hears at once who the split's nodes are:
+    /// a replica that has to wait with what comes before must be able to lead, or nobody may be there to help it.
+    fn agree(&mut self, entries: Vec<RaftEntry>) -> Result<(), NodeError> {
+        for entry in entries {
+            let changes = entry.get_entry_type() != EntryType::EntryNormal;
+            if changes {
+                self.agree_on_nodes(&entry)?;
+            }
+            self.raft.advance_apply_to(entry.index);
+            let conf = changes.then(|| self.raft.store().conf_state().clone());
+            self.backlog.push_back(Agreed { entry, conf });
+        }
+        Ok(())
+    }
+
     /// A node that is none of the split's any more keeps its replica until the leader says so: further on in the log it
     /// may be one again, and what it has acknowledged it must have.
-    fn change_nodes(&mut self) -> Result<(), NodeError> {
-        let Some(entry) = self.backlog.front() else { return Ok(()) };
-        let (index, change) = (entry.index, wire::decode_conf_change(&entry.data)?);
+    fn agree_on_nodes(&mut self, entry: &RaftEntry) -> Result<(), NodeError> {
+        let change = wire::decode_conf_change(&entry.data)?;
         // Two leaders may have asked for the end of one change.
-        if !change.changes.is_empty() || self.is_joint() {
-            let conf =
-                self.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(self.split, error))?;
-            self.raft.mut_store().set_conf_state(conf);
-            self.conf_index = index;
-            self.replica.change_nodes();
-            // Consensus takes nothing from a leader that is none of the nodes, and elects no other while it is heard.
-            if self.raft.raft.state == StateRole::Leader && !self.is_member() {
-                let term = self.raft.raft.term;
-                self.raft.raft.become_follower(term, 0);
-            }
+        if change.changes.is_empty() && !self.is_joint() {
+            return Ok(());
         }
-        self.pop();
+        let conf =
+            self.raft.apply_conf_change(&change).map_err(|error| NodeError::Raft(self.split, error))?;
+        self.raft.mut_store().set_conf_state(conf);
+        // Consensus takes nothing from a leader that is none of the nodes, and elects no other while it is heard.
+        if self.raft.raft.state == StateRole::Leader && !self.is_member() {
+            let term = self.raft.raft.term;
+            self.raft.raft.become_follower(term, 0);
+        }
         Ok(())
+    }
+
+    fn change_nodes(&mut self, conf: ConfState) {
+        let Some(entry) = self.pop() else { return };
+        if self.conf != conf {
+            self.conf = conf;
+            self.conf_index = entry.index;
+            self.replica.change_nodes();
+        }
     }
 
     fn apply_front(&mut self, batch: &mut Batch, entry: Entry) -> Result<Applied, NodeError> {
@@ -1109,7 +1143,7 @@ impl Group {
         Checkpoint {
             index: self.applied.0,
             index_term: self.applied.1,
-            conf: self.raft.store().conf_state().clone(),
+            conf: self.conf.clone(),
             conf_index: self.conf_index,
             state: self.replica.state(),
         }

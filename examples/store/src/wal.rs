@@ -198,6 +198,11 @@ impl<D: Disk> Wal<D> {
         written.map(|()| true).map_err(|source| WalError::Io { segment: self.segment, source })
     }
 
+    /// Whether something waits for the next [`Wal::commit`].
+    pub fn has_gathered(&self) -> bool {
+        !self.gathered.is_empty()
+    }
+
     /// The segment that the next commit writes into.
     pub fn next_segment(&self) -> u64 {
         if self.begins_segment() { self.segment + 1 } else { self.segment }
