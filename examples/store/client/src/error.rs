@@ -155,7 +155,7 @@ reasons! {
     Aborted = "ABORTED",
     /// The transaction had ended, without a commit.
     Ended = "ENDED",
-    /// The commit may or may not have happened.
+    /// The commit, or the change of a split, may or may not have happened.
     Unknown = "UNKNOWN",
     /// A snapshot of a moment that has not come.
     Future = "FUTURE",

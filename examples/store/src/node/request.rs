@@ -119,6 +119,16 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// What it brings to be written.
+    pub fn bytes(&self) -> usize {
+        let Self::Commit { writes, .. } = self else { return 0 };
+        let bytes =
+            |write: &Mutation| write.key.as_bytes().len() + write.value.as_ref().map_or(0, Bytes::len);
+        writes.iter().map(bytes).sum()
+    }
+}
+
 /// A row that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {

@@ -29,8 +29,12 @@ use crate::{
 const UNANSWERED_MAX: usize = 16_384;
 /// Of requests and parcels together, so that a flood of requests leaves room for what other nodes say.
 const EVENTS_QUEUED_MAX: usize = UNANSWERED_MAX + 4096;
+/// A request takes the room of one for so many bytes that it brings: 1 GiB in all.
+const UNANSWERED_BYTES: usize = 64 << 10;
 /// Taken into one turn: a turn's commits wait for each other.
 const EVENTS_A_TURN_MAX: usize = 4096;
+/// No more is taken into a turn that has this many bytes to write.
+const TURN_BYTES: usize = 16 << 20;
 /// While the clock has no bound: how often it is asked for one.
 const CLOCK_PAUSE: Duration = Duration::from_millis(100);
 /// How much faster or slower than a second a second of this machine can be, in parts of a million: what the kernel
@@ -60,6 +64,17 @@ enum Event {
     Meet(NodeId),
 }
 
+impl Event {
+    /// What it may have the node write.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Request(request, _) => request.bytes(),
+            Self::Messages(_, messages) => messages.iter().map(Bytes::len).sum(),
+            Self::Meet(_) => 0,
+        }
+    }
+}
+
 /// Whoever waits for an answer, and the room that it takes.
 struct Waiter {
     answer: oneshot::Sender<Result<Answer, Refused>>,
@@ -81,7 +96,8 @@ impl Handle {
     /// When it says no, or says nothing any more.
     pub async fn ask(&self, request: Request) -> Result<Answer, Failed> {
         let busy = Failed::Refused(Refused::Busy("too many requests are waiting"));
-        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+        let takes = u32::try_from(1 + request.bytes() / UNANSWERED_BYTES).unwrap_or(u32::MAX);
+        let Ok(room) = Arc::clone(&self.room).try_acquire_many_owned(takes) else {
             return Err(busy);
         };
         let (answer, answered) = oneshot::channel();
@@ -217,7 +233,12 @@ impl<D: Disk, P: Post> Loop<D, P> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
-            events.extend(self.queue.try_iter().take(EVENTS_A_TURN_MAX));
+            let mut bytes: usize = events.iter().map(Event::bytes).sum();
+            while bytes < TURN_BYTES && events.len() < EVENTS_A_TURN_MAX {
+                let Ok(event) = self.queue.try_recv() else { break };
+                bytes += event.bytes();
+                events.push(event);
+            }
             // INVARIANT: the clock is read after everything was taken that is done by this reading: a commit's
             // timestamp must be at or after its arrival.
             let now = match self.clock.read() {

@@ -223,16 +223,8 @@ impl Leader {
         Ok(self.entry(self.last, Command::Resolve { txn, outcome }))
     }
 
-    /// An entry that closes what has passed, so that replicas without writes show snapshots too.
-    ///
-    /// # Errors
-    ///
-    /// [`Refusal::NotServing`].
-    pub fn close(&mut self, replica: &Replica, now: Interval) -> Result<Entry, Refusal> {
-        self.close_at(replica, now.earliest, now)
-    }
-
-    /// An entry that closes `at`, for a replica that was asked for that moment.
+    /// An entry that closes `at`: for a replica that was asked for that moment, or so that replicas without writes show
+    /// snapshots too.
     ///
     /// # Errors
     ///
@@ -438,11 +430,6 @@ impl Leader {
     /// The term it leads.
     pub fn term(&self) -> u64 {
         self.me.term
-    }
-
-    /// Transactions with locks here, held or waited for.
-    pub fn open(&self) -> usize {
-        self.locks.len()
     }
 
     fn entry(&self, closed: Timestamp, command: Command) -> Entry {

@@ -240,7 +240,7 @@ fn a_leader_without_a_lease_says_and_does_nothing() {
     let refused = Err(Refusal::NotServing);
     assert_eq!(leader.read(replica, attempt(2), true, vec![], late), refused);
     assert_eq!(leader.snapshot(replica, &Range::all(), at(1_000).earliest, late), Err(Refusal::NotServing));
-    assert_eq!(leader.close(replica, late), Err(Refusal::NotServing));
+    assert_eq!(leader.close_at(replica, late.earliest, late), Err(Refusal::NotServing));
     // A commit's timestamp is within the lease, or there is no commit.
     let far = Timestamp(4_000 * MS);
     let short = leader.commit(replica, attempt(1).txn, vec![], vec![], far, at(1_200));
@@ -256,7 +256,7 @@ fn an_outcome_is_kept_until_every_participant_has_it() {
     let Split { leader, replica } = &mut split;
     let entry = leader.commit(replica, txn, write("a", "1"), vec![SplitId(2)], now.latest, now).unwrap();
     let Applied::Ended(_, outcome) = split.log(entry) else { panic!("not committed") };
-    let close = split.leader.close(&split.replica, at(1_300)).unwrap();
+    let close = split.leader.close_at(&split.replica, at(1_300).earliest, at(1_300)).unwrap();
     split.log(close);
     let collect = |split: &mut Split| {
         let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_300)).unwrap();
@@ -267,7 +267,7 @@ fn an_outcome_is_kept_until_every_participant_has_it() {
     assert_eq!(split.replica.unsettled().count(), 1);
     let settled = split.leader.settled(vec![txn]);
     split.log(settled);
-    let close = split.leader.close(&split.replica, at(1_400)).unwrap();
+    let close = split.leader.close_at(&split.replica, at(1_400).earliest, at(1_400)).unwrap();
     split.log(close);
     let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_400)).unwrap();
     split.log(entry);
