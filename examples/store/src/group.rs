@@ -659,6 +659,8 @@ impl Group {
             pre_vote: true,
             max_size_per_msg: APPEND_BYTES_MAX,
             max_inflight_msgs: APPENDS_IN_FLIGHT,
+            // See [`Group::tell_agreed`].
+            skip_bcast_commit: true,
             ..Config::default()
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
@@ -1018,8 +1020,22 @@ impl Group {
             self.raft.advance_apply_to(self.applied.0);
         }
         self.say(light.take_messages(), post);
+        let agreed = !committed.is_empty() || light.commit_index().is_some();
         self.agree(committed)?;
-        self.agree(light.take_committed_entries())
+        self.agree(light.take_committed_entries())?;
+        if agreed {
+            self.tell_agreed();
+        }
+        Ok(())
+    }
+
+    /// Followers hear how far all agree with the entries that come next. Where none are on their way they hear it by
+    /// itself: a message and an answer each, that a busy split does without.
+    fn tell_agreed(&mut self) {
+        let log = &self.raft.raft.raft_log;
+        if self.raft.raft.state == StateRole::Leader && log.committed == log.last_index() {
+            self.raft.raft.bcast_append();
+        }
     }
 
     fn say(&self, messages: Vec<Message>, post: &mut dyn Post) {
