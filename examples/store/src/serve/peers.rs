@@ -381,7 +381,8 @@ mod tests {
             parcels.iter().map(sizes).collect::<Vec<_>>(),
             [vec![10, 20], vec![30, 40], vec![], vec![]]
         );
-        assert_eq!((queue.waiting().bytes, queue.waiting().large_bytes), (0, 0));
+        let left = std::mem::take(&mut *queue.waiting());
+        assert_eq!((left.bytes, left.large_bytes), (0, 0));
         let mut parts = Parts::default();
         let mut whole = Vec::new();
         for parcel in &parcels {
