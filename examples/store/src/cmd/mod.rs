@@ -20,11 +20,13 @@ use tracing_subscriber::EnvFilter;
 /// Below those that the kernel gives to outgoing connections, one of which could take a node's while it is away.
 const PORT_FIRST: u16 = 10_000;
 const PORTS: u16 = 22_000;
+const PORTS_APART: u32 = 64;
 
 /// Addresses on loopback that nobody has now. Somebody else may take one before whoever it is for does.
 fn free_addresses(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
-    // Two processes that are started together begin to look at different ones.
-    let begin = u16::try_from(std::process::id() % u32::from(PORTS)).unwrap_or_default();
+    // Processes that are started together have numbers beside each other: each begins far from where others take some.
+    let begin = std::process::id().wrapping_mul(PORTS_APART) % u32::from(PORTS);
+    let begin = u16::try_from(begin).unwrap_or_default();
     let ports = (0..PORTS).map(|step| PORT_FIRST + (begin + step) % PORTS);
     let addresses = ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     let free: Vec<_> = addresses.filter(|address| TcpListener::bind(address).is_ok()).take(count).collect();
