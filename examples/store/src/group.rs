@@ -15,7 +15,7 @@ use raft::{
     Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
     eraftpb::{
         ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry as RaftEntry,
-        EntryType, Message, MessageType,
+        EntryType, HardState, Message, MessageType,
     },
 };
 
@@ -63,8 +63,28 @@ const SNAPSHOT_TICKS: u32 = 300;
 
 /// In the engine, what begins with this is where a split's replica is: split.
 const CHECKPOINTS: u8 = b'c';
-/// In the engine, splits that are gone from here: split; up to which term messages about it are of no use any more.
+/// In the engine, splits that are gone from here: split; [`Gone`].
 const GONE: u8 = b'g';
+
+/// What is left of a node's replicas of a split.
+#[derive(Clone, Copy, Debug)]
+struct Gone {
+    /// Up to this term messages about the split are of no use any more.
+    term: u64,
+    /// How many replicas there were: the number of the life that begins if another comes.
+    lives: u64,
+}
+
+impl Gone {
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (term, lives) = bytes.split_at_checked(8)?;
+        Some(Self { term: read_u64(term)?, lives: read_u64(lives)? })
+    }
+
+    fn encode(self) -> Vec<u8> {
+        [self.term.to_be_bytes(), self.lives.to_be_bytes()].concat()
+    }
+}
 
 /// Why a node cannot go on with its groups.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +169,7 @@ pub struct Groups<D> {
     wal: Wal<D>,
     engine: Arc<dyn Engine>,
     groups: BTreeMap<SplitId, Group>,
-    gone: BTreeMap<SplitId, u64>,
+    gone: BTreeMap<SplitId, Gone>,
     /// The last entry of each split in each segment of the log.
     segments: BTreeMap<u64, BTreeMap<SplitId, u64>>,
     syncs: u64,
@@ -164,11 +184,13 @@ impl<D: Disk> Groups<D> {
     /// When the log or the engine cannot be used.
     pub fn open(me: NodeId, first: &[NodeId], disk: D, engine: Arc<dyn Engine>) -> Result<Self, NodeError> {
         let (wal, records) = Wal::open(disk)?;
-        let gone = read_numbered(&*engine, GONE, |bytes| Ok(read_u64(bytes).unwrap_or(u64::MAX)))?;
+        let gone =
+            read_numbered(&*engine, GONE, |bytes| Gone::decode(bytes).ok_or(WireError::Field("gone split")))?;
         let mut checkpoints = read_numbered(&*engine, CHECKPOINTS, wire::decode_checkpoint)?;
         if checkpoints.is_empty() && gone.is_empty() && records.is_empty() && !first.is_empty() {
             let voters: Vec<u64> = first.iter().map(|node| node.0).collect();
             let checkpoint = Checkpoint {
+                life: 0,
                 index: FIRST_ENTRY.0,
                 index_term: FIRST_ENTRY.1,
                 conf: ConfState::from((voters, vec![])),
@@ -191,18 +213,23 @@ impl<D: Disk> Groups<D> {
         for (segment, record) in records {
             let record = wire::decode_record(&record)?;
             let split = SplitId(record.split);
-            note_segment(&mut segments, segment, &record);
             // A split that has left this node leaves its records behind.
-            if let (Some(log), Some(checkpoint)) = (logs.get_mut(&split), checkpoints.get(&split)) {
+            let (Some(log), Some(checkpoint)) = (logs.get_mut(&split), checkpoints.get(&split)) else {
+                continue;
+            };
+            if record.life == checkpoint.life {
+                note_segment(&mut segments, segment, &record);
                 remember(split, log, record, checkpoint)?;
+            } else if let Some(hard_state) = record.hard_state {
+                // Of a replica that was here before, only whom it has voted for still counts.
+                log.set_hard_state(HardState { commit: 0, ..hard_state });
             }
         }
         let mut groups = BTreeMap::new();
         for (split, mut log) in logs {
             log.clamp_commit();
             let checkpoint = checkpoints.remove(&split).unwrap_or_default();
-            let is_new = !gone.contains_key(&split);
-            let group = Group::new(me, split, log, checkpoint, Arc::clone(&engine), is_new)?;
+            let group = Group::new(me, split, log, checkpoint, Arc::clone(&engine))?;
             groups.insert(split, group);
         }
         Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0 })
@@ -262,7 +289,7 @@ impl<D: Disk> Groups<D> {
                 // must know without the others: nobody but it may be there to lead.
                 let nodes = |entry: &RaftEntry| entry.get_entry_type() != EntryType::EntryNormal;
                 must_write |= ready.must_sync() || ready.committed_entries().iter().any(nodes);
-                let records = records(*split, &mut ready, restart);
+                let records = records(*split, group.life, &mut ready, restart);
                 for record in &records {
                     note_segment(&mut self.segments, segment, record);
                     self.wal.gather(&wire::encode_record(record))?;
@@ -364,7 +391,7 @@ impl<D: Disk> Groups<D> {
 
     /// Whether the split is part of another, as far as this node knows: its number is never given again.
     pub fn is_absorbed(&self, split: SplitId) -> bool {
-        self.gone.get(&split).is_some_and(|term| *term == u64::MAX)
+        self.gone.get(&split).is_some_and(|gone| gone.term == u64::MAX)
     }
 
     /// One of the splits.
@@ -406,7 +433,7 @@ impl<D: Disk> Groups<D> {
     fn say_hard_states_again(&mut self) -> Result<(), NodeError> {
         for (split, group) in &self.groups {
             let hard_state = Some(group.raft.store().hard_state().clone());
-            let record = Record { split: split.0, hard_state, ..Record::default() };
+            let record = Record { split: split.0, life: group.life, hard_state, ..Record::default() };
             self.wal.gather(&wire::encode_record(&record))?;
         }
         Ok(())
@@ -415,25 +442,28 @@ impl<D: Disk> Groups<D> {
     /// Somebody speaks of a split that this node does not have: it was given a replica, which a snapshot will fill, or
     /// was to cut it off from another and is not so far yet.
     fn admit(&mut self, split: SplitId, message: &Message) -> Result<(), Dropped> {
-        let is_new = !self.gone.contains_key(&split);
+        let gone = self.gone.get(&split);
         let votes =
             matches!(message.get_msg_type(), MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
-        let wanted = leads(message) || (votes && is_new);
-        let late = self.gone.get(&split).is_some_and(|term| message.term < *term);
+        let wanted = leads(message) || (votes && gone.is_none());
+        let late = gone.is_some_and(|gone| message.term < gone.term);
         if !wanted || late || message.to != self.me.0 {
             return Err(Dropped::Unknown(split));
         }
         let nothing = Range::between(Bytes::new(), Some(Bytes::new())).ok();
-        let checkpoint =
-            Checkpoint { state: State { range: nothing, ..State::default() }, ..Checkpoint::default() };
+        let checkpoint = Checkpoint {
+            life: gone.map_or(0, |gone| gone.lives),
+            state: State { range: nothing, ..State::default() },
+            ..Checkpoint::default()
+        };
         let mut batch = Batch::default();
         batch.put(numbered(CHECKPOINTS, split), wire::encode_checkpoint(&checkpoint));
         let made = self.engine.write(batch).and_then(|()| self.engine.sync());
         let log = RaftLog::after(0, 0, ConfState::default());
         // A disk that fails here fails at the next turn too, which stops the node.
-        let group = made.ok().and_then(|()| {
-            Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine), is_new).ok()
-        });
+        let group = made
+            .ok()
+            .and_then(|()| Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine)).ok());
         self.groups.insert(split, group.ok_or(Dropped::Unknown(split))?);
         Ok(())
     }
@@ -508,16 +538,20 @@ impl<D: Disk> Groups<D> {
     fn destroy(&mut self, split: SplitId, term: u64) -> Result<(), NodeError> {
         let Some(group) = self.groups.remove(&split) else { return Ok(()) };
         let mut batch = Batch::default();
-        self.note_gone(split, term, &mut batch);
+        self.note_gone(&group, term, &mut batch);
         group.replica.erase(&mut batch).map_err(|error| NodeError::Replica(split, error))?;
         self.engine.write(batch)?;
         Ok(self.engine.sync()?)
     }
 
-    fn note_gone(&mut self, split: SplitId, term: u64, batch: &mut Batch) {
-        self.gone.insert(split, term);
-        batch.put(numbered(GONE, split), term.to_be_bytes().to_vec());
-        batch.delete(numbered(CHECKPOINTS, split));
+    fn note_gone(&mut self, group: &Group, term: u64, batch: &mut Batch) {
+        let gone = Gone { term, lives: group.life + 1 };
+        self.gone.insert(group.split, gone);
+        for splits in self.segments.values_mut() {
+            splits.remove(&group.split);
+        }
+        batch.put(numbered(GONE, group.split), gone.encode());
+        batch.delete(numbered(CHECKPOINTS, group.split));
     }
 
     fn divide(&mut self, split: SplitId, entry: &Entry, right: SplitId) -> Result<Applied, NodeError> {
@@ -537,6 +571,7 @@ impl<D: Disk> Groups<D> {
         };
         if !known {
             let checkpoint = Checkpoint {
+                life: 0,
                 index: FIRST_ENTRY.0,
                 index_term: FIRST_ENTRY.1,
                 conf: group.conf.clone(),
@@ -552,7 +587,7 @@ impl<D: Disk> Groups<D> {
             if let Some(met) = met.filter(|met| met.term > FIRST_ENTRY.1) {
                 log.set_hard_state(met);
             }
-            let group = Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine), true)?;
+            let group = Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine))?;
             self.groups.insert(right, group);
         } else {
             self.engine.write(batch)?;
@@ -589,8 +624,9 @@ impl<D: Disk> Groups<D> {
         };
         group.pop();
         if absorbs {
-            self.groups.remove(&right);
-            self.note_gone(right, u64::MAX, &mut batch);
+            if let Some(half) = self.groups.remove(&right) {
+                self.note_gone(&half, u64::MAX, &mut batch);
+            }
             group.save(&mut batch);
             self.engine.write(batch)?;
             self.engine.sync()?;
@@ -630,8 +666,8 @@ pub struct Group {
     stalled_ticks: u32,
     /// How often it has stalled as a leader.
     stalls: usize,
-    /// This node has never had another replica of the split, and so has never promised anything of it.
-    is_new: bool,
+    /// How many replicas of the split this node had before this one. What they promised it has forgotten.
+    life: u64,
     /// Ticks since each node was sent a snapshot that it has not answered to.
     snapshot_ticks: BTreeMap<u64, u32>,
 }
@@ -643,7 +679,6 @@ impl Group {
         log: RaftLog,
         checkpoint: Checkpoint,
         engine: Arc<dyn Engine>,
-        is_new: bool,
     ) -> Result<Self, NodeError> {
         // By the node's number: one whose disk was replaced has its own place again.
         let place = usize::try_from((me.0 & NUMBER_MASK) % ELECTION_PLACES).unwrap_or_default();
@@ -665,7 +700,7 @@ impl Group {
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let raft = RawNode::new(&config, log, &logger).map_err(|error| NodeError::Raft(split, error))?;
-        let Checkpoint { index, index_term, conf, conf_index, state } = checkpoint;
+        let Checkpoint { life, index, index_term, conf, conf_index, state } = checkpoint;
         let replica =
             Replica::restore(engine, split, state).map_err(|error| NodeError::Replica(split, error))?;
         Ok(Self {
@@ -684,7 +719,7 @@ impl Group {
             conf_index,
             stalled_ticks: 0,
             stalls: 0,
-            is_new,
+            life,
             snapshot_ticks: BTreeMap::new(),
         })
     }
@@ -926,7 +961,7 @@ impl Group {
         if !self.is_filled() {
             // Of a replica that was here before, the promises are forgotten.
             let vote =
-                !self.is_new && matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+                self.life > 0 && matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
             return if vote { Err(stranger) } else { Ok(self.raft.step(message)?) };
         }
         // Others may know of nodes that this replica has not heard of yet; its leader knows them all.
@@ -975,6 +1010,7 @@ impl Group {
             return Ok(None);
         }
         let Image { mut checkpoint, rows, outcomes, kept_since } = wire::decode_image(snapshot.data.clone())?;
+        checkpoint.life = self.life;
         checkpoint.index = index;
         checkpoint.index_term = term;
         let mut batch = Batch::default();
@@ -1157,6 +1193,7 @@ impl Group {
 
     fn as_checkpoint(&self) -> Checkpoint {
         Checkpoint {
+            life: self.life,
             index: self.applied.0,
             index_term: self.applied.1,
             conf: self.conf.clone(),
@@ -1227,14 +1264,6 @@ fn remember(
     record: Record,
     checkpoint: &Checkpoint,
 ) -> Result<(), NodeError> {
-    // A replica without a snapshot has nothing: the records are of one that was here before.
-    if checkpoint.index == 0 {
-        if let Some(hard_state) = record.hard_state {
-            log.set_hard_state(hard_state);
-        }
-        log.clamp_commit();
-        return Ok(());
-    }
     if record.restart.is_some() {
         log.restart(checkpoint.index, checkpoint.index_term, checkpoint.conf.clone());
     }
@@ -1254,13 +1283,14 @@ fn remember(
 }
 
 /// What a group wants remembered, in records that are small enough: a torn end of them was never acknowledged.
-fn records(split: SplitId, ready: &mut Ready, restart: Option<u64>) -> Vec<Record> {
+fn records(split: SplitId, life: u64, ready: &mut Ready, restart: Option<u64>) -> Vec<Record> {
     let mut records = Vec::new();
-    let mut last = Record { split: split.0, restart, ..Record::default() };
+    let empty = || Record { split: split.0, life, ..Record::default() };
+    let mut last = Record { restart, ..empty() };
     let mut bytes = 0;
     for entry in ready.take_entries() {
         if bytes + entry.data.len() > RECORD_BYTES && !last.entries.is_empty() {
-            records.push(std::mem::replace(&mut last, Record { split: split.0, ..Record::default() }));
+            records.push(std::mem::replace(&mut last, empty()));
             bytes = 0;
         }
         bytes += entry.data.len();
@@ -1306,4 +1336,57 @@ fn read_numbered<T>(
         }
     }
     Ok(numbered)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{engine::Memory, wal::Directory};
+
+    fn hard_state(term: u64, vote: u64, commit: u64) -> HardState {
+        let mut state = HardState::default();
+        (state.term, state.vote, state.commit) = (term, vote, commit);
+        state
+    }
+
+    /// A snapshot may be older than what the node had before it lost its replica.
+    #[test]
+    fn a_replica_takes_nothing_but_promises_from_one_that_was_here_before() {
+        let home = tempfile::tempdir().unwrap();
+        let engine = Arc::new(Memory::default());
+        let checkpoint = Checkpoint {
+            life: 1,
+            index: 18,
+            index_term: 4,
+            conf: ConfState::from((vec![1, 2, 3], vec![])),
+            conf_index: FIRST_ENTRY.0,
+            state: State { generation: 1, ..State::default() },
+        };
+        let mut batch = Batch::default();
+        batch.put(numbered(CHECKPOINTS, FIRST_SPLIT), wire::encode_checkpoint(&checkpoint));
+        batch.put(numbered(GONE, FIRST_SPLIT), Gone { term: 5, lives: 1 }.encode());
+        engine.write(batch).unwrap();
+
+        let (mut wal, _) = Wal::open(Directory::new(home.path()).unwrap()).unwrap();
+        let mut entry = RaftEntry::default();
+        (entry.index, entry.term) = (50, 5);
+        let before = Record {
+            split: FIRST_SPLIT.0,
+            life: 0,
+            hard_state: Some(hard_state(6, 2, 50)),
+            entries: vec![entry],
+            restart: Some(49),
+        };
+        wal.gather(&wire::encode_record(&before)).unwrap();
+        wal.commit().unwrap();
+
+        let groups = Groups::open(NodeId(1), &[], Directory::new(home.path()).unwrap(), engine).unwrap();
+        let group = groups.get(FIRST_SPLIT).unwrap();
+        assert_eq!(group.raft.store().last(), 18);
+        assert_eq!(group.raft.store().hard_state(), &hard_state(6, 2, 18));
+        assert!(
+            groups.segments.values().all(BTreeMap::is_empty),
+            "nothing of it keeps the log from being dropped"
+        );
+    }
 }

@@ -16,6 +16,8 @@ use crate::{
 /// Where a replica is in its log, and all of it that is not in the engine anyway.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Checkpoint {
+    /// How many replicas of the split the node had before this one, and lost. Not told to other nodes.
+    pub life: u64,
     /// The last entry that is applied.
     pub index: u64,
     /// Of which term that entry is.
@@ -117,6 +119,7 @@ impl From<&Checkpoint> for pb::Checkpoint {
             participants: splits.iter().map(|split| split.0).collect(),
         };
         Self {
+            life: checkpoint.life,
             index: checkpoint.index,
             index_term: checkpoint.index_term,
             conf: Some((&checkpoint.conf).into()),
@@ -145,6 +148,7 @@ impl TryFrom<pb::Checkpoint> for Checkpoint {
             Ok((txn(decision.txn)?, splits))
         };
         Ok(Self {
+            life: wire.life,
             index: wire.index,
             index_term: wire.index_term,
             conf: conf(wire.conf),
@@ -218,6 +222,7 @@ mod tests {
         let grant = Grant { holder, start: Timestamp(3), end: Timestamp(4) };
         let image = Image {
             checkpoint: Checkpoint {
+                life: 19,
                 index: 1,
                 index_term: 2,
                 conf: eraftpb::ConfState::from((vec![1, 2], vec![3])),

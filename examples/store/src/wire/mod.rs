@@ -41,6 +41,8 @@ pub enum WireError {
 pub struct Record {
     /// Whose.
     pub split: u64,
+    /// Of which of the node's replicas of the split: [`Checkpoint::life`].
+    pub life: u64,
     /// Term, vote and commit index, where they changed.
     pub hard_state: Option<eraftpb::HardState>,
     /// Entries, which take the place of all from the first of them on.
@@ -131,7 +133,8 @@ pub fn encode_record(record: &Record) -> Vec<u8> {
         commit: state.commit,
     });
     let entries = record.entries.iter().map(Into::into).collect();
-    pb::Record { split: record.split, hard_state, entries, restart: record.restart }.encode_to_vec()
+    pb::Record { split: record.split, life: record.life, hard_state, entries, restart: record.restart }
+        .encode_to_vec()
 }
 
 /// A record of its bytes.
@@ -146,7 +149,8 @@ pub fn decode_record(bytes: &[u8]) -> Result<Record, WireError> {
         (hard.term, hard.vote, hard.commit) = (state.term, state.vote, state.commit);
         hard
     });
-    Ok(Record { split: record.split, hard_state, entries: each(record.entries)?, restart: record.restart })
+    let entries = each(record.entries)?;
+    Ok(Record { split: record.split, life: record.life, hard_state, entries, restart: record.restart })
 }
 
 /// The bytes of a message between two nodes' halves of a split.
@@ -532,7 +536,13 @@ mod tests {
             prop_assert!(decode_message(encode_message(&wrong).into()).is_err(), "a term that nobody comes to");
             let mut hard = eraftpb::HardState::default();
             [hard.term, hard.vote, hard.commit, ..] = numbers;
-            let record = Record { split: numbers[7], hard_state: Some(hard), entries, restart: Some(numbers[6]) };
+            let record = Record {
+                split: numbers[7],
+                life: numbers[5],
+                hard_state: Some(hard),
+                entries,
+                restart: Some(numbers[6]),
+            };
             prop_assert_eq!(decode_record(&encode_record(&record)).unwrap(), record);
         }
     }

@@ -189,6 +189,8 @@ pub(in crate::wire) struct Record {
     pub(in crate::wire) entries: Vec<RaftEntry>,
     #[prost(uint64, optional, tag = "4")]
     pub(in crate::wire) restart: Option<u64>,
+    #[prost(uint64, tag = "5")]
+    pub(in crate::wire) life: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -245,6 +247,8 @@ pub(in crate::wire) struct Checkpoint {
     pub(in crate::wire) retired: Option<u64>,
     #[prost(uint64, repeated, tag = "15")]
     pub(in crate::wire) absorbed: Vec<u64>,
+    #[prost(uint64, tag = "16")]
+    pub(in crate::wire) life: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
