@@ -9,10 +9,16 @@ use std::{
 
 use rtime_clock::adjtime::{self, Timex};
 
+mod clock_bound;
+
+pub use clock_bound::{ClockBound, DEFAULT_PATH as CLOCK_BOUND_PATH};
+
 const NANOS_PER_MICRO: u64 = 1_000;
 
 /// `STA_UNSYNC` of `adjtimex(2)`: nobody disciplines the kernel's clock, so its error is unknown.
 const STATUS_UNSYNCHRONISED: i32 = 0x0040;
+/// `STA_NANO` of `adjtimex(2)`: the reading's fraction of a second is in nanoseconds.
+const STATUS_NANOSECONDS: i32 = 0x2000;
 
 /// Nanoseconds since the Unix epoch. Of a commit: its place in the one order of all transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,8 +95,11 @@ pub enum ClockError {
     /// `adjtimex` itself failed.
     #[error("the kernel does not tell its clock's error")]
     Kernel(#[source] std::io::Error),
-    /// The kernel's bound is wider than the store can work with.
-    #[error("the kernel's clock may be wrong by {0:?}, and every commit would wait twice as long")]
+    /// The clock-bound daemon has no bound to tell.
+    #[error("the clock-bound daemon does not vouch for this machine's clock: {0}")]
+    Untold(String),
+    /// The bound is wider than the store can work with.
+    #[error("the machine's clock may be wrong by {0:?}, and every commit would wait twice as long")]
     TooWide(Duration),
 }
 
@@ -149,12 +158,12 @@ impl TrueTime for Kernel {
     fn now(&self) -> Result<Interval, ClockError> {
         let mut timex = Timex::new();
         adjtime::adjtimex(&mut timex).map_err(|error| ClockError::Kernel(std::io::Error::other(error)))?;
-        let epsilon = kernel_error(timex.0.status, timex.0.maxerror)?;
+        let timex = timex.0;
+        let epsilon = kernel_error(timex.status, timex.maxerror)?;
         if epsilon > self.widest {
             return Err(ClockError::TooWide(epsilon));
         }
-        // The kernel widens `maxerror` by 500 ppm a second, which a reading right after it cannot outrun.
-        Fixed::new(epsilon).now()
+        Ok(Interval::around(kernel_reading(timex.status, timex.time.tv_sec, timex.time.tv_usec), epsilon))
     }
 }
 
@@ -164,6 +173,14 @@ fn kernel_error(status: i32, max_error_micros: i64) -> Result<Duration, ClockErr
     }
     let micros = u64::try_from(max_error_micros).map_err(|_| ClockError::Unsynchronised)?;
     Ok(Duration::from_nanos(micros.saturating_mul(NANOS_PER_MICRO)))
+}
+
+/// What the clock read when the kernel told its error: both are of one moment.
+fn kernel_reading(status: i32, seconds: i64, fraction: i64) -> Timestamp {
+    let unit = if status & STATUS_NANOSECONDS != 0 { 1 } else { NANOS_PER_MICRO };
+    let count = |count: i64| u64::try_from(count).unwrap_or_default();
+    let fraction = Duration::from_nanos(count(fraction).saturating_mul(unit));
+    Timestamp(nanos(Duration::from_secs(count(seconds)))).plus(fraction)
 }
 
 /// A clock that a test moves by hand, shared by all its clones.
@@ -227,10 +244,17 @@ mod tests {
     }
 
     #[test]
+    fn the_kernels_reading_is_in_the_unit_that_it_says() {
+        assert_eq!(kernel_reading(STATUS_NANOSECONDS, 2, 5), Timestamp(2_000_000_005));
+        assert_eq!(kernel_reading(0, 2, 5), Timestamp(2_000_005_000));
+        assert_eq!(kernel_reading(0, -1, 0), Timestamp::ZERO);
+    }
+
+    #[test]
     fn this_kernel_answers_with_a_bound_or_a_reason() {
         match Kernel::new(EPSILON).now() {
             Ok(now) => assert!(now.latest.0 - now.earliest.0 <= 2 * nanos(EPSILON)),
-            Err(ClockError::Unsynchronised | ClockError::TooWide(_) | ClockError::Kernel(_)) => {}
+            Err(why) => assert!(!matches!(why, ClockError::Untold(_))),
         }
     }
 

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use store::{
     serve,
-    truetime::{Fixed, Kernel, TrueTime},
+    truetime::{CLOCK_BOUND_PATH, ClockBound, Fixed, Kernel, TrueTime},
 };
 
 /// Above this every commit waits longer than anybody would call a store quick.
@@ -29,10 +29,14 @@ pub(crate) struct Args {
     /// The data directory; empty for a new node.
     #[arg(long, value_name = "DIR")]
     state: PathBuf,
-    /// By how much this machine's clock can be wrong, for which you vouch. Default: what the kernel vouches for, which
-    /// an NTP client must tell it.
+    /// By how much this machine's clock can be wrong, for which you vouch. Default: what the clock-bound daemon vouches
+    /// for, where there is one, or else the kernel, which an NTP client must tell it.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     epsilon: Option<Duration>,
+    /// Memory that the clock-bound daemon shares, to be asked and nothing else. Default: where the daemon has it, if it is
+    /// there when the node starts.
+    #[arg(long, value_name = "FILE", conflicts_with = "epsilon")]
+    clock_bound: Option<PathBuf>,
     /// How long old versions of rows are kept after they were overwritten or deleted: so far back snapshots can be asked
     /// for.
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
@@ -68,9 +72,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             "--epsilon {epsilon:?}: every commit would wait twice as long; {EPSILON_MAX:?} is the most"
         );
     }
-    let clock: Arc<dyn TrueTime> = match args.epsilon {
-        Some(epsilon) => Arc::new(Fixed::new(epsilon)),
-        None => Arc::new(Kernel::new(EPSILON_MAX)),
+    let shared = PathBuf::from(CLOCK_BOUND_PATH);
+    let daemon = args.clock_bound.or_else(|| shared.exists().then_some(shared));
+    let clock: Arc<dyn TrueTime> = match (args.epsilon, daemon) {
+        (Some(epsilon), _) => Arc::new(Fixed::new(epsilon)),
+        (None, Some(path)) => Arc::new(ClockBound::new(path, EPSILON_MAX)),
+        (None, None) => Arc::new(Kernel::new(EPSILON_MAX)),
     };
     let options = serve::Options {
         number: args.id,
