@@ -331,7 +331,7 @@ impl<D: Disk> Groups<D> {
     pub fn checkpoint(&mut self) -> Result<(), NodeError> {
         self.drop_absorbed()?;
         let mut batch = Batch::default();
-        for group in self.groups.values() {
+        for group in self.groups.values_mut() {
             group.save(&mut batch);
         }
         self.engine.write(batch)?;
@@ -1015,7 +1015,8 @@ impl Group {
         checkpoint.index_term = term;
         let mut batch = Batch::default();
         self.replica.erase(&mut batch).map_err(on)?;
-        Replica::fill(self.split, engine, &mut batch, &rows, &outcomes, kept_since);
+        let since = checkpoint.state.outcomes_since;
+        Replica::fill(self.split, engine, &mut batch, &rows, &outcomes, since, kept_since);
         batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&checkpoint));
         engine.write(batch)?;
         engine.sync()?;
@@ -1186,9 +1187,9 @@ impl Group {
         }
     }
 
-    fn save(&self, batch: &mut Batch) {
+    fn save(&mut self, batch: &mut Batch) {
         batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&self.as_checkpoint()));
-        self.replica.save_forgotten(batch);
+        self.replica.save_outcomes(batch);
     }
 
     fn as_checkpoint(&self) -> Checkpoint {
@@ -1205,7 +1206,6 @@ impl Group {
     /// The checkpoint is on disk: what stands before it is needed for followers a little behind at most.
     fn saved(&mut self) {
         self.checkpoint_index = self.applied.0;
-        self.replica.saved_forgotten();
         let log = self.raft.mut_store();
         log.forget(self.applied.0.saturating_sub(TAIL_ENTRIES));
         log.forget_over(self.applied.0, TAIL_BYTES_MAX);

@@ -15,6 +15,7 @@
 
 mod coordinator;
 mod leader;
+mod outcomes;
 mod replica;
 
 use bytes::Bytes;

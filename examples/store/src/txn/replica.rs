@@ -1,12 +1,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::ControlFlow,
     sync::Arc,
 };
 
 use bytes::Bytes;
 
-use super::{Command, Entry, Outcome, SplitId, TxnId, spans_of};
+use super::{Command, Entry, Outcome, SplitId, TxnId, outcomes::Outcomes, spans_of};
 use crate::{
     engine::{Batch, Engine, EngineError},
     keys::{Key, Range},
@@ -17,8 +16,6 @@ use crate::{
     truetime::Timestamp,
 };
 
-/// In the engine, what begins with this says how attempts ended: split, attempt.
-const OUTCOMES: u8 = b'o';
 /// In the engine, the earliest snapshot that is whole: split.
 const KEPT: u8 = b'k';
 /// The first term that a split which was cut off can be led in.
@@ -96,7 +93,7 @@ pub enum ReplicaError {
     Rows(#[from] MvccError),
 }
 
-/// All of a replica but its rows and outcomes, which the engine has: what a checkpoint holds.
+/// All of a replica but its rows and outcomes: what a checkpoint holds beside these.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// What the split holds.
@@ -125,9 +122,8 @@ pub struct State {
 
 /// The replicated state of one split: a function of its log.
 ///
-/// Rows and outcomes are in the engine as soon as an entry is applied; all else is when a checkpoint is made. After a
-/// crash the log is applied again from the checkpoint on, over rows that may be later already: writing a version again
-/// changes nothing, and an outcome that is there already is the one that the log leads to.
+/// Rows are in the engine as soon as an entry is applied; all else is when a checkpoint is made. After a crash the log is
+/// applied again from the checkpoint on, over rows that may be later already: writing a version again changes nothing.
 #[derive(Clone)]
 pub struct Replica {
     split: SplitId,
@@ -138,11 +134,7 @@ pub struct Replica {
     pub(crate) safe: SafeTime,
     pub(crate) lease: Lease,
     pub(crate) prepared: BTreeMap<TxnId, Prepared>,
-    outcomes: BTreeMap<TxnId, Outcome>,
-    /// Outcomes that the engine has until the next checkpoint. Without them, what was aborted before the last one could
-    /// happen when the log is applied again from there on.
-    forgotten: Vec<TxnId>,
-    outcomes_since: Timestamp,
+    outcomes: Outcomes,
     unsettled: BTreeMap<TxnId, Vec<SplitId>>,
     pub(crate) newest: Timestamp,
     pub(crate) term: u64,
@@ -174,9 +166,7 @@ impl Replica {
             safe,
             lease: state.lease,
             prepared: state.prepared,
-            outcomes: read_outcomes(&*engine, split)?,
-            forgotten: Vec::new(),
-            outcomes_since: state.outcomes_since,
+            outcomes: Outcomes::read(&*engine, split, state.outcomes_since)?,
             unsettled: state.unsettled,
             newest: state.newest,
             term: state.term,
@@ -200,7 +190,7 @@ impl Replica {
             unsettled: self.unsettled.clone(),
             newest: self.newest,
             term: self.term,
-            outcomes_since: self.outcomes_since,
+            outcomes_since: self.outcomes.since(),
             retired: self.retired,
             absorbed: self.absorbed.clone(),
         }
@@ -305,9 +295,7 @@ impl Replica {
             safe: self.safe.clone(),
             lease: self.lease.inherited(Tenure { node: *leader, term }, FIRST_TERM),
             prepared: BTreeMap::new(),
-            outcomes: BTreeMap::new(),
-            forgotten: Vec::new(),
-            outcomes_since: self.outcomes_since,
+            outcomes: Outcomes::default(),
             unsettled: BTreeMap::new(),
             newest: self.newest,
             term: 0,
@@ -316,6 +304,7 @@ impl Replica {
             size: (0, 0),
         };
         half.take_from(self, half_batch)?;
+        half.save_outcomes(half_batch);
         self.rows.clear(batch, &half.range)?;
         self.range = left_range;
         Ok(Some(half))
@@ -361,22 +350,25 @@ impl Replica {
         self.absorbed.contains(&split)
     }
 
-    /// Puts rows and outcomes of a split into the engine, for [`Replica::restore`].
+    /// Puts rows and outcomes of a split into the engine, for [`Replica::restore`] with the checkpoint that is written
+    /// together with them.
     pub(crate) fn fill(
         split: SplitId,
         engine: &Arc<dyn Engine>,
         batch: &mut Batch,
         versions: &[(Key, Version)],
         outcomes: &[(TxnId, Outcome)],
+        outcomes_since: Timestamp,
         kept_since: Timestamp,
     ) {
         let rows = Mvcc::new(Arc::clone(engine), split, kept_since);
         for (key, version) in versions {
             rows.put_version(batch, key, version);
         }
-        for (txn, outcome) in outcomes {
-            put_outcome(batch, split, *txn, *outcome);
-        }
+        let mut kept = Outcomes::default();
+        outcomes.iter().for_each(|(txn, outcome)| kept.note(*txn, *outcome));
+        kept.keep_since(outcomes_since);
+        kept.save(split, batch);
         batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
     }
 
@@ -387,10 +379,7 @@ impl Replica {
     /// When the engine fails.
     pub fn erase(&self, batch: &mut Batch) -> Result<(), ReplicaError> {
         self.rows.clear(batch, &Range::all())?;
-        for txn in self.outcomes.keys() {
-            batch.delete(outcome_key(self.split, *txn));
-        }
-        self.save_forgotten(batch);
+        self.outcomes.erase(self.split, batch);
         batch.delete(kept_key(self.split));
         Ok(())
     }
@@ -405,28 +394,21 @@ impl Replica {
         Ok(())
     }
 
-    /// Removes outcomes that were forgotten, for a checkpoint that is written together with it.
-    pub(crate) fn save_forgotten(&self, batch: &mut Batch) {
-        for txn in &self.forgotten {
-            batch.delete(outcome_key(self.split, *txn));
-        }
-    }
-
-    /// The checkpoint is written.
-    pub(crate) fn saved_forgotten(&mut self) {
-        self.forgotten.clear();
+    /// Puts into `batch` what outcomes there are since the last checkpoint, for the one that is written together with it.
+    pub(crate) fn save_outcomes(&mut self, batch: &mut Batch) {
+        self.outcomes.save(self.split, batch);
     }
 
     /// How `txn` ended. `None` is "not yet", so far as this replica has applied the log.
     pub fn outcome(&self, txn: TxnId) -> Option<Outcome> {
         // What began before everything kept may have an outcome that is forgotten; nobody can begin it again.
-        let forgotten = txn.started < self.outcomes_since && !self.prepared.contains_key(&txn);
-        self.outcomes.get(&txn).copied().or_else(|| forgotten.then_some(Outcome::Aborted))
+        let forgotten = txn.started < self.outcomes.since() && !self.prepared.contains_key(&txn);
+        self.outcomes.get(txn).or_else(|| forgotten.then_some(Outcome::Aborted))
     }
 
     /// All outcomes that are kept.
     pub fn outcomes(&self) -> impl Iterator<Item = (TxnId, Outcome)> {
-        self.outcomes.iter().map(|(txn, outcome)| (*txn, *outcome))
+        self.outcomes.iter()
     }
 
     /// Its number.
@@ -534,7 +516,7 @@ impl Replica {
             return Err(ReplicaError::Closed { at, closed });
         }
         self.write(batch, writes, at);
-        Ok(self.end(batch, txn, Outcome::Committed(at)))
+        Ok(self.end(txn, Outcome::Committed(at)))
     }
 
     fn prepare(
@@ -561,9 +543,6 @@ impl Replica {
 
     fn resolve(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) -> Result<Applied, ReplicaError> {
         if let Some(outcome) = self.outcome(txn) {
-            // When the log is applied again, the promise may be older than the engine's outcome.
-            self.prepared.remove(&txn);
-            self.safe.resolve(txn);
             return Ok(self.again(txn, outcome));
         }
         let promised = self.prepared.remove(&txn);
@@ -573,7 +552,7 @@ impl Replica {
             self.write(batch, &promised.writes, at);
         }
         self.safe.resolve(txn);
-        Ok(self.end(batch, txn, outcome))
+        Ok(self.end(txn, outcome))
     }
 
     fn collect(
@@ -584,18 +563,8 @@ impl Replica {
     ) -> Result<Applied, ReplicaError> {
         self.rows.collect(batch, horizon)?;
         batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
-        self.outcomes_since = self.outcomes_since.max(outcomes);
-        let since = self.outcomes_since;
-        let gone: Vec<_> = self
-            .outcomes
-            .keys()
-            .filter(|txn| txn.started < since && !self.unsettled.contains_key(txn))
-            .copied()
-            .collect();
-        for txn in &gone {
-            self.outcomes.remove(txn);
-        }
-        self.forgotten.extend(gone);
+        self.outcomes.keep_since(outcomes);
+        self.outcomes.forget(|txn| self.unsettled.contains_key(&txn));
         Ok(Applied::Collected)
     }
 
@@ -618,14 +587,9 @@ impl Replica {
         }
     }
 
-    fn end(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) -> Applied {
-        self.note(batch, txn, outcome);
+    fn end(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
+        self.outcomes.note(txn, outcome);
         self.again(txn, outcome)
-    }
-
-    fn note(&mut self, batch: &mut Batch, txn: TxnId, outcome: Outcome) {
-        self.outcomes.insert(txn, outcome);
-        put_outcome(batch, self.split, txn, outcome);
     }
 
     fn again(&mut self, txn: TxnId, outcome: Outcome) -> Applied {
@@ -641,13 +605,14 @@ impl Replica {
         let rows = self.rows.clone();
         other.rows.versions(&range, &mut |key, version| rows.put_version(batch, &key, &version))?;
         for (txn, outcome) in other.outcomes() {
-            if self.outcome(txn).is_none() {
-                self.note(batch, txn, outcome);
+            // What is promised here has not happened here: the entry that says how it ended is still to come.
+            if self.outcome(txn).is_none() && !self.prepared.contains_key(&txn) {
+                self.outcomes.note(txn, outcome);
             }
         }
         self.rows.keep_since(other.rows.kept_since());
         batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
-        self.outcomes_since = self.outcomes_since.max(other.outcomes_since);
+        self.outcomes.keep_since(other.outcomes.since());
         self.newest = self.newest.max(other.newest);
         Ok(())
     }
@@ -675,42 +640,6 @@ fn prefix(kind: u8, split: SplitId) -> Vec<u8> {
 
 fn kept_key(split: SplitId) -> Vec<u8> {
     prefix(KEPT, split)
-}
-
-fn outcome_key(split: SplitId, txn: TxnId) -> Vec<u8> {
-    let mut key = prefix(OUTCOMES, split);
-    key.extend_from_slice(&txn.started.0.to_be_bytes());
-    key.extend_from_slice(&txn.random.to_be_bytes());
-    key
-}
-
-fn put_outcome(batch: &mut Batch, split: SplitId, txn: TxnId, outcome: Outcome) {
-    let at = match outcome {
-        Outcome::Committed(at) => at.0,
-        Outcome::Aborted => 0,
-    };
-    batch.put(outcome_key(split, txn), at.to_be_bytes().to_vec());
-}
-
-fn read_outcomes(engine: &dyn Engine, split: SplitId) -> Result<BTreeMap<TxnId, Outcome>, EngineError> {
-    let from = prefix(OUTCOMES, split);
-    let mut to = from.clone();
-    to.extend_from_slice(&[u8::MAX; 17]);
-    let mut outcomes = BTreeMap::new();
-    engine.walk(&from, &to, &mut |key, value| {
-        let (txn, at) = (key.get(from.len()..).and_then(read_txn), read_u64(value));
-        if let (Some(txn), Some(at)) = (txn, at) {
-            let outcome = if at == 0 { Outcome::Aborted } else { Outcome::Committed(Timestamp(at)) };
-            outcomes.insert(txn, outcome);
-        }
-        ControlFlow::Continue(())
-    })?;
-    Ok(outcomes)
-}
-
-fn read_txn(bytes: &[u8]) -> Option<TxnId> {
-    let (started, random) = bytes.split_first_chunk::<8>()?;
-    Some(TxnId { started: Timestamp(u64::from_be_bytes(*started)), random: read_u64(random)? })
 }
 
 fn read_u64(bytes: &[u8]) -> Option<u64> {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::*;
 use crate::{
-    engine::{Batch, Memory},
+    engine::{Batch, Engine, Memory},
     keys::Key,
     lease::NodeId,
     locks::{Age, Changes},
@@ -293,7 +293,7 @@ fn a_log_that_contradicts_itself_stops_the_replica() {
 #[test]
 fn a_coordinator_decides_at_or_after_every_promise_and_the_arrival() {
     let arrival = at(1_000);
-    let mut votes = Coordinator::new([SplitId(2), SplitId(3)], arrival);
+    let mut votes = Coordinator::new([SplitId(2), SplitId(3)], arrival.latest);
     assert_eq!(votes.prepared(SplitId(2), Timestamp(5)), Verdict::Pending);
     assert_eq!(votes.prepared(SplitId(2), Timestamp::MAX), Verdict::Pending);
     assert_eq!(votes.missing().collect::<Vec<_>>(), [SplitId(3)]);
@@ -304,7 +304,7 @@ fn a_coordinator_decides_at_or_after_every_promise_and_the_arrival() {
 }
 
 fn restored(replica: &Replica, engine: &Arc<Memory>) -> Replica {
-    let engine: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(engine);
+    let engine: Arc<dyn Engine> = Arc::<Memory>::clone(engine);
     Replica::restore(engine, replica.split(), replica.state()).unwrap()
 }
 
@@ -345,7 +345,7 @@ fn a_log_applied_again_over_later_rows_leads_to_the_same() {
     let Split { leader, replica } = &mut split;
     let collect = leader.collect(replica, at(1_120).earliest, at(500).earliest, at(1_170)).unwrap();
     note(&mut split, collect);
-    let engine_dyn: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(&engine);
+    let engine_dyn: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
     let mut again = Replica::restore(engine_dyn, SplitId(1), before).unwrap();
     for entry in log {
         again.apply(entry, 1).unwrap();
@@ -374,7 +374,7 @@ fn a_split_leaves_each_half_its_rows_and_both_the_outcomes() {
     let (mut batch, mut half) = (Batch::default(), Batch::default());
     let engine = Arc::new(Memory::default());
     let right = split.replica.divide(&entry, 1, &mut batch, &mut half).unwrap().unwrap();
-    let written: Arc<dyn crate::engine::Engine> = Arc::<Memory>::clone(&engine);
+    let written: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
     written.write(half).unwrap();
     let right = Replica::restore(written, SplitId(2), right.state()).unwrap();
     assert!(!split.replica.range().contains(&key("m")) && right.range().contains(&key("m")));
@@ -430,13 +430,16 @@ fn a_request_that_comes_after_its_transaction_was_wounded_does_not_revive_it() {
 
 #[test]
 fn what_was_aborted_and_forgotten_does_not_happen_when_the_log_is_applied_again() {
-    let engine = Arc::new(Memory::default());
-    let replica = Replica::restore(Arc::clone(&engine) as _, SplitId(1), State::default()).unwrap();
+    let engine: Arc<dyn Engine> = Arc::new(Memory::default());
+    let replica = Replica::restore(Arc::clone(&engine), SplitId(1), State::default()).unwrap();
     let mut split = Split { replica, leader: Leader::new(ME, 1) };
     split.lead(1, at(1_000));
     let txn = attempt(1).txn;
     split.resolve(1, Outcome::Aborted, at(1_100));
     let saved = split.replica.state();
+    let mut checkpoint = Batch::default();
+    split.replica.save_outcomes(&mut checkpoint);
+    engine.write(checkpoint).unwrap();
     let commit = || Entry {
         term: 1,
         closed: at(1_100).latest,
@@ -475,4 +478,27 @@ fn a_split_takes_in_only_what_begins_where_it_ends() {
     let mut middle = middle;
     assert_eq!(middle.absorb(&absorb, 1, &right, &mut batch), Ok(true));
     assert_eq!(middle.range().end(), None);
+}
+
+/// What the right half has heard of a transaction, the left half may have promised and not heard yet.
+#[test]
+fn a_promise_is_kept_by_a_split_that_takes_in_one_that_kept_it_already() {
+    let mut left = Split::new();
+    let entry = |closed, command| Entry { term: 1, closed, command };
+    let cut = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
+    let cut = entry(left.replica.safe_time().closed(), cut);
+    let (mut batch, mut half) = (Batch::default(), Batch::default());
+    let mut right = left.replica.divide(&cut, 1, &mut batch, &mut half).unwrap().unwrap();
+
+    let promised = left.prepare(1, write("a", "1"), at(1_100));
+    let txn = attempt(1).txn;
+    let theirs = Prepared { writes: write("z", "1"), ..left.replica.promise(txn).unwrap().clone() };
+    right.apply(entry(promised, Command::Prepare { txn, prepared: theirs }), 1).unwrap();
+    let resolve = entry(promised, Command::Resolve { txn, outcome: Outcome::Committed(promised) });
+    right.apply(resolve.clone(), 1).unwrap();
+
+    let absorb = entry(promised, Command::Absorb { right: SplitId(2), end: None });
+    assert_eq!(left.replica.absorb(&absorb, 1, &right, &mut batch), Ok(true));
+    left.log(resolve);
+    assert!(left.replica.rows().newest(&key("a")).unwrap().is_some());
 }
