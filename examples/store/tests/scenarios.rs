@@ -339,7 +339,8 @@ fn commit(attempt: Attempt, held: &[Held], writes: &[(&str, &str)]) -> Request {
         key: key(row),
         value: Some(Bytes::copy_from_slice(value.as_bytes())),
     };
-    Request::Commit { attempt, held: held.to_vec(), writes: writes.iter().map(write).collect() }
+    let (held, writes) = (held.to_vec(), writes.iter().map(write).collect());
+    Request::Commit { attempt, held, writes, arrived: Timestamp::MAX }
 }
 
 fn cut_off(at: usize) -> Loss {
@@ -803,7 +804,8 @@ fn a_turn_with_more_than_a_record_takes_is_written_as_several() {
             let write =
                 |row: u64| Mutation { key: key(&format!("{number}-{row}")), value: Some(value.clone()) };
             let writes = (0..8).map(write).collect();
-            cluster.ask(leader, Request::Commit { attempt, held: vec![], writes })
+            let arrived = Timestamp::MAX;
+            cluster.ask(leader, Request::Commit { attempt, held: vec![], writes, arrived })
         })
         .collect();
     for token in asked {

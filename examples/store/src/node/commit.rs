@@ -29,6 +29,14 @@ const DOUBT_TICKS: u64 = 20;
 /// A promise this old has a coordinator that died, or a decision that was lost.
 const DOUBT_AFTER: Duration = Duration::from_millis(500);
 
+/// Who asks for a commit, and `TT.latest` of when it came.
+#[derive(Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) token: u64,
+    pub(super) attempt: Attempt,
+    pub(super) arrived: Timestamp,
+}
+
 /// A commit that this node coordinates. What it knows is lost with it; what counts is in the logs.
 pub(super) struct Committing {
     /// Who waits for the end: a client may ask twice.
@@ -72,27 +80,21 @@ pub(super) struct Promise {
 }
 
 impl<D: Disk> Node<D> {
-    pub(super) fn commit(
-        &mut self,
-        token: u64,
-        attempt: Attempt,
-        held: &[Held],
-        writes: Vec<Mutation>,
-        now: Interval,
-    ) {
+    pub(super) fn commit(&mut self, asked: Asked, held: &[Held], writes: Vec<Mutation>, now: Interval) {
+        let Asked { token, arrived, .. } = asked;
         let first = match writes.first() {
             Some(write) => self.split_of(&write.key),
             None => held.first().map(|held| held.split).ok_or(Refused::Ended),
         };
         match first {
             Ok(split) => {
-                if let Err(refused) = self.begin_commit(token, split, attempt, held, writes, now) {
+                if let Err(refused) = self.begin_commit(asked, split, held, writes, now) {
                     self.answer(token, Err(refused));
                 }
             }
             // A transaction that neither read nor wrote is over as soon as its time has passed.
             Err(Refused::Ended) => {
-                self.after(now.latest, Due::Answer(token, Ok(Answer::Committed { at: now.latest })));
+                self.after(arrived, Due::Answer(token, Ok(Answer::Committed { at: arrived })));
             }
             Err(refused) => self.answer(token, Err(refused)),
         }
@@ -100,13 +102,13 @@ impl<D: Disk> Node<D> {
 
     fn begin_commit(
         &mut self,
-        token: u64,
+        asked: Asked,
         split: SplitId,
-        attempt: Attempt,
         held: &[Held],
         writes: Vec<Mutation>,
         now: Interval,
     ) -> Result<(), Refused> {
+        let Asked { token, attempt, arrived } = asked;
         let txn = attempt.txn;
         if let Some(under_way) = self.commits.get_mut(&txn) {
             under_way.tokens.push(token);
@@ -155,7 +157,7 @@ impl<D: Disk> Node<D> {
             split,
             term,
             writes: own,
-            votes: Coordinator::new(parts.keys().copied(), now),
+            votes: Coordinator::new(parts.keys().copied(), arrived),
             parts,
             stage: Stage::Locking,
             until: now.latest.plus(DECIDE_WITHIN),

@@ -35,7 +35,7 @@ use crate::{
     wire::{self, PeerMessage, Route},
 };
 use change::Changing;
-use commit::Committing;
+use commit::{Asked, Committing};
 use locked::LockWait;
 use routes::Routes;
 use snapshot::Pending;
@@ -225,7 +225,10 @@ impl<D: Disk> Node<D> {
             Request::Scan { attempt, held, range, limit } => {
                 self.scan(token, attempt, held, range, limit, now);
             }
-            Request::Commit { attempt, held, writes } => self.commit(token, attempt, &held, writes, now),
+            Request::Commit { attempt, held, writes, arrived } => {
+                let asked = Asked { token, attempt, arrived: arrived.min(now.latest) };
+                self.commit(asked, &held, writes, now);
+            }
             Request::Rollback { txn } => self.rollback(token, txn, now),
             Request::SnapshotRead { keys, moment } => self.snapshot_read(token, keys, moment, now),
             Request::SnapshotScan { range, moment, limit } => {

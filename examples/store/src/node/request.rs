@@ -63,6 +63,9 @@ pub enum Request {
         held: Vec<Held>,
         /// What is written. The first row's split coordinates.
         writes: Vec<Mutation>,
+        /// `TT.latest` at this node when the request came: its timestamp must not be before that, and while it waits to
+        /// be taken, this time passes already. [`Timestamp::MAX`]: it has not waited.
+        arrived: Timestamp,
     },
     /// The end of a transaction without a trace. Answered by [`Answer::Done`].
     Rollback {

@@ -111,13 +111,14 @@ impl proto::store_server::Store for Api {
         &self,
         request: Request<proto::CommitRequest>,
     ) -> Result<Response<proto::CommitResponse>, Status> {
+        let arrived = self.shared.clock.now().map_err(|error| self.no_clock(&error))?.latest;
         let proto::CommitRequest { transaction, mutations } = request.into_inner();
         let (_, attempt, held) = self.attempt(transaction)?;
         if mutations.is_empty() && held.is_empty() {
             return Err(refusal(Reason::Malformed, "the transaction neither reads nor writes"));
         }
         let writes = self.writes(mutations).await?;
-        let answer = self.ask(Ask::Commit { attempt, held, writes }).await?;
+        let answer = self.ask(Ask::Commit { attempt, held, writes, arrived }).await?;
         let Answer::Committed { at } = answer else { return Err(mismatch()) };
         Ok(Response::new(proto::CommitResponse { commit_timestamp: at.0 }))
     }
@@ -386,7 +387,8 @@ impl Api {
         let new = table.to_proto();
         let Some(declared) = rows.into_iter().next().and_then(|row| row.value) else {
             let write = Mutation { key: key.clone(), value: Some(new.encode_to_vec().into()) };
-            return self.ask(Ask::Commit { attempt, held, writes: vec![write] }).await.map(drop);
+            let commit = Ask::Commit { attempt, held, writes: vec![write], arrived: Timestamp::MAX };
+            return self.ask(commit).await.map(drop);
         };
         if proto::CreateTableRequest::decode(declared).is_ok_and(|declared| declared == new) {
             return self.ask(Ask::Rollback { txn: attempt.txn }).await.map(drop);

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::SplitId;
-use crate::truetime::{Interval, Timestamp};
+use crate::truetime::Timestamp;
 
 /// What the coordinator does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +24,9 @@ pub struct Coordinator {
 
 impl Coordinator {
     /// Waits for `participants`, the coordinator's own split not among them, in a commit that arrived at `arrival`.
-    pub fn new(participants: impl IntoIterator<Item = SplitId>, arrival: Interval) -> Self {
-        // At or after TT.latest of the arrival: no transaction that was over by then can have a later timestamp.
-        Self { missing: participants.into_iter().collect(), floor: arrival.latest, refused: false }
+    /// `arrival` is `TT.latest` of then: no transaction that was over by then can have a later timestamp.
+    pub fn new(participants: impl IntoIterator<Item = SplitId>, arrival: Timestamp) -> Self {
+        Self { missing: participants.into_iter().collect(), floor: arrival, refused: false }
     }
 
     /// `split` has logged its promise at `at`.

@@ -267,7 +267,10 @@ impl Client {
             (world.leader(key), Request::Read { attempt, held, keys: vec![key.clone()] })
         } else {
             let writes = txn.writes.clone();
-            (world.leader(&writes[0].key), Request::Commit { attempt, held, writes })
+            let to = world.leader(&writes[0].key);
+            // What the request waits for on its way, it could be waiting for at the node as well.
+            let arrived = world.now(to).latest;
+            (to, Request::Commit { attempt, held, writes, arrived })
         };
         let token = world.ask(to, request);
         self.asked = Some((token, world.truth));
