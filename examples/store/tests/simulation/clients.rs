@@ -233,7 +233,14 @@ impl Client {
             }
             1 | 2 => {
                 transaction.work = Work::Blind;
-                let rows = BTreeSet::from([world.rng.below(ROWS), world.rng.below(ROWS)]);
+                // In any order, since the first one's split decides: and of as many splits as there are in the table.
+                let mut rows = Vec::new();
+                for _ in 0..2 + world.rng.below(3) {
+                    let row = world.rng.below(ROWS);
+                    if !rows.contains(&row) {
+                        rows.push(row);
+                    }
+                }
                 let value = Some(Bytes::from(format!("0:{}", txn.random)));
                 let write = |row| Mutation { key: key(BLIND, row), value: value.clone() };
                 transaction.writes.extend(rows.into_iter().map(write));
