@@ -13,6 +13,7 @@ mod decide;
 mod engine;
 mod explain;
 mod filter;
+mod forms;
 mod in_force;
 mod judge;
 mod load;

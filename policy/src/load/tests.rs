@@ -47,9 +47,8 @@ pub(crate) fn unvalidated(schema: &str, policies: &str) -> Shared {
     let file = TextFile { path: path.into(), name: "shop.cedar".into(), text: policies.into() };
     let entries = parse_policies(&file, &trust_domain, &mut problems);
     assert_eq!(entries.len(), policies.matches("@id(").count(), "{problems}\n{policies}");
-    let set = PolicySet::from_policies(entries.iter().map(|entry| entry.policy.clone())).unwrap();
     let version = PolicyVersion::of([("", policies)]);
-    assemble("shop", &trust_domain, &version, schema, Map::default(), (set, entries))
+    assemble("shop", &trust_domain, &version, schema, Map::default(), entries)
 }
 
 /// The problems as text, file names below the directory.
