@@ -13,6 +13,7 @@ use crate::in_force::Withheld;
 use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
+use crate::openapi::{Compared, UnmappedOperation};
 use crate::record::{DecisionRecord, Mode, PolicyEffect, RecordedObject, RecordedUser, Rule, cut};
 use crate::request::{AttributeSource, Mapped, Refusal};
 use crate::routes::RouteTable;
@@ -66,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) mapping: Mapping,
     /// Methods of the service's `.proto` files that no route means.
     pub(crate) unmapped: Vec<String>,
+    /// Its OpenAPI description beside its map.
+    pub(crate) described: Compared,
     /// In the order of the files.
     pub(crate) entries: Box<[PolicyEntry]>,
     pub(crate) forms: Forms,
@@ -196,6 +199,16 @@ impl ServicePolicy {
     /// The gRPC methods that the service's `.proto` files have and its map does not, which are denied to everybody.
     pub fn unmapped_methods(&self) -> &[String] {
         &self.shared.unmapped
+    }
+
+    /// The operations that the service's OpenAPI description has and its map does not.
+    pub fn unmapped_operations(&self) -> &[UnmappedOperation] {
+        &self.shared.described.unmapped
+    }
+
+    /// The templates of the routes that the service's OpenAPI description, if it has one, lacks.
+    pub fn undescribed_routes(&self) -> &[String] {
+        &self.shared.described.undescribed
     }
 
     /// What a workload may do, by the policies' scopes: a line for each action and kind of object that a permit

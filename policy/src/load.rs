@@ -13,7 +13,8 @@ use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
 use crate::forms::{Forms, PolicyText};
-use crate::map::{self, Beside, Map};
+use crate::map::{self, Beside, Map, Mapping};
+use crate::openapi::{self, Compared};
 use crate::problem::{Problem, Problems};
 use crate::proto;
 use crate::record::{PolicyEffect, Rule};
@@ -147,7 +148,9 @@ impl Policies {
 pub fn slices(files: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let mut slices: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
     for (name, content) in files {
-        if let [SERVICES, service, _] = name.split('/').collect::<Vec<_>>()[..] {
+        if let [SERVICES, service, file] = name.split('/').collect::<Vec<_>>()[..]
+            && !openapi::NAMES.contains(&file)
+        {
             slices.entry(service.to_owned()).or_default().insert(name.clone(), content.clone());
         }
     }
@@ -183,6 +186,8 @@ struct ServiceFiles {
     relations: Option<TextFile>,
     /// What gRPC messages are.
     protos: Vec<TextFile>,
+    /// Which routes it says there are.
+    openapi: Option<TextFile>,
 }
 
 struct Files {
@@ -330,7 +335,7 @@ fn is_service_name(name: &str) -> bool {
 
 fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
     let (mut schemas, mut maps, mut policies, mut protos) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut relations = None;
+    let (mut relations, mut openapi) = (None, Vec::new());
     for entry in tree.entries(&service.path, problems) {
         let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match (entry.is_dir, extension) {
@@ -340,9 +345,12 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
             (true, _) if entry.name == TESTS => {}
             (false, _) if entry.name == MAP => maps.push(tree.read(&entry.path, problems)),
             (false, _) if entry.name == RELATIONS => relations = Some(tree.read(&entry.path, problems)),
+            (false, _) if openapi::NAMES.contains(&entry.name.as_str()) => {
+                openapi.push(tree.read(&entry.path, problems));
+            }
             _ => problems.push(
                 Problem::file(&entry.path, "not a file of a service that this version knows").hint(format!(
-                    "known are *.cedarschema, *.cedar, *.proto, {MAP}, {RELATIONS} and {TESTS}/"
+                    "known are *.cedarschema, *.cedar, *.proto, {MAP}, {RELATIONS}, openapi.yaml and {TESTS}/"
                 )),
             ),
         }
@@ -359,6 +367,9 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
     if policies.is_empty() {
         missing(&format!("policies ({}.cedar)", service.name));
     }
+    if let [_, other, ..] = openapi.as_slice() {
+        problems.push(Problem::file(&other.path, "the service has another OpenAPI description beside it"));
+    }
     if schemas.len() > 1 {
         problems
             .push(Problem::file(&service.path, format!("the service {} has several schemas", service.name)));
@@ -370,6 +381,7 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
         policies,
         relations,
         protos,
+        openapi: openapi.pop(),
     })
 }
 
@@ -409,10 +421,29 @@ fn load_service(
     let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
     let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
+    let described =
+        files.openapi.as_ref().and_then(|file| described(file, &map, problems)).unwrap_or_default();
     let (mode, audit_until, max_age) = (map.mode, map.audit_until, map.max_age);
     let shared = assemble(&files.name, trust_domain, version, schema, map, policies);
-    let shared = Shared { unmapped, ..shared };
+    let shared = Shared { unmapped, described, ..shared };
     Some((namespace, ServicePolicy::new(shared, mode, audit_until, max_age)))
+}
+
+/// The service's OpenAPI description, held against its map.
+fn described(file: &TextFile, map: &Map, problems: &mut Problems) -> Option<Compared> {
+    if map.mapping != Mapping::Routes {
+        let problem =
+            Problem::file(&file.path, "the service's map has no routes to hold a description against");
+        problems.push(problem.hint(format!("take the file out, or `mapping` out of {MAP}")));
+        return None;
+    }
+    match openapi::operations(&file.path, &file.text) {
+        Ok(operations) => Some(openapi::compare(&operations, &map.routes, &file.name)),
+        Err(problem) => {
+            problems.push(problem);
+            None
+        }
+    }
 }
 
 /// What the service's `.proto` files say, if it has some.
@@ -448,6 +479,7 @@ fn assemble(
         routes: RouteTable::new(name, version, map.routes),
         mapping: map.mapping,
         unmapped: Vec::new(),
+        described: Compared::default(),
         forms: Forms::new(policies, |at| engine.is_for_cedar(at)),
         engine,
         shadow: Shadow::default(),
