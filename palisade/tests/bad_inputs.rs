@@ -230,6 +230,13 @@ fn a_route_to_an_unknown_action_comes_with_the_one_that_was_meant() {
 }
 
 #[test]
+fn a_description_of_another_version_is_shown_where_it_says_so() {
+    let mesh = Mesh::new();
+    mesh.replace("policies/services/accounts/openapi.yaml", "openapi: 3.1.0", "openapi: 3.2.0");
+    mesh.refuses("unknown-openapi", &["policy", "check"]);
+}
+
+#[test]
 fn a_missing_mesh_toml_is_named_with_the_way_to_get_one() {
     let mesh = Mesh::new();
     fs::remove_file(mesh.path("mesh.toml")).unwrap();

@@ -111,6 +111,12 @@ fn policies_that_are_not_there_stop_a_process_before_it_starts() {
 }
 
 #[test]
+fn a_map_is_held_against_its_service_s_description() {
+    expect("described", &["--config", "described.toml", "policy", "check"]);
+    expect("described-json", &["--config", "described.toml", "policy", "check", "--json"]);
+}
+
+#[test]
 fn a_verb_without_its_section_names_it() {
     expect("no-section", &["--config", "good.toml", "vault"]);
 }

@@ -64,6 +64,12 @@ fn main() {
         cedar(policies);
     }
     println!();
+    println!("| policies | Cedar evaluates one of them, permit: p50 | p99 |");
+    println!("|---|---|---|");
+    for policies in [10, 1000, 10_000] {
+        with_cedar(policies);
+    }
+    println!();
     println!("| policies | regorus on its RVM, data-driven: p50 | p99 | with its input built: p50 |");
     println!("|---|---|---|---|");
     for policies in [10, 1000, 10_000] {
@@ -235,6 +241,29 @@ fn decisions(policies: usize, routes: usize, requests: usize) {
         whole.at(99),
         denial.at(50),
     );
+}
+
+/// The cost of a policy that is not compiled and holds for everybody.
+fn with_cedar(policies: usize) {
+    let dir = directory(policies, 1);
+    let more = "@id(\"not-compiled\")\nforbid (principal, action, resource is Shop::Order) when { \
+                ip(\"10.0.0.1\").isLoopback() };";
+    std::fs::write(dir.path().join("services/shop/more.cedar"), more).unwrap();
+    let policy = load(dir.path());
+    let requests = REQUESTS[1];
+    let asked: Vec<_> = (0..requests).map(|n| (caller(n, policies), parts(0, "alice", n))).collect();
+    let receipts = Receipts::new(identity::random::system());
+    let times = best_of(3, requests, requests, |n| {
+        let (caller, parts) = &asked[n];
+        let occasion = occasion(parts, &receipts, &SystemClock);
+        let before = Instant::now();
+        let mapped = policy.map(black_box(parts)).unwrap();
+        let verdict = policy.decide(caller, &mapped, &Attributes::none(), &occasion);
+        let took = before.elapsed();
+        assert!(matches!(black_box(verdict), Verdict::Permit(_)));
+        took
+    });
+    println!("| {policies} | {} | {} |", times.at(50), times.at(99));
 }
 
 fn occasion<'a>(parts: &'a http::request::Parts, receipts: &Receipts, clock: &SystemClock) -> Occasion<'a> {

@@ -1,18 +1,19 @@
 //! Decisions: a caller, an action, objects with attributes, and the verdict with its receipt.
 
-use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use cedar_policy::{Effect, EntityUid, Policy, PolicyId, PolicySet};
+use cedar_policy::{Effect, EntityUid, PolicySet};
 use identity::{SpiffeId, TrustDomain};
 
 use crate::engine::Engine;
-use crate::explain::{self, Conjunct, Scope};
+use crate::explain::{self, Scope};
+use crate::forms::{Form, Forms, PolicyText};
 use crate::in_force::Withheld;
 use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
+use crate::openapi::{Compared, UnmappedOperation};
 use crate::record::{DecisionRecord, Mode, PolicyEffect, RecordedObject, RecordedUser, Rule, cut};
 use crate::request::{AttributeSource, Mapped, Refusal};
 use crate::routes::RouteTable;
@@ -24,7 +25,6 @@ use crate::version::PolicyVersion;
 /// One policy and where it stands.
 #[derive(Debug, Clone)]
 pub(crate) struct PolicyEntry {
-    pub(crate) policy: Policy,
     pub(crate) id: Arc<str>,
     pub(crate) file: Arc<str>,
     pub(crate) line: usize,
@@ -32,8 +32,7 @@ pub(crate) struct PolicyEntry {
     pub(crate) rule: Rule,
     pub(crate) effect: PolicyEffect,
     pub(crate) scope: Scope,
-    /// Its conditions as an explanation needs them, from the first on.
-    pub(crate) clauses: OnceLock<Result<Vec<Conjunct>, String>>,
+    pub(crate) text: PolicyText,
 }
 
 /// What the scopes of policies open to a workload, for one action on one kind of object.
@@ -68,10 +67,11 @@ pub(crate) struct Shared {
     pub(crate) mapping: Mapping,
     /// Methods of the service's `.proto` files that no route means.
     pub(crate) unmapped: Vec<String>,
-    pub(crate) set: PolicySet,
+    /// Its OpenAPI description beside its map.
+    pub(crate) described: Compared,
     /// In the order of the files.
-    pub(crate) entries: Vec<PolicyEntry>,
-    pub(crate) by_id: HashMap<PolicyId, usize>,
+    pub(crate) entries: Box<[PolicyEntry]>,
+    pub(crate) forms: Forms,
     pub(crate) engine: Engine,
     pub(crate) shadow: Shadow,
     pub(crate) version: PolicyVersion,
@@ -147,9 +147,15 @@ impl ServicePolicy {
         &self.shared.version
     }
 
-    /// The schema and the policies as Cedar has them, for those who reason about all requests there can be.
-    pub fn cedar(&self) -> (&cedar_policy::Schema, &PolicySet) {
-        (&self.shared.schema.schema, &self.shared.set)
+    /// The schema and the policies as Cedar has them, for those who reason about all requests there can be: made from
+    /// their texts, whenever it is asked for.
+    ///
+    /// # Errors
+    /// Never, but for a defect of Palisade's: the texts were read before.
+    pub fn cedar(&self) -> Result<(&cedar_policy::Schema, PolicySet), String> {
+        let forms = self.shared.entries.iter().map(|entry| Form::read(entry).map(|form| form.policy));
+        let set = PolicySet::from_policies(forms.collect::<Result<Vec<_>, _>>()?);
+        Ok((&self.shared.schema.schema, set.map_err(|error| error.to_string())?))
     }
 
     /// What its callers speak.
@@ -195,6 +201,16 @@ impl ServicePolicy {
         &self.shared.unmapped
     }
 
+    /// The operations that the service's OpenAPI description has and its map does not.
+    pub fn unmapped_operations(&self) -> &[UnmappedOperation] {
+        &self.shared.described.unmapped
+    }
+
+    /// The templates of the routes that the service's OpenAPI description, if it has one, lacks.
+    pub fn undescribed_routes(&self) -> &[String] {
+        &self.shared.described.undescribed
+    }
+
     /// What a workload may do, by the policies' scopes: a line for each action and kind of object that a permit
     /// opens to it. Conditions are not weighed; a policy that has some is marked with `?`.
     pub fn reach(&self, workload: &SpiffeId) -> Vec<Reach> {
@@ -204,11 +220,11 @@ impl ServicePolicy {
         for (name, action) in &shared.schema.actions {
             for kind in &action.objects {
                 let of = |effect: PolicyEffect| {
-                    let entries = shared.entries.iter().filter(|entry| {
+                    let entries = shared.entries.iter().enumerate().filter(|(_, entry)| {
                         entry.effect == effect && entry.scope.reaches(shared, &principal, &action.uid, kind)
                     });
-                    let named = entries.map(|entry| {
-                        let mark = if entry.policy.has_non_scope_constraint() { "?" } else { "" };
+                    let named = entries.map(|(at, entry)| {
+                        let mark = if shared.engine.has_condition(at) { "?" } else { "" };
                         format!("{}{mark}", entry.id)
                     });
                     named.collect::<Vec<_>>().join(", ")
@@ -222,6 +238,11 @@ impl ServicePolicy {
         }
         reach.sort_by(|one, other| (&one.action, &one.object).cmp(&(&other.action, &other.object)));
         reach
+    }
+
+    /// Every policy's id, file and text, in the order of the files.
+    pub fn texts(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        self.shared.entries.iter().map(|entry| (&*entry.id, &*entry.file, entry.text.as_str()))
     }
 
     /// Every policy: its id, its file and the line where it begins there, in the order of the files.

@@ -11,7 +11,7 @@ mod index;
 #[cfg(test)]
 mod tests;
 
-use cedar_policy::{EntityUid, Request};
+use cedar_policy::{EntityUid, Policy, Request};
 use identity::txn::User;
 use smallvec::SmallVec;
 
@@ -45,8 +45,8 @@ pub(crate) type Values<'a> = SmallVec<[Option<Value<'a>>; 8]>;
 #[derive(Debug)]
 pub(crate) struct Engine {
     index: Index,
-    rules: Vec<(PolicyEffect, Condition)>,
-    expressions: Vec<Expr>,
+    rules: Box<[(PolicyEffect, Condition)]>,
+    expressions: Box<[Expr]>,
     /// The number of the type of workloads, of clients, of actions, and of each type of objects.
     workload: u32,
     client: u32,
@@ -55,11 +55,54 @@ pub(crate) struct Engine {
     /// For each type of objects and each attribute that conditions name: its place in the type.
     places: Vec<Box<[Option<usize>]>>,
     /// The requests that Cedar takes by their shape, see [`Engine::takes`].
-    taken: Vec<bool>,
+    taken: Box<[bool]>,
+    /// The numbers of the types of objects all of whose requests are put to Cedar.
+    untaken: Box<[usize]>,
+}
+
+/// What the policies about an object say, as far as the engine can tell: the first of those that failed, forbid and
+/// permit it, and those that are for Cedar to evaluate.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    failed: Option<usize>,
+    forbidden: Option<usize>,
+    permitted: Option<usize>,
+    pub(crate) unheard: SmallVec<[usize; 4]>,
+}
+
+impl Heard {
+    /// Adds what one policy says, or the first of several that say the same.
+    fn add(&mut self, ruling: Ruling) {
+        let (known, entry) = match ruling {
+            Ruling::Failed(entry) => (&mut self.failed, entry),
+            Ruling::Forbidden(entry) => (&mut self.forbidden, entry),
+            Ruling::Permitted(entry) => (&mut self.permitted, entry),
+            Ruling::Unpermitted => return,
+        };
+        *known = Some(known.map_or(entry, |known| known.min(entry)));
+    }
+
+    /// What it comes to, if nothing is left to Cedar.
+    pub(crate) fn settled(&self) -> Option<Ruling> {
+        let ruling = match (self.failed, self.forbidden, self.permitted) {
+            (Some(entry), _, _) => Ruling::Failed(entry),
+            (_, Some(entry), _) => Ruling::Forbidden(entry),
+            (_, _, Some(entry)) => Ruling::Permitted(entry),
+            _ => Ruling::Unpermitted,
+        };
+        self.unheard.is_empty().then_some(ruling)
+    }
+
+    /// What it comes to once Cedar has said this of the rest.
+    pub(crate) fn with(mut self, others: Ruling) -> Option<Ruling> {
+        self.add(others);
+        self.unheard.clear();
+        self.settled()
+    }
 }
 
 impl Engine {
-    pub(crate) fn new(schema: &ServiceSchema, entries: &[PolicyEntry]) -> Self {
+    pub(crate) fn new(schema: &ServiceSchema, policies: &[(PolicyEntry, Policy)]) -> Self {
         let mut names = Names::new(schema);
         let workload = names.kind(&schema.principals.workload.to_string());
         let client = names.kind(&schema.principals.client.to_string());
@@ -67,7 +110,7 @@ impl Engine {
         let action = names.kind(&action.unwrap_or_default());
         let types = sorted(schema);
         let kinds = types.iter().map(|kind| names.kind(&kind.name.to_string())).collect();
-        let rules = entries.iter().map(|entry| (entry.effect, names.compile(&entry.policy))).collect();
+        let rules = policies.iter().map(|(entry, policy)| (entry.effect, names.compile(policy))).collect();
         let place = |kind: &ObjectType, name: &String| kind.attributes.keys().position(|known| known == name);
         let places = types
             .iter()
@@ -79,9 +122,41 @@ impl Engine {
                 taken.extend(types.iter().map(|kind| is_taken(schema, principal, action, kind)));
             }
         }
-        let index = Index::new(schema, entries);
-        let expressions = names.expressions;
-        Self { index, rules, expressions, workload, client, action, kinds, places, taken }
+        let takes = |action: &Action, kind: &ObjectType| {
+            let at = |of_type: usize| (action.number * 2 + of_type) * types.len() + kind.number;
+            [0, 1].iter().any(|of_type| taken.get(at(*of_type)).copied().unwrap_or_default())
+        };
+        let is_untaken = |kind: &ObjectType| {
+            let mut about =
+                schema.actions.values().filter(|action| action.objects.contains(&kind.name.to_string()));
+            about.any(|action| !takes(action, kind))
+        };
+        let untaken = types.iter().filter(|kind| is_untaken(kind)).map(|kind| kind.number).collect();
+        let index = Index::new(schema, policies);
+        let expressions = names.expressions.into();
+        Self {
+            index,
+            rules,
+            expressions,
+            workload,
+            client,
+            action,
+            kinds,
+            places,
+            taken: taken.into(),
+            untaken,
+        }
+    }
+
+    /// Whether a policy says more than its scope does.
+    pub(crate) fn has_condition(&self, entry: usize) -> bool {
+        self.rules.get(entry).is_none_or(|rule| rule.1 != Condition::Always)
+    }
+
+    /// Whether Cedar has to be asked about a policy whenever a request is about it.
+    pub(crate) fn is_for_cedar(&self, entry: usize) -> bool {
+        self.rules.get(entry).is_none_or(|rule| rule.1 == Condition::Cedar)
+            || self.untaken.iter().any(|kind| self.index.is_about(entry, *kind))
     }
 
     /// A request in numbers. Without an object: whatever it may turn out to be.
@@ -117,8 +192,8 @@ impl Engine {
         candidates
     }
 
-    /// What the policies say of one object, or `None` if that is for Cedar to say.
-    pub(crate) fn rule(
+    /// What the policies say of one object, or `None` if all of that is for Cedar to say.
+    pub(crate) fn hear(
         &self,
         caller: &Caller,
         action: &Action,
@@ -126,7 +201,7 @@ impl Engine {
         kind: &ObjectType,
         attributes: &Values<'_>,
         now: i64,
-    ) -> Option<Ruling> {
+    ) -> Option<Heard> {
         let (of_type, principal, workload) = match &caller.principal {
             Principal::Workload(id) => (0, Entity { kind: self.workload, id: id.as_str() }, Some(id)),
             Principal::Client(id) => (1, Entity { kind: self.client, id }, None),
@@ -147,29 +222,25 @@ impl Engine {
             now,
         };
         self.takes(action, of_type, kind).then_some(())?;
-        let (mut failed, mut forbidden, mut permitted) = (None, None, None);
-        let first =
-            |known: &mut Option<usize>, entry| *known = Some(known.map_or(entry, |k: usize| k.min(entry)));
+        let mut heard = Heard::default();
         for entry in self.index.candidates(self.subject(caller, action, kind, Some(object))) {
             let (effect, condition) = self.rules.get(entry)?;
             let holds = match condition {
                 Condition::Always => Ok(true),
                 Condition::If(condition) => facts.hold(*condition),
-                Condition::Cedar => return None,
+                Condition::Cedar => {
+                    heard.unheard.push(entry);
+                    continue;
+                }
             };
-            match (holds, effect) {
-                (Err(_), _) => first(&mut failed, entry),
-                (Ok(true), PolicyEffect::Forbid) => first(&mut forbidden, entry),
-                (Ok(true), PolicyEffect::Permit) => first(&mut permitted, entry),
-                (Ok(false), _) => {}
-            }
+            heard.add(match (holds, effect) {
+                (Err(_), _) => Ruling::Failed(entry),
+                (Ok(true), PolicyEffect::Forbid) => Ruling::Forbidden(entry),
+                (Ok(true), PolicyEffect::Permit) => Ruling::Permitted(entry),
+                (Ok(false), _) => Ruling::Unpermitted,
+            });
         }
-        Some(match (failed, forbidden, permitted) {
-            (Some(entry), _, _) => Ruling::Failed(entry),
-            (_, Some(entry), _) => Ruling::Forbidden(entry),
-            (_, _, Some(entry)) => Ruling::Permitted(entry),
-            _ => Ruling::Unpermitted,
-        })
+        Some(heard)
     }
 
     /// Whether a request of this shape is one that Cedar takes, and none of which it looks at more than the

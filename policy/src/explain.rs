@@ -1,14 +1,15 @@
 //! Why no policy allowed a request: only for denials, bounded, and by Cedar's own evaluator.
 
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 use cedar_policy::pst::{BinaryOp, Clause, Expr};
 use cedar_policy::{
-    ActionConstraint, Entities, EntityTypeName, EntityUid, EvalResult, Expression, Policy, PolicyId,
+    ActionConstraint, Entities, EntityTypeName, EntityUid, EvalResult, Expression, Policy,
     PrincipalConstraint, ResourceConstraint, eval_expression,
 };
 
-use crate::decide::{PolicyEntry, Shared};
+use crate::decide::Shared;
 use crate::engine;
 use crate::oracle::Question;
 use crate::record::{
@@ -70,13 +71,13 @@ fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) 
     }
     looked_at.sort_by_key(|(_, entry)| *entry);
 
-    let mut considered = Vec::with_capacity(looked_at.len());
-    for entry in looked_at.iter().filter_map(|(_, entry)| shared.entries.get(*entry)) {
+    let (mut considered, mut places) = (Vec::new(), Vec::new());
+    for (at, entry) in looked_at.iter().filter_map(|(_, at)| Some((*at, shared.entries.get(*at)?))) {
         let mismatches = entry.scope.mismatches(shared, subject);
         let outcome = if !mismatches.is_empty() {
             PolicyOutcome::Scope(mismatches)
         } else if let Some(question) = question {
-            conditions(entry, question)
+            conditions(shared, at, question)
         } else {
             PolicyOutcome::Undecided
         };
@@ -87,8 +88,9 @@ fn explain(shared: &Shared, subject: &Subject<'_>, question: Option<&Question>) 
             effect: entry.effect,
             outcome,
         });
+        places.push(at);
     }
-    let nearest = nearest(shared, &considered, question);
+    let nearest = nearest(shared, &considered, &places, question);
     Explanation { object: None, omitted: total - considered.len(), considered, nearest }
 }
 
@@ -197,10 +199,15 @@ fn mismatch(part: ScopePart, wants: &str, has: &str) -> Mismatch {
 }
 
 /// What becomes of a policy whose scope fits.
-fn conditions(entry: &PolicyEntry, question: &Question) -> PolicyOutcome {
-    let clauses = match entry.clauses.get_or_init(|| clauses(&entry.policy)) {
+fn conditions(shared: &Shared, at: usize, question: &Question) -> PolicyOutcome {
+    let unread = |error: &str| PolicyOutcome::Error { clause: None, error: shown(error) };
+    let form = match shared.form(at) {
+        Ok(form) => form,
+        Err(error) => return unread(&error),
+    };
+    let clauses = match form.clauses() {
         Ok(clauses) => clauses,
-        Err(error) => return PolicyOutcome::Error { clause: None, error: shown(error) },
+        Err(error) => return unread(error),
     };
     for clause in clauses {
         match holds(clause, question) {
@@ -222,11 +229,11 @@ pub(crate) struct Conjunct {
     sides: Vec<Term>,
 }
 
-/// An expression, written and as Cedar evaluates it.
+/// An expression, written and, once it was asked for, as Cedar evaluates it.
 #[derive(Debug, Clone)]
 struct Term {
     text: String,
-    expression: Result<Expression, String>,
+    expression: OnceLock<Result<Expression, String>>,
 }
 
 impl Conjunct {
@@ -251,20 +258,19 @@ impl Conjunct {
 
 impl Term {
     fn new(expression: &Expr) -> Self {
-        let text = expression.to_string();
-        let expression = Expression::from_str(&text).map_err(|error| error.to_string());
-        Self { text, expression }
+        Self { text: expression.to_string(), expression: OnceLock::new() }
     }
 
     fn evaluate(&self, question: &Question) -> Result<EvalResult, String> {
-        let expression = self.expression.as_ref().map_err(Clone::clone)?;
+        let read = || Expression::from_str(&self.text).map_err(|error| error.to_string());
+        let expression = self.expression.get_or_init(read).as_ref().map_err(Clone::clone)?;
         eval_expression(&question.request, &question.entities, expression).map_err(|error| error.to_string())
     }
 }
 
 /// A policy's conditions, `&&` taken apart, in the order Cedar evaluates them. Parsing takes longer than all the
-/// rest of a denial, and those who are denied choose how many there are: a policy keeps them.
-fn clauses(policy: &Policy) -> Result<Vec<Conjunct>, String> {
+/// rest of a denial, and those who are denied choose how many there are: a policy's form keeps them.
+pub(crate) fn clauses(policy: &Policy) -> Result<Vec<Conjunct>, String> {
     let syntax = policy.to_pst().map_err(|error| error.to_string())?;
     let mut conjuncts = Vec::new();
     for clause in syntax.body().clauses() {
@@ -319,15 +325,20 @@ fn weight(part: ScopePart) -> usize {
 }
 
 /// The permit that needs the least, and what it needs.
-fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Question>) -> Option<Nearest> {
+fn nearest(
+    shared: &Shared,
+    considered: &[Considered],
+    places: &[usize],
+    question: Option<&Question>,
+) -> Option<Nearest> {
     let cost = |outcome: &PolicyOutcome| match outcome {
         PolicyOutcome::Satisfied => 0,
         PolicyOutcome::Condition(_) | PolicyOutcome::Undecided => 1,
         PolicyOutcome::Error { .. } => 2,
         PolicyOutcome::Scope(mismatches) => distance(mismatches),
     };
-    let permits = considered.iter().filter(|c| c.effect == PolicyEffect::Permit);
-    let best = permits.min_by_key(|c| cost(&c.outcome))?;
+    let permits = considered.iter().zip(places).filter(|(c, _)| c.effect == PolicyEffect::Permit);
+    let (best, place) = permits.min_by_key(|(c, _)| cost(&c.outcome))?;
     // A rule about another action is no neighbour.
     if cost(&best.outcome) >= 100 {
         return None;
@@ -340,9 +351,7 @@ fn nearest(shared: &Shared, considered: &[Considered], question: Option<&Questio
     };
     if let (PolicyOutcome::Scope(_), Some(question)) = (&best.outcome, question) {
         // The conditions too, as far as they can be told for a request that the scope excludes.
-        let entry = shared.by_id.get(&PolicyId::new(&best.policy));
-        let entry = entry.and_then(|entry| shared.entries.get(*entry));
-        if let Some(PolicyOutcome::Condition(failed)) = entry.map(|entry| conditions(entry, question)) {
+        if let PolicyOutcome::Condition(failed) = conditions(shared, *place, question) {
             missing.push(condition_missing(&failed));
         }
     }
@@ -386,7 +395,7 @@ mod tests {
     use identity::{SpiffeId, TrustDomain};
 
     use super::*;
-    use crate::decide::ServicePolicy;
+    use crate::decide::{PolicyEntry, ServicePolicy};
     use crate::load::tests::load;
     use crate::object::{AttributeValue, Attributes, ObjectRef};
     use crate::record::{DecisionRecord, Layer, Rule};
@@ -501,7 +510,7 @@ mod tests {
             let numbers = shared.engine.subject(&who, known, kind, named.as_ref());
             let subject = Subject { principal, action, kind: &kind.name, object, numbers };
             let told = entry.scope.mismatches(shared, &subject).is_empty();
-            let place = *shared.by_id.get(entry.policy.id()).unwrap();
+            let place = shared.entries.iter().position(|other| other.id == entry.id).unwrap();
             assert_eq!(
                 shared.engine.admits(place, numbers),
                 (
@@ -530,13 +539,14 @@ mod tests {
                         None,
                     );
                     let request = request.unwrap();
-                    for entry in &shared.entries {
-                        let alone = PolicySet::from_policies([entry.policy.clone()]).unwrap();
+                    for (at, entry) in shared.entries.iter().enumerate() {
+                        let form = shared.form(at).unwrap();
+                        let alone = PolicySet::from_policies([form.policy.clone()]).unwrap();
                         let entities = &shared.schema.action_entities;
                         let response = Authorizer::new().is_authorized(&request, &alone, entities);
                         let cedar = response.decision() == Decision::Allow;
                         let ours = fits(entry, &principal, action, Some(&object), &object);
-                        assert_eq!(ours, cedar, "{} {principal} {action} {object}", entry.policy);
+                        assert_eq!(ours, cedar, "{} {principal} {action} {object}", form.policy);
                         // Without the object the scope can only look wider.
                         assert!(!ours || fits(entry, &principal, action, None, &object));
                         compared += 1;

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use crate::decide::{ServicePolicy, TRUST_DOMAIN};
 use crate::engine::expr::{Scalar, Value};
-use crate::engine::{Ruling, Values};
+use crate::engine::{Heard, Ruling, Values};
 use crate::explain;
 use crate::in_force;
 use crate::map::{Claim, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
-use crate::oracle::Panel;
 use crate::plan::Told;
 use crate::record::{Outcome, RecordedObject, Rule, cut};
 use crate::request::Mapped;
@@ -181,23 +180,36 @@ impl ServicePolicy {
         permitted_by
     }
 
+    /// What the engine says without Cedar, if it can.
     pub(crate) fn rule_swiftly(
+        &self,
+        asked: &Asked<'_>,
+        action: &Action,
+        object: (usize, &ObjectRef),
+        kind: &ObjectType,
+        now: Duration,
+    ) -> Option<Ruling> {
+        self.hear(asked, action, object, kind, now)?.settled()
+    }
+
+    pub(crate) fn hear(
         &self,
         asked: &Asked<'_>,
         action: &Action,
         (at, object): (usize, &ObjectRef),
         kind: &ObjectType,
         now: Duration,
-    ) -> Option<Ruling> {
+    ) -> Option<Heard> {
         let values = asked.values(at, object, kind)?;
         let now = i64::try_from(now.as_secs()).ok()?;
-        self.shared().engine.rule(asked.caller, action, object, kind, &values, now)
+        self.shared().engine.hear(asked.caller, action, object, kind, &values, now)
     }
 
     /// The decision with everything that is to be said about it. What the engine says is held against Cedar's
-    /// answer: of a denial over the policies whose scope fits, or of every object over all of them.
-    fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, over_all: bool) -> Verdict {
+    /// answer over the policies whose scope fits: of a denial, or of every object with others that have their turn.
+    fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, compare: bool) -> Verdict {
         let (shared, caller) = (self.shared(), asked.caller);
+        let mut beside = compare.then(|| shared.panel_in_turn());
         let mut recorded: Vec<RecordedObject> = asked.objects.iter().map(bare_object).collect();
         let builtin = |rule: &'static str, reason: String, objects| {
             let rule = Rule::Builtin(rule.into());
@@ -223,10 +235,11 @@ impl ServicePolicy {
                 replace(&mut recorded, seen, entry);
                 return builtin("attributes.missing", flaw, recorded);
             }
-            let swift = self.rule_swiftly(asked, action, (seen, object), kind, occasion.now);
+            let heard = self.hear(asked, action, (seen, object), kind, occasion.now);
+            let swift = heard.as_ref().and_then(Heard::settled);
             // Nobody asks why an object is permitted, and a list of many would cost as many evaluations: Cedar is asked
             // about the one that is denied.
-            if let Some(Ruling::Permitted(rule)) = swift.filter(|_| !over_all) {
+            if let Some(Ruling::Permitted(rule)) = swift.filter(|_| beside.is_none()) {
                 entry.outcome = Some(Outcome::Permit);
                 replace(&mut recorded, seen, entry);
                 permitted_by = permitted_by.or(Some(rule));
@@ -241,8 +254,26 @@ impl ServicePolicy {
                     return builtin("request.invalid", flaw, recorded);
                 }
             };
+            // Of policies that were not all compiled, those that were need no form of Cedar's for a permit.
+            let swift = swift.or_else(|| {
+                let heard = heard?;
+                let unheard = shared.panel(heard.unheard.iter().copied());
+                heard.with(shared.ask(&question, &unheard).ruling)
+            });
+            if let Some(Ruling::Permitted(rule)) = swift.filter(|_| beside.is_none()) {
+                if !shared.shadow.is_due(occasion.now) {
+                    entry.outcome = Some(Outcome::Permit);
+                    replace(&mut recorded, seen, entry);
+                    permitted_by = permitted_by.or(Some(rule));
+                    continue;
+                }
+                beside = Some(shared.panel_in_turn());
+            }
             let subject = shared.engine.subject(caller, action, kind, Some(object));
-            let panel = if over_all { Panel::All } else { Panel::Some(shared.engine.candidates(subject)) };
+            let mut panel = shared.panel(shared.engine.candidates(subject));
+            if let Some(beside) = &beside {
+                panel = panel.and(beside);
+            }
             let answer = shared.ask(&question, &panel);
             if let Some(swift) = swift {
                 shadow::compared(swift == answer.ruling);

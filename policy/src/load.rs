@@ -3,19 +3,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use cedar_policy::{PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
+use cedar_policy::{Policy, PolicyId, PolicySet, PrincipalConstraint, ValidationMode, Validator};
 use identity::{SpiffeId, TrustDomain};
 use prost_reflect::DescriptorPool;
 
 use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
-use crate::map::{self, Beside, Map};
+use crate::forms::{Forms, PolicyText};
+use crate::map::{self, Beside, Map, Mapping};
+use crate::openapi::{self, Compared};
 use crate::problem::{Problem, Problems};
 use crate::proto;
-use crate::record::Rule;
+use crate::record::{PolicyEffect, Rule};
 use crate::relations;
 use crate::rings::Rings;
 use crate::routes::RouteTable;
@@ -146,7 +148,9 @@ impl Policies {
 pub fn slices(files: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let mut slices: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
     for (name, content) in files {
-        if let [SERVICES, service, _] = name.split('/').collect::<Vec<_>>()[..] {
+        if let [SERVICES, service, file] = name.split('/').collect::<Vec<_>>()[..]
+            && !openapi::NAMES.contains(&file)
+        {
             slices.entry(service.to_owned()).or_default().insert(name.clone(), content.clone());
         }
     }
@@ -182,6 +186,8 @@ struct ServiceFiles {
     relations: Option<TextFile>,
     /// What gRPC messages are.
     protos: Vec<TextFile>,
+    /// Which routes it says there are.
+    openapi: Option<TextFile>,
 }
 
 struct Files {
@@ -289,12 +295,12 @@ fn load_invariants(
 ) -> Vec<Invariant> {
     let mut invariants: Vec<Invariant> = Vec::new();
     for file in files {
-        for entry in forbidding(file, trust_domain, problems) {
+        for (entry, policy) in forbidding(file, trust_domain, problems) {
             if let Some(other) = invariants.iter().find(|other| other.id == entry.id) {
                 let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
-                problems.push(at_policy(file, &entry.policy, message));
+                problems.push(at_policy(file, &policy, message));
             }
-            let PolicyEntry { id, file, line, policy, .. } = entry;
+            let PolicyEntry { id, file, line, .. } = entry;
             invariants.push(Invariant { id, file, line, policy });
         }
     }
@@ -302,14 +308,18 @@ fn load_invariants(
 }
 
 /// The policies of a file that may only forbid.
-fn forbidding(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Problems) -> Vec<PolicyEntry> {
+fn forbidding(
+    file: &TextFile,
+    trust_domain: &TrustDomain,
+    problems: &mut Problems,
+) -> Vec<(PolicyEntry, Policy)> {
     let entries = parse_policies(file, trust_domain, problems);
-    for entry in &entries {
-        if entry.policy.effect() == cedar_policy::Effect::Permit {
+    for (entry, policy) in &entries {
+        if entry.effect == PolicyEffect::Permit {
             problems.push(
                 at_policy(
                     file,
-                    &entry.policy,
+                    policy,
                     format!("`{}` is a permit in {GUARD}/, which forbids only", entry.id),
                 )
                 .hint("what a service permits stands in its own directory"),
@@ -325,7 +335,7 @@ fn is_service_name(name: &str) -> bool {
 
 fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Option<ServiceFiles> {
     let (mut schemas, mut maps, mut policies, mut protos) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut relations = None;
+    let (mut relations, mut openapi) = (None, Vec::new());
     for entry in tree.entries(&service.path, problems) {
         let extension = entry.path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match (entry.is_dir, extension) {
@@ -335,9 +345,12 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
             (true, _) if entry.name == TESTS => {}
             (false, _) if entry.name == MAP => maps.push(tree.read(&entry.path, problems)),
             (false, _) if entry.name == RELATIONS => relations = Some(tree.read(&entry.path, problems)),
+            (false, _) if openapi::NAMES.contains(&entry.name.as_str()) => {
+                openapi.push(tree.read(&entry.path, problems));
+            }
             _ => problems.push(
                 Problem::file(&entry.path, "not a file of a service that this version knows").hint(format!(
-                    "known are *.cedarschema, *.cedar, *.proto, {MAP}, {RELATIONS} and {TESTS}/"
+                    "known are *.cedarschema, *.cedar, *.proto, {MAP}, {RELATIONS}, openapi.yaml and {TESTS}/"
                 )),
             ),
         }
@@ -354,6 +367,9 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
     if policies.is_empty() {
         missing(&format!("policies ({}.cedar)", service.name));
     }
+    if let [_, other, ..] = openapi.as_slice() {
+        problems.push(Problem::file(&other.path, "the service has another OpenAPI description beside it"));
+    }
     if schemas.len() > 1 {
         problems
             .push(Problem::file(&service.path, format!("the service {} has several schemas", service.name)));
@@ -365,6 +381,7 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
         policies,
         relations,
         protos,
+        openapi: openapi.pop(),
     })
 }
 
@@ -399,15 +416,34 @@ fn load_service(
     let beside = Beside { protos: protos.as_ref(), relations: relations.as_ref() };
     let map = map::parse(&files.map.path, &files.map.text, &schema, beside, problems);
     let loaded = load_policies(files, guard, &schema, trust_domain, problems);
-    let (map, (set, entries)) = (map?, loaded?);
+    let (map, policies) = (map?, loaded?);
     let methods = protos.as_ref().map(proto::methods).unwrap_or_default();
     let is_mapped = |path: &String| map.routes.iter().any(|route| route.takes("POST", path));
     let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
+    let described =
+        files.openapi.as_ref().and_then(|file| described(file, &map, problems)).unwrap_or_default();
     let (mode, audit_until, max_age) = (map.mode, map.audit_until, map.max_age);
-    let shared = assemble(&files.name, trust_domain, version, schema, map, (set, entries));
-    let shared = Shared { unmapped, ..shared };
+    let shared = assemble(&files.name, trust_domain, version, schema, map, policies);
+    let shared = Shared { unmapped, described, ..shared };
     Some((namespace, ServicePolicy::new(shared, mode, audit_until, max_age)))
+}
+
+/// The service's OpenAPI description, held against its map.
+fn described(file: &TextFile, map: &Map, problems: &mut Problems) -> Option<Compared> {
+    if map.mapping != Mapping::Routes {
+        let problem =
+            Problem::file(&file.path, "the service's map has no routes to hold a description against");
+        problems.push(problem.hint(format!("take the file out, or `mapping` out of {MAP}")));
+        return None;
+    }
+    match openapi::operations(&file.path, &file.text) {
+        Ok(operations) => Some(openapi::compare(&operations, &map.routes, &file.name)),
+        Err(problem) => {
+            problems.push(problem);
+            None
+        }
+    }
 }
 
 /// What the service's `.proto` files say, if it has some.
@@ -433,20 +469,22 @@ fn assemble(
     version: &PolicyVersion,
     schema: ServiceSchema,
     map: Map,
-    (set, entries): (PolicySet, Vec<PolicyEntry>),
+    policies: Vec<(PolicyEntry, Policy)>,
 ) -> Shared {
+    let engine = Engine::new(&schema, &policies);
+    let (entries, policies): (Vec<_>, Vec<_>) = policies.into_iter().unzip();
     Shared {
         name: name.to_owned(),
         trust_domain: trust_domain.clone(),
         routes: RouteTable::new(name, version, map.routes),
         mapping: map.mapping,
         unmapped: Vec::new(),
-        by_id: entries.iter().enumerate().map(|(index, entry)| (entry.policy.id().clone(), index)).collect(),
-        engine: Engine::new(&schema, &entries),
-        shadow: Shadow::new(entries.len()),
+        described: Compared::default(),
+        forms: Forms::new(policies, |at| engine.is_for_cedar(at)),
+        engine,
+        shadow: Shadow::default(),
         schema,
-        set,
-        entries,
+        entries: entries.into(),
         version: version.clone(),
     }
 }
@@ -457,10 +495,10 @@ fn load_policies(
     schema: &ServiceSchema,
     trust_domain: &TrustDomain,
     problems: &mut Problems,
-) -> Option<(PolicySet, Vec<PolicyEntry>)> {
+) -> Option<Vec<(PolicyEntry, Policy)>> {
     let before = problems.0.len();
     let mut set = PolicySet::new();
-    let mut entries: Vec<PolicyEntry> = Vec::new();
+    let mut entries: Vec<(PolicyEntry, Policy)> = Vec::new();
     let mut taken: HashMap<Arc<str>, usize> = HashMap::new();
     let own = files.policies.iter().map(|file| (file, false));
     for (file, guards) in own.chain(guard.iter().map(|file| (file, true))) {
@@ -469,16 +507,16 @@ fn load_policies(
         } else {
             parse_policies(file, trust_domain, problems)
         };
-        for entry in parsed {
+        for (entry, policy) in parsed {
             let other = taken.get(&entry.id).and_then(|other| entries.get(*other));
-            if let Some(other) = other {
+            if let Some((other, _)) = other {
                 let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);
-                problems.push(at_policy(file, &entry.policy, message));
-            } else if let Err(error) = set.add(entry.policy.clone()) {
-                problems.push(at_policy(file, &entry.policy, error.to_string()));
+                problems.push(at_policy(file, &policy, message));
+            } else if let Err(error) = set.add(policy.clone()) {
+                problems.push(at_policy(file, &policy, error.to_string()));
             }
             taken.entry(Arc::clone(&entry.id)).or_insert(entries.len());
-            entries.push(entry);
+            entries.push((entry, policy));
         }
     }
     if problems.0.len() > before {
@@ -491,11 +529,15 @@ fn load_policies(
         return None;
     }
     validate(files, guard, schema, &set, &entries, problems);
-    (problems.0.len() == before).then_some((set, entries))
+    (problems.0.len() == before).then_some(entries)
 }
 
 /// The policies of one file, in its order, under their `@id`s.
-fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Problems) -> Vec<PolicyEntry> {
+fn parse_policies(
+    file: &TextFile,
+    trust_domain: &TrustDomain,
+    problems: &mut Problems,
+) -> Vec<(PolicyEntry, Policy)> {
     let set: PolicySet = match file.text.parse() {
         Ok(set) => set,
         Err(errors) => {
@@ -540,17 +582,22 @@ fn parse_policies(file: &TextFile, trust_domain: &TrustDomain, problems: &mut Pr
         let start = policy.as_ref().loc().map_or(0, |loc| loc.start());
         line += file.text.get(read..start).unwrap_or_default().matches('\n').count();
         read = start.max(read);
+        let Some(text) = PolicyText::of(policy) else {
+            problems.push(at_policy(file, policy, "the policy has no place in its file"));
+            continue;
+        };
         let (id, file): (Arc<str>, Arc<str>) = (id.into(), Arc::clone(&name));
-        entries.push(PolicyEntry {
-            policy: policy.new_id(PolicyId::new(&id)),
+        let named = policy.new_id(PolicyId::new(&id));
+        let entry = PolicyEntry {
             rule: Rule::Policy { id: Arc::clone(&id), file: Arc::clone(&file), line },
             id,
             file,
             line,
             effect: policy.effect().into(),
             scope: Scope::of(policy),
-            clauses: OnceLock::new(),
-        });
+            text,
+        };
+        entries.push((entry, named));
     }
     entries
 }
@@ -604,13 +651,17 @@ fn validate(
     guard: &[TextFile],
     schema: &ServiceSchema,
     set: &PolicySet,
-    entries: &[PolicyEntry],
+    entries: &[(PolicyEntry, Policy)],
     problems: &mut Problems,
 ) {
     let result = Validator::new(schema.schema.clone()).validate(set, ValidationMode::Strict);
     let file_of = |id: &PolicyId| {
-        let entry = entries.iter().find(|entry| entry.policy.id() == id);
-        files.policies.iter().chain(guard).find(|file| entry.is_some_and(|entry| *file.name == *entry.file))
+        let entry = entries.iter().find(|(_, policy)| policy.id() == id);
+        files
+            .policies
+            .iter()
+            .chain(guard)
+            .find(|file| entry.is_some_and(|(entry, _)| *file.name == *entry.file))
     };
     let mut found = Vec::new();
     for error in result.validation_errors() {

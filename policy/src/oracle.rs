@@ -1,18 +1,23 @@
 //! Cedar itself: what a decision means. [`Shared::ask`] is the specification of every other way to decide.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use cedar_policy::{
-    AuthorizationError, Authorizer, Decision, Entities, Entity, EntityUid, PolicySet, Request,
+    AuthorizationError, Authorizer, Decision, Entities, Entity, EntityUid, PolicyId, PolicySet, Request,
 };
 
 use crate::decide::Shared;
 use crate::engine::Ruling;
+use crate::forms::Form;
 use crate::object::{AttributeValue, ObjectRef};
 use crate::record::cut;
 use crate::schema::{self, ObjectType};
 use crate::verdict::{Caller, Principal};
+
+/// Said of a policy that there is not.
+const UNKNOWN: &str = "there is no such policy";
 
 /// What Cedar is asked about one object.
 pub(crate) struct Question {
@@ -20,12 +25,23 @@ pub(crate) struct Question {
     pub(crate) entities: Entities,
 }
 
-/// Which policies Cedar is asked about.
-pub(crate) enum Panel {
-    All,
-    /// By their place in the order of the files, in that order. A policy whose scope does not fit neither decides
-    /// nor fails, so those whose scope fits answer for all.
-    Some(Vec<usize>),
+/// The policies that Cedar is asked about, by their place in the order of the files. One whose scope does not fit
+/// neither decides nor fails: those whose scope fits answer for all, and so do they with any others.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Panel(BTreeMap<usize, Result<Arc<Form>, String>>);
+
+impl FromIterator<(usize, Result<Arc<Form>, String>)> for Panel {
+    fn from_iter<T: IntoIterator<Item = (usize, Result<Arc<Form>, String>)>>(forms: T) -> Self {
+        Self(forms.into_iter().collect())
+    }
+}
+
+impl Panel {
+    /// With those of another one.
+    pub(crate) fn and(mut self, other: &Self) -> Self {
+        self.0.extend(other.0.iter().map(|(at, form)| (*at, form.clone())));
+        self
+    }
 }
 
 /// What Cedar answered.
@@ -84,20 +100,42 @@ impl Shared {
         Ok(Question { request, entities })
     }
 
+    /// These policies.
+    pub(crate) fn panel(&self, places: impl IntoIterator<Item = usize>) -> Panel {
+        places.into_iter().map(|at| (at, self.form(at))).collect()
+    }
+
+    /// All policies, or some that have their turn.
+    pub(crate) fn panel_in_turn(&self) -> Panel {
+        let glance = |at: usize| self.forms.glance(at, self.entries.get(at).ok_or(UNKNOWN)?);
+        self.shadow.beside(self.entries.len()).map(|at| (at, glance(at))).collect()
+    }
+
+    /// A policy as Cedar has it.
+    pub(crate) fn form(&self, at: usize) -> Result<Arc<Form>, String> {
+        self.forms.get(at, self.entries.get(at).ok_or(UNKNOWN)?)
+    }
+
     pub(crate) fn ask(&self, question: &Question, panel: &Panel) -> Answer {
         let Question { request, entities } = question;
-        let response = match panel {
-            Panel::All => Authorizer::new().is_authorized(request, &self.set, entities),
-            Panel::Some(entries) => {
-                let policies = entries.iter().filter_map(|entry| self.entries.get(*entry));
-                match PolicySet::from_policies(policies.map(|entry| entry.policy.clone())) {
-                    Ok(set) => Authorizer::new().is_authorized(request, &set, entities),
-                    Err(_) => Authorizer::new().is_authorized(request, &self.set, entities),
-                }
+        let mut set = PolicySet::new();
+        for (at, form) in &panel.0 {
+            let added = form
+                .as_ref()
+                .map_err(Clone::clone)
+                .and_then(|form| set.add(form.policy.clone()).map_err(|error| error.to_string()));
+            // None that was read when it was loaded; a forbid that is not there would allow.
+            if let Err(failure) = added {
+                return Answer { ruling: Ruling::Failed(*at), failure: Some(failure) };
             }
-        };
+        }
+        let response = Authorizer::new().is_authorized(request, &set, entities);
         let diagnostics = response.diagnostics();
-        let place = |id| self.by_id.get(id).copied();
+        let place = |id: &PolicyId| {
+            let is =
+                |form: &Result<Arc<Form>, String>| form.as_ref().is_ok_and(|form| form.policy.id() == id);
+            panel.0.iter().find(|(_, form)| is(form)).map(|(at, _)| *at)
+        };
         // Cedar skips a policy whose evaluation fails. Skipping a forbid would allow, so any failure denies.
         // A set keeps its order, so of several failures the first in the files is named.
         if let Some(error) = diagnostics.errors().next() {

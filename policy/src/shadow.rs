@@ -1,12 +1,16 @@
-//! Now and then a decision is put to plain Cedar over all policies as well: what tests show of generated
-//! policies, production shows of its own.
+//! Now and then a decision is put to plain Cedar over more policies than those whose scope fits: what tests show of
+//! generated policies, production shows of its own.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// A comparison takes about a millisecond for a thousand policies: with one a second for each thousand (and at
-/// most one a second) it takes a thousandth of one core, and one request in very many a few milliseconds.
-const POLICIES_PER_SECOND: u64 = 1000;
+use crate::forms::MAX_FORMS;
+
+/// From one comparison to the next.
+const INTERVAL_S: u64 = 1;
+/// So many policies besides those whose scope fits, where there are more than are kept in Cedar's form: to read so many
+/// again takes less than two milliseconds, a five-hundredth of one core.
+const BESIDE: usize = 32;
 
 static COMPARED: AtomicU64 = AtomicU64::new(0);
 static MISMATCHED: AtomicU64 = AtomicU64::new(0);
@@ -35,39 +39,52 @@ pub(crate) fn compared(agree: bool) {
     }
 }
 
-/// When a policy's next decision is to be compared.
-#[derive(Debug)]
+/// When a service's next decision is to be compared, and with which policies.
+#[derive(Debug, Default)]
 pub(crate) struct Shadow {
-    interval_s: u64,
     next_s: AtomicU64,
+    /// How many have been taken.
+    taken: AtomicUsize,
 }
 
 impl Shadow {
-    pub(crate) fn new(policies: usize) -> Self {
-        let policies = u64::try_from(policies).unwrap_or(u64::MAX);
-        Self { interval_s: 1 + policies / POLICIES_PER_SECOND, next_s: AtomicU64::new(0) }
+    /// The places of those that Cedar is to be asked about in any case, of this many: all, or the next of them, so that
+    /// each has its turn.
+    pub(crate) fn beside(&self, policies: usize) -> impl Iterator<Item = usize> {
+        let number = if policies > MAX_FORMS { BESIDE } else { policies };
+        let from = self.taken.fetch_add(number, Ordering::Relaxed);
+        (0..number).map(move |at| from.wrapping_add(at) % policies)
     }
 
     /// Whether this decision is one. The first is, and the first after the clock was set back.
     pub(crate) fn is_due(&self, now: Duration) -> bool {
         let (now, next) = (now.as_secs(), self.next_s.load(Ordering::Relaxed));
-        let then = now.saturating_add(self.interval_s);
-        let waiting = now < next && next - now <= self.interval_s;
+        let then = now.saturating_add(INTERVAL_S);
+        let waiting = now < next && next - now <= INTERVAL_S;
         !waiting && self.next_s.compare_exchange(next, then, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
     fn comparisons_are_bounded_in_rate() {
-        let due = |policies: usize| {
-            let shadow = Shadow::new(policies);
-            (0..100_000u64).filter(|ms| shadow.is_due(Duration::from_millis(1_000_000 + ms))).count()
-        };
-        assert_eq!(due(10), 100);
-        assert_eq!(due(10_000), 10);
+        let shadow = Shadow::default();
+        let due = (0..100_000u64).filter(|ms| shadow.is_due(Duration::from_millis(1_000_000 + ms)));
+        assert_eq!(due.count(), 100);
+    }
+
+    #[test]
+    fn every_policy_has_its_turn() {
+        for policies in [1, 7, MAX_FORMS, MAX_FORMS + 1, 1000] {
+            let shadow = Shadow::default();
+            let turns = if policies > MAX_FORMS { policies.div_ceil(BESIDE) } else { 1 };
+            let seen: BTreeSet<usize> = (0..turns).flat_map(|_| shadow.beside(policies)).collect();
+            assert_eq!(seen, (0..policies).collect());
+        }
     }
 }

@@ -194,6 +194,13 @@ type Case = (
 );
 
 #[test]
+fn the_map_of_accounts_has_what_its_description_has() {
+    let accounts = service("accounts");
+    assert_eq!(accounts.unmapped_operations(), []);
+    assert!(accounts.undescribed_routes().is_empty(), "{:?}", accounts.undescribed_routes());
+}
+
+#[test]
 fn who_may_do_what_and_which_rule_says_so() {
     use Outcome::{Deny, Permit};
     let transfer = r#"{"id":"t1","from":"17","to":"42","amount_cents":500,"memo":"rent"}"#;

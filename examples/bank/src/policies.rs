@@ -16,6 +16,7 @@ pub const POLICIES: &[(&str, &str)] = &[
         "services/accounts/tests/bad/requests.toml",
         include_str!("../policies/services/accounts/tests/bad/requests.toml"),
     ),
+    ("services/accounts/openapi.yaml", include_str!("../policies/services/accounts/openapi.yaml")),
     ("services/accounts/map.toml", include_str!("../policies/services/accounts/map.toml")),
     ("services/gateway/gateway.cedar", include_str!("../policies/services/gateway/gateway.cedar")),
     (

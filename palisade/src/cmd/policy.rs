@@ -12,7 +12,7 @@ use clap::Subcommand;
 use identity::{Clock as _, SpiffeId, SystemClock};
 use policy::{
     Attributes, Caller, Case, Layer, Mode, ObjectRef, Occasion, Policies, Principal, Problem, Reach, Receipt,
-    ServicePolicy, Verdict,
+    ServicePolicy, UnmappedOperation, Verdict,
 };
 
 use crate::Global;
@@ -260,6 +260,8 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
                     "audit_until": service.audit_until().map(|end| end.as_secs()),
                     "policies": service.policies().count(),
                     "unmapped_methods": service.unmapped_methods(),
+                    "unmapped_operations": service.unmapped_operations(),
+                    "undescribed_routes": service.undescribed_routes(),
                 })
             })
             .collect();
@@ -282,14 +284,27 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     );
     printer.data(&text)?;
     for service in policies.services() {
-        for path in service.unmapped_methods() {
-            printer.warning(&format!(
-                "{}: {path} is not in map.toml, so it is denied to everybody",
-                service.name()
-            ));
-        }
+        unmapped(service, printer);
     }
     Ok(Exit::Ok)
+}
+
+/// What a service's descriptions and its map do not have in common.
+fn unmapped(service: &ServicePolicy, printer: &Printer) {
+    let name = service.name();
+    for path in service.unmapped_methods() {
+        printer.warning(&format!("{name}: {path} is not in map.toml, so it is denied to everybody"));
+    }
+    for UnmappedOperation { operation, file, line, taken_by } in service.unmapped_operations() {
+        let so = match taken_by {
+            None => "so it is denied to everybody".to_owned(),
+            Some(route) => format!("and `{route}` takes it"),
+        };
+        printer.warning(&format!("{name}: {operation} ({file}:{line}) is not in map.toml, {so}"));
+    }
+    for route in service.undescribed_routes() {
+        printer.warning(&format!("{name}: {route} is in map.toml and not in the OpenAPI description"));
+    }
 }
 
 /// A service's mode, and until when.

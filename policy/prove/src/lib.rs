@@ -147,12 +147,13 @@ impl Prover {
         before: Option<&ServicePolicy>,
         after: &ServicePolicy,
     ) -> Result<Vec<Change>, ProofError> {
-        let (schema, now) = after.cedar();
+        let (schema, now) = after.cedar().map_err(ProofError::Failed)?;
         let none = PolicySet::new();
-        let then = before.map_or(&none, |before| before.cedar().1);
+        let before = before.map(ServicePolicy::cedar).transpose().map_err(ProofError::Failed)?;
+        let then = before.as_ref().map_or(&none, |(_, then)| then);
         let mut changes = Vec::new();
         for env in ordered(schema) {
-            let compiled = CompiledPolicySet::compile(now, &env, schema)?;
+            let compiled = CompiledPolicySet::compile(&now, &env, schema)?;
             let (then, earlier, incomparable) = match CompiledPolicySet::compile(then, &env, schema) {
                 Ok(compiled) => (then, compiled, None),
                 // Said of policies that name what is no more.
@@ -161,8 +162,8 @@ impl Prover {
                     (&none, CompiledPolicySet::compile(&none, &env, schema)?, Some(why))
                 }
             };
-            let opened = self.only((now, &compiled), (then, &earlier), &env, schema).await?;
-            let closed = self.only((then, &earlier), (now, &compiled), &env, schema).await?;
+            let opened = self.only((&now, &compiled), (then, &earlier), &env, schema).await?;
+            let closed = self.only((then, &earlier), (&now, &compiled), &env, schema).await?;
             let verdict = match (&opened, &closed) {
                 (None, None) => Verdict::Equivalent,
                 (None, Some(_)) => Verdict::Narrower,
@@ -214,7 +215,8 @@ impl Prover {
         forbidden.add(permit).map_err(|error| ProofError::Failed(error.to_string()))?;
         let mut asked = false;
         for service in services {
-            let (schema, set) = service.cedar();
+            let (schema, set) = service.cedar().map_err(ProofError::Failed)?;
+            let set = &set;
             for env in ordered(schema) {
                 // It speaks of another service's actions or objects.
                 let Ok(never) = CompiledPolicySet::compile(&forbidden, &env, schema) else { continue };

@@ -9,7 +9,9 @@
 
 use std::collections::BTreeSet;
 
-use cedar_policy::{ActionConstraint, EntityTypeName, EntityUid, PrincipalConstraint, ResourceConstraint};
+use cedar_policy::{
+    ActionConstraint, EntityTypeName, EntityUid, Policy, PrincipalConstraint, ResourceConstraint,
+};
 use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
 
 use crate::decide::PolicyEntry;
@@ -94,7 +96,7 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    pub(crate) fn new(schema: &ServiceSchema, entries: &[PolicyEntry]) -> Self {
+    pub(crate) fn new(schema: &ServiceSchema, entries: &[(PolicyEntry, Policy)]) -> Self {
         let mut building = Building {
             schema,
             sets: HashMap::new(),
@@ -111,8 +113,8 @@ impl Index {
                 action_sets: Vec::new(),
             },
         };
-        for (number, entry) in (0u32..).zip(entries) {
-            building.add(number, entry);
+        for (number, (entry, policy)) in (0u32..).zip(entries) {
+            building.add(number, entry.effect, policy);
         }
         building.finish()
     }
@@ -161,6 +163,12 @@ impl Index {
             })
         });
         keys.any(|key| self.reachable.contains(&key))
+    }
+
+    /// Whether a policy's scope admits objects of a type.
+    pub(crate) fn is_about(&self, entry: usize, kind: usize) -> bool {
+        let object = self.scopes.get(entry).and_then(|scope| scope.object);
+        object.is_some_and(|(wanted, _)| wanted == ANY || wanted == small(kind))
     }
 
     /// Which of caller, action and object a policy's scope admits.
@@ -229,16 +237,16 @@ struct Building<'a> {
 }
 
 impl Building<'_> {
-    fn add(&mut self, number: u32, entry: &PolicyEntry) {
-        let principal = self.principal(&entry.policy.principal_constraint());
-        let object = self.object(&entry.policy.resource_constraint());
-        let (actions, listed) = self.actions(&entry.policy.action_constraint());
+    fn add(&mut self, number: u32, effect: PolicyEffect, policy: &Policy) {
+        let principal = self.principal(&policy.principal_constraint());
+        let object = self.object(&policy.resource_constraint());
+        let (actions, listed) = self.actions(&policy.action_constraint());
         self.index.scopes.push(Scope { principal, actions, object });
         let (Some(principal), Some((kind, object))) = (principal, object) else { return };
         for action in listed {
             let key = Key { principal, action, kind, object };
             self.found.entry(key).or_default().push(number);
-            if entry.effect == PolicyEffect::Permit && object != ANY {
+            if effect == PolicyEffect::Permit && object != ANY {
                 self.index.reachable.insert(Key { object: ANY, ..key });
             }
         }

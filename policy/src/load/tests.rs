@@ -47,9 +47,8 @@ pub(crate) fn unvalidated(schema: &str, policies: &str) -> Shared {
     let file = TextFile { path: path.into(), name: "shop.cedar".into(), text: policies.into() };
     let entries = parse_policies(&file, &trust_domain, &mut problems);
     assert_eq!(entries.len(), policies.matches("@id(").count(), "{problems}\n{policies}");
-    let set = PolicySet::from_policies(entries.iter().map(|entry| entry.policy.clone())).unwrap();
     let version = PolicyVersion::of([("", policies)]);
-    assemble("shop", &trust_domain, &version, schema, Map::default(), (set, entries))
+    assemble("shop", &trust_domain, &version, schema, Map::default(), entries)
 }
 
 /// The problems as text, file names below the directory.
@@ -493,6 +492,62 @@ fn messages_are_read_by_the_service_s_own_proto_files() {
     for kind in ["application/grpc+json", "application/json", "application/grpc-web"] {
         assert!(ask(kind).is_err(), "{kind}");
     }
+}
+
+#[test]
+fn a_description_is_held_against_the_map() {
+    let map = "[[route]]\nmatch = \"GET /v1/pages/{page:int}\"\naction = \"View\"\nobject = 'Page::\"{page}\"'\n\
+               [[route]]\nmatch = \"GET /v1/pages/{page:int}/notes\"\naction = \"View\"\nobject = 'Page::\"{page}\"'\n\
+               [[route]]\nmatch = \"GET /v1/files/{file}\"\naction = \"View\"\nobject = 'Page::\"{file}\"'\n";
+    let description = "openapi: 3.1.0
+servers: [{ url: https://shop.example/v1 }]
+paths:
+  /pages/{id}: { get: {}, delete: {} }
+  /pages/first: { get: {} }
+  /files/{name}.{ending}: { get: {} }
+  /files/index.html: { get: {} }
+  /files/: { get: {} }
+";
+    let (loaded, _dir) =
+        load(&[("services/shop/map.toml", Some(map)), ("services/shop/openapi.yaml", Some(description))]);
+    let policies = loaded.unwrap_or_else(|problems| panic!("{problems}"));
+    let policy = policies.service("shop").unwrap();
+    let unmapped = policy.unmapped_operations().iter().map(|it| {
+        assert_eq!(it.file, "services/shop/openapi.yaml");
+        format!("{} {} {}", it.operation, it.line, it.taken_by.as_deref().unwrap_or("-"))
+    });
+    assert_eq!(
+        unmapped.collect::<Vec<_>>(),
+        [
+            "DELETE /v1/pages/{id} 4 -",
+            "GET /v1/pages/first 5 -",
+            "GET /v1/files/index.html 7 GET /v1/files/{file}",
+            "GET /v1/files/ 8 -",
+        ]
+    );
+    assert_eq!(policy.undescribed_routes(), ["GET /v1/pages/{page:int}/notes"]);
+    // It decides nothing: it is no part of a version, and no sidecar is sent it.
+    let (without, _dir) = load(&[("services/shop/map.toml", Some(map))]);
+    assert_eq!(policies.version(), without.unwrap().version());
+    let named = |name: &str| (format!("services/shop/{name}"), Vec::new());
+    let files = ["openapi.yaml", "openapi.yml", "openapi.json", "map.toml"].map(named).into();
+    let slice = super::slices(&files).remove("shop").unwrap();
+    assert_eq!(slice.into_keys().collect::<Vec<_>>(), ["services/shop/map.toml"]);
+}
+
+#[test]
+fn what_is_wrong_with_a_description_stops_the_loading() {
+    let text = problems(&[("services/shop/openapi.json", Some("{\n  \"openapi\": \"2.0\"\n}"))]);
+    assert!(
+        text.contains("services/shop/openapi.json:2:14: the version `2.0` of OpenAPI is not known"),
+        "{text}"
+    );
+    let good = Some("openapi: 3.0.0\npaths: {}");
+    let text = problems(&[("services/shop/openapi.json", good), ("services/shop/openapi.yml", good)]);
+    assert!(text.contains("openapi.yml: the service has another OpenAPI description beside it"), "{text}");
+    let none = ("services/shop/map.toml", Some("mapping = \"none\""));
+    let text = problems(&[("services/shop/openapi.yaml", good), none]);
+    assert!(text.contains("openapi.yaml: the service's map has no routes"), "{text}");
 }
 
 #[test]

@@ -180,15 +180,8 @@ fn at_revision(directory: &Path, revision: &str) -> Result<TempDir, Failure> {
 fn contents(policies: &Policies, directory: &Path) -> Result<Contents, Failure> {
     let mut contents = Contents::default();
     for service in policies.services() {
-        let texts: BTreeMap<String, String> = service
-            .cedar()
-            .1
-            .policies()
-            .map(|policy| (policy.id().to_string(), policy.to_string()))
-            .collect();
-        for (id, file, _) in service.policies() {
-            let text = texts.get(id).cloned().unwrap_or_default();
-            contents.policies.insert((file.to_owned(), id.to_owned()), text);
+        for (id, file, text) in service.texts() {
+            contents.policies.insert((file.to_owned(), id.to_owned()), text.to_owned());
         }
     }
     for invariant in policies.invariants() {
