@@ -27,7 +27,7 @@ const TROUBLE_MS: u64 = 10_000;
 /// Twice what an election, a lease that runs out, locks of lost clients and a change that is off take.
 const CALM_MS: u64 = 16_000;
 /// Enough for the last attempts to end.
-const REST_MS: u64 = 6_000;
+const REST_MS: u64 = 10_000;
 
 const WITHIN: Faults = Faults { skew: EPSILON, changes: true, wipes: true };
 
