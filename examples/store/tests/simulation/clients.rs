@@ -1,9 +1,6 @@
 //! Clients that move money, count it, and watch each other, and what they saw.
 
-use std::{
-    cmp::Reverse,
-    collections::{BTreeMap, BTreeSet},
-};
+use std::{cmp::Reverse, collections::BTreeMap};
 
 use bytes::Bytes;
 use store::{

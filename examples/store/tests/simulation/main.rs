@@ -15,7 +15,17 @@ mod check;
 mod clients;
 mod world;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    num::NonZeroUsize,
+    panic,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use check::Run;
 use clients::{Client, Seen};
@@ -146,41 +156,76 @@ fn first_seed() -> u64 {
     std::env::var("STORE_SIMULATION_FIRST").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
 }
 
-#[test]
-fn every_seed_is_strictly_serializable() {
-    let (mut committed, mut lost, mut shown) = (0, 0, 0);
-    let mut counts = world::Counts::default();
-    let mut wrong = Vec::new();
-    for seed in first_seed()..first_seed() + seeds(60) {
-        // A node that panics is wrong of the seed too.
-        let run = std::panic::catch_unwind(|| run(seed, WITHIN)).unwrap_or_else(|_| Err("it panics".into()));
+/// What runs came to, all together.
+#[derive(Debug, Default)]
+struct Totals {
+    committed: usize,
+    ended_otherwise: usize,
+    snapshots: usize,
+    counts: world::Counts,
+    wrong: BTreeMap<u64, String>,
+}
+
+impl Totals {
+    fn add(&mut self, seed: u64, run: Result<Run, String>) {
         let run = match run {
             Ok(run) => run,
             Err(why) => {
-                wrong.push(format!("seed {seed}: {why}"));
-                continue;
+                self.wrong.insert(seed, why);
+                return;
             }
         };
-        if let Ok(directory) = std::env::var("STORE_SIMULATION_HISTORIES") {
-            std::fs::write(format!("{directory}/{seed}.jsonl"), run.history()).unwrap();
-        }
-        if let Err(why) = run.check() {
-            wrong.push(format!("seed {seed}: {why}"));
-        }
-        committed += run.records.iter().filter(|record| record.committed.is_some()).count();
-        lost += run.records.iter().filter(|record| record.committed.is_none()).count();
-        shown += run.shown.len();
-        counts.crashes += run.counts.crashes;
-        counts.stops += run.counts.stops;
-        counts.wipes += run.counts.wipes;
-        counts.splits += run.counts.splits;
-        counts.merges += run.counts.merges;
-        counts.moves += run.counts.moves;
-        counts.leads += run.counts.leads;
+        let committed = run.records.iter().filter(|record| record.committed.is_some()).count();
+        self.committed += committed;
+        self.ended_otherwise += run.records.len() - committed;
+        self.snapshots += run.shown.len();
+        self.counts += run.counts;
     }
-    println!("{committed} commits, {lost} attempts that ended otherwise, {shown} snapshots, {counts:?}");
+}
+
+/// Runs `seed` and checks what it shows.
+fn run_and_check(seed: u64) -> Result<Run, String> {
+    let run = run(seed, WITHIN)?;
+    if let Ok(directory) = std::env::var("STORE_SIMULATION_HISTORIES") {
+        std::fs::write(format!("{directory}/{seed}.jsonl"), run.history()).unwrap();
+    }
+    run.check().map(|()| run)
+}
+
+#[test]
+fn every_seed_is_strictly_serializable() {
+    let next = AtomicU64::new(first_seed());
+    let end = first_seed() + seeds(60);
+    let totals = Mutex::new(Totals::default());
+    let one_after_another = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end {
+                return;
+            }
+            // A node that panics is wrong of the seed too.
+            let run = panic::catch_unwind(|| run_and_check(seed)).unwrap_or_else(|_| Err("it panics".into()));
+            totals.lock().unwrap().add(seed, run);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, NonZeroUsize::get) {
+            scope.spawn(one_after_another);
+        }
+    });
+    let totals = totals.into_inner().unwrap();
+    let Totals { committed, ended_otherwise, snapshots, counts, .. } = totals;
+    println!(
+        "{committed} commits, {ended_otherwise} attempts that ended otherwise, {snapshots} snapshots, {counts:?}"
+    );
+    let wrong: Vec<_> = totals.wrong.iter().map(|(seed, why)| format!("seed {seed}: {why}")).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(committed > 1_000 && lost > 100 && shown > 500 && counts.crashes > 20, "the runs test nothing");
+    if end - first_seed() < 60 {
+        println!("these are too few seeds to say whether they test enough");
+        return;
+    }
+    let much = committed > 1_000 && ended_otherwise > 100 && snapshots > 500 && counts.crashes > 20;
+    assert!(much, "the runs test nothing");
     let changes = [counts.splits, counts.merges, counts.moves, counts.leads, counts.wipes];
     assert!(changes.iter().all(|count| *count > 0), "the runs change nothing");
 }

@@ -223,6 +223,18 @@ pub(crate) struct Counts {
     pub(crate) leads: u64,
 }
 
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.crashes += other.crashes;
+        self.stops += other.stops;
+        self.wipes += other.wipes;
+        self.splits += other.splits;
+        self.merges += other.merges;
+        self.moves += other.moves;
+        self.leads += other.leads;
+    }
+}
+
 struct Post {
     sent: Vec<(NodeId, Vec<u8>)>,
     answers: Vec<(u64, Result<Answer, Refused>)>,
