@@ -95,7 +95,10 @@ fn kafkas_clients_do_through_sidecars_what_policies_permit_and_hear_of_the_rest_
     fs::write(&rules, text.replace("sa/client", "sa/other")).unwrap();
     server.hang_up();
     server.hears("policies reloaded");
-    let admin = format!("from kafka import KafkaAdminClient as A; A(bootstrap_servers='{}')", stage.client);
+    let admin = format!(
+        "from kafka import KafkaAdminClient as A; A(bootstrap_servers='{}', bootstrap_timeout_ms=3000)",
+        stage.client
+    );
     assert_eq!(python(&admin, home.path()), None, "who may do nothing is not connected");
     server.end();
 }

@@ -72,12 +72,10 @@ impl Api {
 
 /// What a broker says of itself, less what is not understood here.
 pub(super) fn capped(head: &Head, frame: &Bytes) -> Result<Bytes, Malformed> {
-    // A broker that is older than the question answers in version 0.
-    let told = head.answered::<ApiVersionsRequest>(head.version, frame);
-    let (version, told) = match told {
-        Ok(told) => (head.version, told),
-        Err(_) => (0, head.answered::<ApiVersionsRequest>(0, frame)?),
-    };
+    // A broker that is older than the question answers in version 0: in every version the error is the first.
+    let unsupported = ResponseError::UnsupportedVersion.code().to_be_bytes();
+    let version = if frame.get(4..6) == Some(&unsupported) { 0 } else { head.version };
+    let told = head.answered::<ApiVersionsRequest>(version, frame)?;
     let mut known = ApiVersionsResponse::default();
     known.error_code = told.error_code;
     known.throttle_time_ms = if version > 0 { told.throttle_time_ms } else { 0 };

@@ -26,6 +26,7 @@ use policy::{KafkaAction, KafkaObject};
 use super::judge::{Judging, Leave, Refused};
 use super::step::{Answer, Asked, Each, Step, Stop, parted};
 use super::topics::topic;
+use super::wire::{LENGTH_BYTES, Malformed};
 
 /// Since here several coordinators are asked for at once.
 const KEYS_ARE_LISTED: i16 = 4;
@@ -226,7 +227,7 @@ fn offsets_of_groups(asked: &Asked<'_>, mut request: OffsetFetchRequest) -> Resu
     for item in &mut allowed {
         let denied = topics_of_group(asked, item)?;
         if of_groups.insert(item.group_id.clone(), denied).is_some() {
-            let twice = super::wire::Malformed::message("request", "it names a group twice");
+            let twice = Malformed::message("request", "it names a group twice");
             return Err(twice.into());
         }
     }
@@ -271,7 +272,7 @@ fn topics_of_group(
 
 pub(super) fn describe(asked: &Asked<'_>) -> Result<Step, Stop> {
     let mut request: DescribeGroupsRequest = asked.request()?;
-    request.include_authorized_operations = false;
+    let operations = std::mem::take(&mut request.include_authorized_operations);
     let each = Each {
         action: KafkaAction::Describe,
         items: |request: &mut DescribeGroupsRequest| &mut request.groups,
@@ -279,7 +280,23 @@ pub(super) fn describe(asked: &Asked<'_>) -> Result<Step, Stop> {
         denied: |id, refused| DescribedGroup::default().with_group_id(id).with_error_code(refused.of_group()),
         answers: |answer| &mut answer.groups,
     };
-    each.step(asked, request)
+    let mut step = each.step(asked, request)?;
+    if let (Step::Forward { answer, .. }, true) = (&mut step, operations) {
+        let before = std::mem::replace(answer, Answer::AsItIs);
+        let head = asked.head.clone();
+        *answer = Answer::Changed(Box::new(move |judging, frame| {
+            let whole = match before {
+                Answer::Changed(change) => change(judging, frame)?.slice(LENGTH_BYTES..),
+                _ => frame.clone(),
+            };
+            let mut answer = head.answered::<DescribeGroupsRequest>(head.version, &whole)?;
+            for described in answer.groups.iter_mut().filter(|described| described.error_code == 0) {
+                described.authorized_operations = judging.operations(group(&described.group_id))?;
+            }
+            Ok(head.answer::<DescribeGroupsRequest>(&answer)?)
+        }));
+    }
+    Ok(step)
 }
 
 /// Only those groups are listed that may be described.

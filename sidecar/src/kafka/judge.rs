@@ -173,6 +173,35 @@ impl Judging<'_> {
         Ok(!self.policy.hides_kafka(&self.guard.caller, action, &object, &occasion))
     }
 
+    /// What may be done with an object, as clients of Kafka ask for it: a bit for each ACL operation (KIP-430).
+    pub(super) fn operations(&self, named: KafkaObject<'_>) -> Result<i32, Unjudged> {
+        use KafkaAction as A;
+        let known: &[(A, u8)] = match named {
+            KafkaObject::Topic(_) => &[
+                (A::Consume, 3),
+                (A::Produce, 4),
+                (A::Create, 5),
+                (A::Delete, 6),
+                (A::Alter, 7),
+                (A::Describe, 8),
+                (A::DescribeConfigs, 10),
+                (A::AlterConfigs, 11),
+            ],
+            KafkaObject::Group(_) => &[(A::Join, 3), (A::Delete, 6), (A::Describe, 8)],
+            KafkaObject::Cluster => {
+                &[(A::Describe, 8), (A::DescribeConfigs, 10), (A::AlterConfigs, 11), (A::IdempotentWrite, 12)]
+            }
+            KafkaObject::TransactionalId(_) => &[(A::Transact, 4), (A::Describe, 8)],
+        };
+        let mut operations = 0;
+        for (action, bit) in known {
+            if self.allows(*action, named)? {
+                operations |= 1 << bit;
+            }
+        }
+        Ok(operations)
+    }
+
     /// Judges again what another policy permitted.
     pub(super) fn still(&self, action: KafkaAction, objects: &[ObjectRef]) -> Result<bool, Unjudged> {
         let target = objects.first().map(ToString::to_string).unwrap_or_default();

@@ -565,6 +565,14 @@ fn versions_are_capped_to_what_is_understood() {
             told.api_keys.iter().map(|api| (api.api_key, api.min_version, api.max_version)).collect();
         assert_eq!(seen, [(0, 3, 9), (1, 6, 12)]);
     }
+    // One that spells out its defaults, as some do: four tagged fields, each with what it would be without.
+    let frame = Head::of(ApiKey::ApiVersions, 3, 7).frame(3, &ApiVersionsRequest::default()).unwrap();
+    let Ok((head, Step::Forward { answer, .. })) = stage.judge(&frame) else { panic!("not passed on") };
+    let told = [0, 0, 2, 0, 0, 0, 3, 0, 13, 0, 0, 0, 0, 0, 2, 0, 1, 1, 3, 1, 0];
+    let told: Bytes = [&[0, 0, 0, 25, 0, 0, 0, 7][..], &told].concat().into();
+    let told = stage.answered(&head, answer, &told);
+    let told = head.answered::<ApiVersionsRequest>(3, &told.slice(LENGTH_BYTES..)).unwrap();
+    assert_eq!((told.api_keys.len(), told.api_keys[0].max_version), (1, 9));
     // An old broker answers a new question in its own form.
     let frame = Head::of(ApiKey::ApiVersions, 3, 7).frame(3, &ApiVersionsRequest::default()).unwrap();
     let Ok((head, Step::Forward { answer, .. })) = stage.judge(&frame) else { panic!("not passed on") };
@@ -572,6 +580,44 @@ fn versions_are_capped_to_what_is_understood() {
     let told = stage.answered(&head, answer, &head.answer_in::<ApiVersionsRequest>(0, &broker).unwrap());
     let told = head.answered::<ApiVersionsRequest>(0, &told.slice(LENGTH_BYTES..)).unwrap();
     assert_eq!(told.error_code, 35);
+}
+
+#[test]
+fn what_a_client_may_do_is_what_policies_say() {
+    let stage = Stage::of("web");
+    for version in 8..=9 {
+        let topics =
+            list!(["allowed-1", "denied-1"], metadata_request::MetadataRequestTopic, |item, named| {
+                item.name = Some(name(named));
+            });
+        let request = MetadataRequest::default()
+            .with_topics(Some(topics))
+            .with_include_cluster_authorized_operations(true)
+            .with_include_topic_authorized_operations(true);
+        let frame = Head::of(ApiKey::Metadata, version, 7).frame(version, &request).unwrap();
+        let Ok((head, Step::Forward { answer, .. })) = stage.judge(&frame) else { panic!("{version}") };
+        let found = metadata_response::MetadataResponseTopic::default().with_name(Some(name("allowed-1")));
+        let broker = MetadataResponse::default().with_topics(vec![found]);
+        let told = stage.answered(&head, answer, &head.answer::<MetadataRequest>(&broker).unwrap());
+        let told = head.answered::<MetadataRequest>(version, &told.slice(LENGTH_BYTES..)).unwrap();
+        let all = [3, 4, 5, 6, 7, 8, 10, 11].iter().map(|bit| 1 << bit).sum::<i32>();
+        assert_eq!(
+            (told.cluster_authorized_operations, told.topics[0].topic_authorized_operations),
+            (0, all)
+        );
+        assert_eq!((told.topics[1].error_code, told.topics[1].topic_authorized_operations), (29, i32::MIN));
+    }
+    let groups = vec![GroupId(text("allowed-1")), GroupId(text("denied-1"))];
+    let request =
+        DescribeGroupsRequest::default().with_groups(groups).with_include_authorized_operations(true);
+    let frame = Head::of(ApiKey::DescribeGroups, 5, 7).frame(5, &request).unwrap();
+    let Ok((head, Step::Forward { answer, .. })) = stage.judge(&frame) else { panic!("not passed on") };
+    let found = describe_groups_response::DescribedGroup::default().with_group_id(GroupId(text("allowed-1")));
+    let broker = DescribeGroupsResponse::default().with_groups(vec![found]);
+    let told = stage.answered(&head, answer, &head.answer::<DescribeGroupsRequest>(&broker).unwrap());
+    let told = head.answered::<DescribeGroupsRequest>(5, &told.slice(LENGTH_BYTES..)).unwrap();
+    assert_eq!(told.groups[0].authorized_operations, 1 << 3 | 1 << 6 | 1 << 8);
+    assert_eq!((told.groups[1].error_code, told.groups[1].authorized_operations), (30, i32::MIN));
 }
 
 /// Acceptance list policy, line 34: auto-creation by Metadata.

@@ -53,12 +53,14 @@ pub(super) fn metadata(asked: &Asked<'_>) -> Result<Step, Stop> {
     if head.version == 0 && request.topics.as_ref().is_some_and(Vec::is_empty) {
         request.topics = None;
     }
-    request.include_cluster_authorized_operations = false;
-    request.include_topic_authorized_operations = false;
+    let operations = Operations {
+        cluster: std::mem::take(&mut request.include_cluster_authorized_operations),
+        topics: std::mem::take(&mut request.include_topic_authorized_operations),
+    };
     let Some(named) = request.topics.take() else {
         request.allow_auto_topic_creation = false;
         let frame = head.frame(version, &request)?;
-        let answer = described(asked, version, |judging, answer| {
+        let answer = described(asked, version, move |judging, answer| {
             let mut shown = Vec::with_capacity(answer.topics.len());
             for topic in std::mem::take(&mut answer.topics) {
                 let name = topic.name.as_ref().map_or("", |name| name.0.as_str());
@@ -67,7 +69,7 @@ pub(super) fn metadata(asked: &Asked<'_>) -> Result<Step, Stop> {
                 }
             }
             answer.topics = shown;
-            Ok(())
+            operations.tell(judging, answer)
         });
         return Ok(Step::Forward { by: asked.connected.clone(), frame, answer });
     };
@@ -98,7 +100,8 @@ pub(super) fn metadata(asked: &Asked<'_>) -> Result<Step, Stop> {
     });
     request.topics = Some(topics.collect());
     let frame = head.frame(version, &request)?;
-    let plain = denied.is_empty() && uncreatable.is_empty() && version == head.version;
+    let asked_more = operations.cluster || operations.topics;
+    let plain = denied.is_empty() && uncreatable.is_empty() && version == head.version && !asked_more;
     let answer = if plain {
         Answer::AsItIs
     } else {
@@ -114,11 +117,32 @@ pub(super) fn metadata(asked: &Asked<'_>) -> Result<Step, Stop> {
                     missing.error_code = refused.of_topic();
                 }
             }
+            operations.tell(judging, answer)?;
             answer.topics.extend(denied);
             Ok(())
         })
     };
     Ok(Step::Forward { by: by.unwrap_or_else(|| asked.connected.clone()), frame, answer })
+}
+
+/// Whether a client asks what it may do. The broker would say that it may do all.
+#[derive(Debug, Clone, Copy)]
+struct Operations {
+    cluster: bool,
+    topics: bool,
+}
+
+impl Operations {
+    fn tell(self, judging: &Judging<'_>, answer: &mut MetadataResponse) -> Result<(), Stop> {
+        if self.cluster {
+            answer.cluster_authorized_operations = judging.operations(KafkaObject::Cluster)?;
+        }
+        for topic in answer.topics.iter_mut().filter(|topic| self.topics && topic.error_code == 0) {
+            let name = topic.name.as_ref().map_or("", |name| name.0.as_str());
+            topic.topic_authorized_operations = judging.operations(KafkaObject::Topic(name))?;
+        }
+        Ok(())
+    }
 }
 
 /// An answer to Metadata, which may have been asked in a later version than the client knows.
@@ -327,11 +351,18 @@ pub(super) fn incremental_alter_configs(asked: &Asked<'_>) -> Result<Step, Stop>
 
 pub(super) fn describe_cluster(asked: &Asked<'_>) -> Result<Step, Stop> {
     let mut request: DescribeClusterRequest = asked.request()?;
-    request.include_cluster_authorized_operations = false;
-    let leave = asked.judging.one(KafkaAction::Describe, KafkaObject::Cluster)?;
-    asked.gate(&request, leave, |_| {
-        let mut denied = DescribeClusterResponse::default();
-        denied.error_code = ResponseError::ClusterAuthorizationFailed.code();
-        denied
-    })
+    let operations = std::mem::take(&mut request.include_cluster_authorized_operations);
+    match asked.judging.one(KafkaAction::Describe, KafkaObject::Cluster)? {
+        Ok(by) if operations => {
+            let told = asked.changed::<DescribeClusterRequest>(|judging, answer| {
+                answer.cluster_authorized_operations = judging.operations(KafkaObject::Cluster)?;
+                Ok(())
+            });
+            asked.pass(by, &request, told)
+        }
+        leave => asked.gate(&request, leave, |_| {
+            let denied = ResponseError::ClusterAuthorizationFailed.code();
+            DescribeClusterResponse::default().with_error_code(denied)
+        }),
+    }
 }
