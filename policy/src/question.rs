@@ -129,6 +129,10 @@ impl Question {
         let object = KafkaObject::written(&self.target).ok_or_else(|| {
             format!("the service serves Kafka, and `{}` is no object there; {WANTED}", self.target)
         })?;
+        let said = self.headers.len() + self.attributes.len() + self.objects.len();
+        if self.user.is_some() || self.body.is_some() || said > 0 {
+            return Err("a request of Kafka's has no user, headers, body or attributes".to_owned());
+        }
         let caller = kafka::caller(&self.caller);
         let object = match object.object() {
             Ok(object) => object,

@@ -321,6 +321,9 @@ policy = "none"
     for case in &all {
         assert_eq!(case.run(&policies), Ok(()), "{}", case.name);
     }
+    let with_user = text.replacen("kafka = {", "user = \"alice\"\nkafka = {", 1);
+    let (all, policies) = cases(&with_user).unwrap();
+    assert!(all[0].run(&policies).unwrap_err().contains("has no user"));
     for (from, to, why) in [
         ("\"Produce\"", "\"Write\"", "all.toml:5:9: this is no action of Kafka's on one object"),
         ("topic = \"payments\"", "topic = \"a\", group = \"b\"", "no action of Kafka's on one object"),

@@ -144,10 +144,13 @@ fn name(name: &str) -> TopicName {
     TopicName(text(name))
 }
 
-/// A kind of request about things of these names.
+/// A request in this version, about things of these names.
+type Make = dyn Fn(i16, &[&str]) -> Bytes;
+
+/// A kind of request.
 struct Sample {
     key: ApiKey,
-    frame: Box<dyn Fn(i16, &[&str]) -> Bytes>,
+    frame: Box<Make>,
     /// An answer of the broker's that has nothing in it.
     empty: fn(&Head, i16) -> Bytes,
     /// Whether it is an answer that the client reads.
@@ -783,7 +786,10 @@ fn what_stands_behind_a_message_or_twice_in_it_is_refused() {
     assert!(matches!(stage.judge(&tagged.freeze()), Err(Stop::Malformed(Malformed::Form(_)))));
 }
 
-fn topic_data() -> impl Strategy<Value = Vec<(String, Vec<(i32, Option<Vec<u8>>)>)>> {
+/// A partition and what is to be written to it.
+type Written = (i32, Option<Vec<u8>>);
+
+fn topic_data() -> impl Strategy<Value = Vec<(String, Vec<Written>)>> {
     let records = prop::option::of(prop::collection::vec(any::<u8>(), 0..40));
     let partitions = prop::collection::vec((any::<i32>(), records), 0..4);
     prop::collection::vec(("[a-z_.]{1,12}", partitions), 0..5)
