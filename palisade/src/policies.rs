@@ -11,7 +11,7 @@ use policy::{Mapping, Mode, Policies, ServicePolicy, Withheld, decision_counts};
 use tokio::sync::watch;
 
 use crate::failure::Failure;
-use crate::mesh;
+use crate::mesh::{self, AppProtocol};
 use crate::workload::{self, Workload};
 
 /// One service's policy as it is now, and every later one.
@@ -37,14 +37,14 @@ pub(crate) fn at_start(workload: &Workload, service: &str) -> Result<Arc<Service
     nothing.map_err(|problems| Failure::problems("the policy of the time before policies", problems.0))
 }
 
-/// Follows the policy of `service`, where control hands policies out: what comes is told, and `None` else. Whoever
-/// carries plain connections, or requests, takes no policy for the other.
+/// Follows the policy of `service`, where control hands policies out: what comes is told, and `None` else. A sidecar
+/// before an `app` takes no policy for another protocol than the app's; who names its objects itself takes any.
 pub(crate) fn follow(
     workload: &Workload,
     service: &str,
     source: &IdentitySource,
     now: Arc<ServicePolicy>,
-    fits: fn(Mapping) -> Result<(), &'static str>,
+    app: Option<AppProtocol>,
     scope: &Scope,
 ) -> Option<Followed> {
     workload.mesh.policy.as_ref()?;
@@ -62,7 +62,7 @@ pub(crate) fn follow(
         service: service.to_owned(),
         trust_domain,
         audits,
-        fits,
+        app,
         current: sender,
         stale: stale_sender,
     };
@@ -109,7 +109,7 @@ struct Decider {
     trust_domain: TrustDomain,
     /// Whether the mesh as a whole enforces nothing.
     audits: bool,
-    fits: fn(Mapping) -> Result<(), &'static str>,
+    app: Option<AppProtocol>,
     current: watch::Sender<Arc<ServicePolicy>>,
     stale: watch::Sender<bool>,
 }
@@ -125,7 +125,7 @@ impl Holder for Decider {
             told.collect::<Vec<_>>().join("; ")
         })?;
         let policy = policies.service(&self.service).ok_or("there is none for this service")?;
-        (self.fits)(policy.mapping())?;
+        self.app.map_or(Ok(()), |app| fitting(app, policy.mapping()))?;
         Ok(if self.audits { Arc::new(policy.with_mode(Mode::Audit)) } else { policy })
     }
 
@@ -155,27 +155,16 @@ impl Holder for Decider {
     }
 }
 
-/// What a process that names its objects itself takes: any.
-pub(crate) fn any(_mapping: Mapping) -> Result<(), &'static str> {
-    Ok(())
-}
-
-/// What a sidecar before an app of requests takes.
-pub(crate) fn requests(mapping: Mapping) -> Result<(), &'static str> {
-    match mapping {
-        Mapping::Routes | Mapping::None => Ok(()),
-        Mapping::Tcp => Err("its map says mapping = \"tcp\", and the service's app_protocol does not"),
+/// What a sidecar takes before an app that speaks this.
+fn fitting(app: AppProtocol, mapping: Mapping) -> Result<(), &'static str> {
+    if app.fits(mapping) {
+        return Ok(());
     }
-}
-
-/// What a sidecar before an app of plain connections takes.
-pub(crate) fn connections(mapping: Mapping) -> Result<(), &'static str> {
-    match mapping {
-        Mapping::Tcp => Ok(()),
-        Mapping::Routes | Mapping::None => {
-            Err("the service's app_protocol is \"tcp\", and its map does not say mapping = \"tcp\"")
-        }
-    }
+    Err(match mapping {
+        Mapping::Routes | Mapping::None => "its map maps requests, and the service's app_protocol is another",
+        Mapping::Tcp => "its map says mapping = \"tcp\", and the service's app_protocol does not",
+        Mapping::Kafka => "its map says mapping = \"kafka\", and the service's app_protocol does not",
+    })
 }
 
 /// What a process on SIGHUP has to say where policies come by themselves.

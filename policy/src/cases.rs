@@ -16,6 +16,7 @@ use serde_json::Value as Json;
 use toml::Spanned;
 
 use crate::decide::ServicePolicy;
+use crate::kafka::{KafkaAction, KafkaObject};
 use crate::load::{Policies, SERVICES, TESTS};
 use crate::problem::{Problem, Problems};
 use crate::question::{AskedBody, Question};
@@ -43,8 +44,9 @@ struct Section {
     #[serde(rename = "as")]
     caller: Spanned<String>,
     user: Option<UserSection>,
-    /// `METHOD /target`.
-    request: Spanned<String>,
+    /// `METHOD /target`; of a service that serves Kafka, `kafka` instead.
+    request: Option<Spanned<String>>,
+    kafka: Option<Spanned<KafkaSection>>,
     #[serde(default)]
     headers: BTreeMap<String, String>,
     body: Option<String>,
@@ -63,6 +65,34 @@ struct Section {
     decision: Decision,
     /// The policy, or the built-in rule; `none` where no policy allows it.
     policy: Spanned<String>,
+}
+
+/// One action on one object of Kafka's.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KafkaSection {
+    action: String,
+    topic: Option<String>,
+    group: Option<String>,
+    transactional_id: Option<String>,
+    #[serde(default)]
+    cluster: bool,
+}
+
+impl KafkaSection {
+    fn object(&self) -> Option<KafkaObject<'_>> {
+        let cluster = self.cluster.then_some(KafkaObject::Cluster);
+        let named = [
+            self.topic.as_deref().map(KafkaObject::Topic),
+            self.group.as_deref().map(KafkaObject::Group),
+            self.transactional_id.as_deref().map(KafkaObject::TransactionalId),
+            cluster,
+        ];
+        match named.into_iter().flatten().collect::<Vec<_>>()[..] {
+            [one] => Some(one),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -190,10 +220,22 @@ impl Case {
         Ok((decision, record.rule.name().to_owned(), why))
     }
 
+    /// Method and target, or the action and the object of Kafka's.
+    fn asked(&self) -> (String, String) {
+        let section = &self.section;
+        if let Some(kafka) = section.kafka.as_ref().map(Spanned::get_ref) {
+            let object = kafka.object().map(|object| object.to_string());
+            return (kafka.action.clone(), object.unwrap_or_default());
+        }
+        let request = section.request.as_ref().map(|request| request.get_ref().as_str());
+        let (method, target) = request.and_then(|request| request.split_once(' ')).unwrap_or_default();
+        (method.to_owned(), target.to_owned())
+    }
+
     /// What the test asks.
     fn question(&self, policy: &ServicePolicy) -> Result<Question, String> {
         let section = &self.section;
-        let (method, target) = section.request.get_ref().split_once(' ').unwrap_or_default();
+        let (method, target) = self.asked();
         let user = section.user.clone().map(|user| {
             let table = match user {
                 UserSection::Whole(table) => table,
@@ -222,7 +264,7 @@ impl Case {
             },
             (None, None, Some(fields)) => {
                 let fields = Json::Object(fields.clone().into_iter().collect());
-                Some(AskedBody::Message(policy.message(target, fields)?))
+                Some(AskedBody::Message(policy.message(&target, fields)?))
             }
             (None, None, None) => None,
             _ => return Err("`body`, `body_hex` and `message` are one body each".to_owned()),
@@ -230,14 +272,34 @@ impl Case {
         Ok(Question {
             caller: self.caller.clone(),
             user,
-            method: method.to_owned(),
-            target: target.to_owned(),
+            method,
+            target,
             headers: section.headers.clone(),
             body,
             attributes: section.attributes.clone(),
             objects: section.objects.clone(),
             now: Duration::from_secs(section.now.unwrap_or(NOW_SECONDS)),
         })
+    }
+}
+
+/// What is wrong with what a test asks, and where: it is one request, or one action on one object.
+fn unasked(section: &Section, whole: &Range<usize>) -> Option<(Range<usize>, &'static str, &'static str)> {
+    const REQUEST: &str = "request = \"GET /accounts/17\"";
+    const KAFKA: &str =
+        "kafka = { action = \"Produce\", topic = \"payments\" }: or group, transactional_id, cluster = true";
+    match (&section.request, &section.kafka) {
+        (Some(request), None) => {
+            let is_one = request.get_ref().split_once(' ').is_some_and(|(_, target)| target.starts_with('/'));
+            (!is_one).then(|| (request.span(), "a request is a method and a path", REQUEST))
+        }
+        (None, Some(kafka)) => {
+            let asked = kafka.get_ref();
+            let is_one = KafkaAction::named(&asked.action).is_some() && asked.object().is_some();
+            (!is_one).then(|| (kafka.span(), "this is no action of Kafka's on one object", KAFKA))
+        }
+        (None, None) => Some((whole.clone(), "a test has a `request`, or `kafka`", REQUEST)),
+        (Some(_), Some(kafka)) => Some((kafka.span(), "a test has a `request`, or `kafka`, not both", KAFKA)),
     }
 }
 
@@ -294,10 +356,8 @@ fn read(
             Ok(id) => Some(id),
             Err(_) => workload(named),
         };
-        if !section.request.get_ref().split_once(' ').is_some_and(|(_, target)| target.starts_with('/')) {
-            let problem =
-                Problem::at(path, &text, section.request.span(), "a request is a method and a path");
-            problems.push(problem.hint("request = \"GET /accounts/17\""));
+        if let Some((at, message, hint)) = unasked(&section, &span) {
+            problems.push(Problem::at(path, &text, at, message).hint(hint));
         }
         let Some(caller) = caller else {
             let message = format!("`{named}` is no service of the mesh and no SPIFFE ID");

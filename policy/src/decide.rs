@@ -111,7 +111,7 @@ impl ServicePolicy {
     }
 
     /// What is said instead of a decision, while it is withheld.
-    fn check_withheld(&self) -> Result<(), Refusal> {
+    pub(crate) fn check_withheld(&self) -> Result<(), Refusal> {
         self.withheld.map_or(Ok(()), |why| Err(Refusal::denied(why.rule(), why.reason())))
     }
 
@@ -458,7 +458,7 @@ impl ServicePolicy {
         Denial(Box::new(record))
     }
 
-    fn record(&self, caller: Option<&Caller>, occasion: &Occasion<'_>) -> DecisionRecord {
+    pub(crate) fn record(&self, caller: Option<&Caller>, occasion: &Occasion<'_>) -> DecisionRecord {
         let mut record = blank(&self.shared.name, occasion);
         record.mode = self.mode(occasion.now);
         record.policy_version = Some(self.shared.version.to_string());

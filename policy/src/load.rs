@@ -13,6 +13,7 @@ use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
 use crate::forms::{Forms, PolicyText};
+use crate::kafka;
 use crate::map::{self, Beside, Map, Mapping};
 use crate::openapi::{self, Compared};
 use crate::problem::{Problem, Problems};
@@ -102,9 +103,12 @@ impl Policies {
                 continue;
             };
             let namespace = policy.0;
-            if let Some(other) = namespaces.insert(namespace.clone(), service.name.clone()) {
+            // The schema of all Kafka services is one, and nobody else's.
+            if let Some(schema) = &service.schema
+                && let Some(other) = namespaces.insert(namespace.clone(), service.name.clone())
+            {
                 let message = format!("the namespace {namespace} is declared by the service {other} too");
-                problems.push(Problem::file(&service.schema.path, message));
+                problems.push(Problem::file(&schema.path, message));
             }
             services.insert(service.name.clone(), Arc::new(policy.1));
         }
@@ -180,7 +184,8 @@ pub struct Invariant {
 
 struct ServiceFiles {
     name: String,
-    schema: TextFile,
+    /// None where the map says `mapping = "kafka"`.
+    schema: Option<TextFile>,
     map: TextFile,
     policies: Vec<TextFile>,
     relations: Option<TextFile>,
@@ -203,7 +208,8 @@ impl Files {
     fn all(&self) -> impl Iterator<Item = (&str, &str)> {
         let services = self.services.iter();
         let files = services.flat_map(|s| {
-            [&s.schema, &s.map].into_iter().chain(&s.policies).chain(&s.relations).chain(&s.protos)
+            let map = std::iter::once(&s.map);
+            s.schema.iter().chain(map).chain(&s.policies).chain(&s.relations).chain(&s.protos)
         });
         std::iter::once(&self.mesh)
             .chain(&self.guard)
@@ -358,7 +364,8 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
     let mut missing = |what: &str| {
         problems.push(Problem::file(&service.path, format!("the service {} has no {what}", service.name)));
     };
-    if schemas.is_empty() {
+    let is_kafka = maps.first().is_some_and(|map| kafka::is_mapping(&map.text));
+    if schemas.is_empty() && !is_kafka {
         missing(&format!("schema ({}.cedarschema)", service.name));
     }
     if maps.is_empty() {
@@ -370,13 +377,19 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
     if let [_, other, ..] = openapi.as_slice() {
         problems.push(Problem::file(&other.path, "the service has another OpenAPI description beside it"));
     }
+    if is_kafka && let Some(schema) = schemas.first() {
+        let message = "a service of mapping = \"kafka\" has no schema of its own";
+        problems.push(
+            Problem::file(&schema.path, message).hint("remove it; Kafka::Topic and the rest are there"),
+        );
+    }
     if schemas.len() > 1 {
         problems
             .push(Problem::file(&service.path, format!("the service {} has several schemas", service.name)));
     }
     Some(ServiceFiles {
         name: service.name.clone(),
-        schema: schemas.pop()?,
+        schema: schemas.pop(),
         map: maps.pop()?,
         policies,
         relations,
@@ -397,8 +410,17 @@ fn load_service(
     version: &PolicyVersion,
     problems: &mut Problems,
 ) -> Option<(String, ServicePolicy)> {
-    let own = SchemaFile::parse(&files.schema.path, &files.schema.text, problems)?;
+    let (path, text) = match &files.schema {
+        Some(schema) => (schema.path.as_path(), schema.text.as_str()),
+        None => (Path::new(kafka::SCHEMA_FILE), kafka::SCHEMA),
+    };
+    let own = SchemaFile::parse(path, text, problems)?;
     let schema = match schema::link(mesh, &own, trust_domain) {
+        Ok(schema) if schema.namespace == kafka::NAMESPACE && files.schema.is_some() => {
+            let problem = Problem::file(path, "a service cannot declare the namespace Kafka");
+            problems.push(problem.hint("mapping = \"kafka\" in map.toml brings it, without a schema"));
+            return None;
+        }
         Ok(schema) => schema,
         Err(found) => {
             problems.0.extend(found.0);
@@ -497,6 +519,7 @@ fn load_policies(
     problems: &mut Problems,
 ) -> Option<Vec<(PolicyEntry, Policy)>> {
     let before = problems.0.len();
+    let is_kafka = files.schema.is_none();
     let mut set = PolicySet::new();
     let mut entries: Vec<(PolicyEntry, Policy)> = Vec::new();
     let mut taken: HashMap<Arc<str>, usize> = HashMap::new();
@@ -508,6 +531,9 @@ fn load_policies(
             parse_policies(file, trust_domain, problems)
         };
         for (entry, policy) in parsed {
+            if let Some((message, hint)) = is_kafka.then(|| kafka::flaw(&policy)).flatten() {
+                problems.push(at_policy(file, &policy, message).hint(hint));
+            }
             let other = taken.get(&entry.id).and_then(|other| entries.get(*other));
             if let Some((other, _)) = other {
                 let message = format!("the id `{}` is taken by {}:{}", entry.id, other.file, other.line);

@@ -136,6 +136,8 @@ pub enum Mapping {
     Routes,
     /// The app's own protocol over plain connections: each is the action [`CONNECT_ACTION`] on a [`PORT_TYPE`].
     Tcp,
+    /// Kafka's protocol: what a request does to each topic, group and transactional id is judged by itself.
+    Kafka,
     /// None that a sidecar could judge: the service names its objects itself, as the vault does.
     None,
 }
@@ -271,12 +273,16 @@ impl Reader<'_> {
                 self.connections(span, schema);
                 map.mapping = Mapping::Tcp;
             }
+            Some((Mapping::Kafka, span)) if !drafts.is_empty() => {
+                self.say(span, "a service has routes or is \"kafka\": what its requests mean is known")
+                    .hint("leave the routes out");
+            }
             Some((other, _)) if drafts.is_empty() => map.mapping = other,
             Some(_) => {}
             None if drafts.is_empty() && self.problems.0.is_empty() => {
                 self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
                     "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself, \
-                     `mapping = \"tcp\"` if it speaks another protocol",
+                     `mapping = \"kafka\"` if it speaks Kafka, `mapping = \"tcp\"` if it speaks another protocol",
                 );
             }
             None => {}
@@ -348,8 +354,9 @@ impl Reader<'_> {
         match value.get_ref().as_str() {
             Some("none") => Mapping::None,
             Some("tcp") => Mapping::Tcp,
+            Some("kafka") => Mapping::Kafka,
             _ => {
-                self.say(value.span(), "`mapping` is \"tcp\" or \"none\"")
+                self.say(value.span(), "`mapping` is \"tcp\", \"kafka\" or \"none\"")
                     .hint("leave it out where there are routes");
                 Mapping::None
             }

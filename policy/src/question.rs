@@ -12,7 +12,8 @@ use serde_json::Value as Json;
 
 use crate::body::BodyRule;
 use crate::decide::ServicePolicy;
-use crate::map::Source;
+use crate::kafka::{self, KafkaAction, KafkaObject};
+use crate::map::{Mapping, Source};
 use crate::object::{AttributeValue, Attributes};
 use crate::receipt::Receipt;
 use crate::record::{DecisionRecord, Layer};
@@ -26,9 +27,9 @@ pub struct Question {
     pub caller: SpiffeId,
     /// For whom; `None`: for nobody.
     pub user: Option<User>,
-    /// The request's method.
+    /// The request's method; of a service that serves Kafka, the action.
     pub method: String,
-    /// Its path and query.
+    /// Its path and query; of a service that serves Kafka, the object as [`crate::KafkaObject`] writes it.
     pub target: String,
     /// Its headers.
     pub headers: BTreeMap<String, String>,
@@ -94,6 +95,9 @@ impl Question {
         };
         let refuse = |refusal| policy.refuse(Some(&caller), refusal, &occasion).record().clone();
 
+        if policy.mapping() == Mapping::Kafka {
+            return self.ask_kafka(policy, &occasion);
+        }
         let mapped = match policy.map(&self.parts()?) {
             Ok(mapped) => mapped,
             Err(refusal) => return Ok(refuse(refusal)),
@@ -112,6 +116,32 @@ impl Question {
         let attributes = self.told(&mapped)?;
         Ok(match policy.decide(&caller, &mapped, &attributes, &occasion) {
             Verdict::Permit(permit) => permit.record(&caller, &mapped, &attributes, &occasion),
+            Verdict::Deny(denial) => denial.record().clone(),
+        })
+    }
+
+    /// An action on an object: `Produce topic:payments`.
+    fn ask_kafka(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<DecisionRecord, String> {
+        const WANTED: &str = "such as Produce topic:payments, Join group:billing, Transact transactional-id:billing-1 or Describe cluster";
+        let action = KafkaAction::named(&self.method).ok_or_else(|| {
+            format!("the service serves Kafka, and `{}` is no action there; {WANTED}", self.method)
+        })?;
+        let object = KafkaObject::written(&self.target).ok_or_else(|| {
+            format!("the service serves Kafka, and `{}` is no object there; {WANTED}", self.target)
+        })?;
+        let said = self.headers.len() + self.attributes.len() + self.objects.len();
+        if self.user.is_some() || self.body.is_some() || said > 0 {
+            return Err("a request of Kafka's has no user, headers, body or attributes".to_owned());
+        }
+        let caller = kafka::caller(&self.caller);
+        let object = match object.object() {
+            Ok(object) => object,
+            Err(refusal) => return Ok(policy.refuse(Some(&caller), refusal, occasion).record().clone()),
+        };
+        Ok(match policy.decide_kafka(&caller, action, &object, occasion) {
+            Verdict::Permit(permit) => {
+                permit.record_object(&caller, action.name(), &object, &Attributes::none(), occasion)
+            }
             Verdict::Deny(denial) => denial.record().clone(),
         })
     }

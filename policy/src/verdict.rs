@@ -79,8 +79,8 @@ pub enum Verdict {
 
 /// Leave to pass a request on.
 ///
-/// INVARIANT: made by [`ServicePolicy::decide`], [`ServicePolicy::decide_object`] and
-/// [`ServicePolicy::decide_connect`] when a policy permits, and by [`Denial::audited`] for a service in audit mode. Nothing else makes one.
+/// INVARIANT: made by [`ServicePolicy::decide`], [`ServicePolicy::decide_object`], [`ServicePolicy::decide_connect`]
+/// and [`ServicePolicy::decide_kafka_connection`] when a policy permits, and by [`Denial::audited`] for a service in audit mode. Nothing else makes one.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Permit(Leave);
@@ -160,6 +160,18 @@ impl Permit {
         match &self.0 {
             Leave::Granted { by, .. } => {
                 self.record_object(caller, CONNECT_ACTION, &by.port(port), &Attributes::none(), occasion)
+            }
+            Leave::Audited(record) => record.as_ref().clone(),
+        }
+    }
+
+    /// Likewise, for [`ServicePolicy::decide_kafka_connection`].
+    pub fn record_kafka_connection(&self, caller: &Caller, occasion: &Occasion<'_>) -> DecisionRecord {
+        match &self.0 {
+            Leave::Granted { by, .. } => {
+                let mut record = by.record(Some(caller), occasion);
+                record.action = Some(CONNECT_ACTION.to_owned());
+                self.complete(record)
             }
             Leave::Audited(record) => record.as_ref().clone(),
         }

@@ -12,6 +12,7 @@
 //! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
 //! | [`detect`], [`proxy_protocol`] | what a connection speaks by its first bytes; where it came from before a proxy |
 //! | [`hbone`] | a second way in for meshes that tunnel |
+//! | [`kafka`] | connections of Kafka's clients: each request judged object by object |
 //! | [`live`] | what is open, so that a decision can be taken again |
 //! | [`server`] | accept loops, handshakes, limits and draining, shared with the gateway |
 //! | [`http1`] | plain HTTP/1.1 at both ends: the server that local apps talk to, the client to the app |
@@ -48,6 +49,7 @@ pub mod headers;
 pub mod http1;
 mod http2;
 pub mod inbound;
+pub mod kafka;
 pub mod live;
 mod messages;
 pub mod metrics;

@@ -173,7 +173,7 @@ impl Default for Metrics {
     }
 }
 
-fn histogram() -> Histogram {
+pub(crate) fn histogram() -> Histogram {
     Histogram::new(DURATION_BUCKETS_SECONDS)
 }
 

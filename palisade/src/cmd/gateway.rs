@@ -94,7 +94,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         let recorder = decisions::recorder(&workload, &scope);
         let (clock, random) = (Arc::clone(&workload.clock), Arc::clone(&workload.random));
         let in_force = InForce::from(Arc::clone(&at_start));
-        let followed = policies::follow(&workload, SERVICE, &source, at_start, policies::any, &scope);
+        let followed = policies::follow(&workload, SERVICE, &source, at_start, None, &scope);
         let id = workload.mesh.own_id(Own::Gateway);
         let ready = workload.identified(source.clone(), id, policies::awaited(&followed));
         let gateway = Gateway::start(config, source, in_force.clone(), recorder, clock, random, &scope)

@@ -169,13 +169,10 @@ impl OfMesh {
         let capture = captured::listen(own.capture.as_ref(), addresses(own, &workload.mesh), &clock)?;
         let traces = workload.mesh.traces.clone();
         let config = SidecarConfig { access_log, traces, capture, ..config };
-        let fits = match own.app_protocol.carries() {
-            Carries::Requests => policies::requests,
-            Carries::Connections => policies::connections,
-        };
         let at_start = config.inbound.as_ref().map(|inbound| Arc::clone(&inbound.policy));
-        let followed =
-            at_start.and_then(|policy| policies::follow(&workload, &decided, &source, policy, fits, &scope));
+        let followed = at_start.and_then(|policy| {
+            policies::follow(&workload, &decided, &source, policy, Some(own.app_protocol), &scope)
+        });
         let ready =
             workload.identified(source.clone(), Some(config.id.clone()), policies::awaited(&followed));
         discovery.follow(&workload, &scope);
@@ -218,19 +215,24 @@ fn access_log(
     })
 }
 
-/// An app of its own protocol and a map that says so belong together.
+/// What an app speaks and what its map says belong together.
 fn fits(app: AppProtocol, policy: &ServicePolicy, section: &str) -> Result<(), Failure> {
-    match (app.carries(), policy.mapping()) {
-        (Carries::Connections, Mapping::Tcp) | (Carries::Requests, Mapping::Routes | Mapping::None) => Ok(()),
-        (Carries::Connections, _) => Err(Failure::invalid(format!(
-            "{section} says app_protocol = \"tcp\", and the service's map.toml maps requests"
-        ))
-        .hint("write mapping = \"tcp\" in map.toml, or leave app_protocol out")),
-        (Carries::Requests, _) => Err(Failure::invalid(format!(
-            "the service's map.toml says mapping = \"tcp\", and {section} does not"
-        ))
-        .hint("add app_protocol = \"tcp\"")),
+    if app.fits(policy.mapping()) {
+        return Ok(());
     }
+    let mapping = match policy.mapping() {
+        Mapping::Tcp => "tcp",
+        Mapping::Kafka => "kafka",
+        Mapping::Routes | Mapping::None => {
+            let app = app.name();
+            let message =
+                format!("{section} says app_protocol = \"{app}\", and the service's map.toml maps requests");
+            return Err(Failure::invalid(message)
+                .hint(format!("write mapping = \"{app}\" in map.toml, or leave app_protocol out")));
+        }
+    };
+    let message = format!("the service's map.toml says mapping = \"{mapping}\", and {section} does not");
+    Err(Failure::invalid(message).hint(format!("add app_protocol = \"{mapping}\"")))
 }
 
 /// Where apps that know of no sidecar dial those whom `service` calls.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use policy::Mapping;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use sidecar::traffic::config::{HealthCheck, RateLimit, Traffic};
@@ -279,8 +280,8 @@ pub(crate) struct ServiceSection {
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["web/cookie-key"])]
     pub(crate) secrets: Vec<Text>,
-    /// What the app speaks: http1, h2c (HTTP/2 without TLS), or tcp: a protocol of its own, whose connections
-    /// its map judges by mapping = "tcp". Default: http1.
+    /// What the app speaks: http1, h2c (HTTP/2 without TLS), kafka, whose requests its map judges by mapping = "kafka",
+    /// or tcp: a protocol of its own, whose connections it judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]
     pub(crate) app_protocol: Option<AppProtocol>,
     /// The longest from a request to the head of its answer, for calls of this service and for calls to it. A gRPC call
@@ -370,6 +371,8 @@ pub(crate) enum AppProtocol {
     H2c,
     /// A protocol that the sidecar does not read.
     Tcp,
+    /// Kafka's, whose requests the sidecar before the brokers reads.
+    Kafka,
 }
 
 impl AppProtocol {
@@ -377,7 +380,26 @@ impl AppProtocol {
     pub(crate) fn carries(self) -> sidecar::Carries {
         match self {
             Self::Http1 | Self::H2c => sidecar::Carries::Requests,
-            Self::Tcp => sidecar::Carries::Connections,
+            Self::Tcp | Self::Kafka => sidecar::Carries::Connections,
+        }
+    }
+
+    /// What the map of its service says.
+    pub(crate) fn fits(self, mapping: Mapping) -> bool {
+        match mapping {
+            Mapping::Routes | Mapping::None => matches!(self, Self::Http1 | Self::H2c),
+            Mapping::Tcp => self == Self::Tcp,
+            Mapping::Kafka => self == Self::Kafka,
+        }
+    }
+
+    /// As files write it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::H2c => "h2c",
+            Self::Tcp => "tcp",
+            Self::Kafka => "kafka",
         }
     }
 }
@@ -396,7 +418,7 @@ impl From<AppProtocol> for sidecar::app::AppProtocol {
     fn from(written: AppProtocol) -> Self {
         match written {
             // A map without routes lets no request through to an app that takes connections.
-            AppProtocol::Http1 | AppProtocol::Tcp => Self::Http1,
+            AppProtocol::Http1 | AppProtocol::Tcp | AppProtocol::Kafka => Self::Http1,
             AppProtocol::H2c => Self::H2c,
         }
     }

@@ -96,8 +96,8 @@ pub(crate) struct InboundSection {
     /// The service's name: its policies are services/NAME in that directory.
     #[schemars(with = "String", example = &"backend")]
     pub(crate) service: Text,
-    /// What the app speaks: http1, h2c (HTTP/2 without TLS), or tcp: a protocol of its own, whose connections
-    /// its map judges by mapping = "tcp". Default: http1.
+    /// What the app speaks: http1, h2c (HTTP/2 without TLS), kafka, whose requests its map judges by mapping = "kafka",
+    /// or tcp: a protocol of its own, whose connections it judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]
     pub(crate) app_protocol: Option<AppProtocol>,
     /// The SPIFFE IDs at which transaction tokens may begin. Default: none, no request carries a user.

@@ -12,8 +12,8 @@ use arc_swap::ArcSwap;
 use identity::clock::SharedClock;
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    Caller, Denial, Layer, Mapping, Occasion, Permit, Principal, Receipt, Recorder, Refusal, ServicePolicy,
-    Verdict,
+    Caller, DecisionRecord, Denial, Layer, Mapping, Occasion, Permit, Principal, Receipt, Recorder, Refusal,
+    ServicePolicy, Verdict,
 };
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::Semaphore;
@@ -23,6 +23,7 @@ use super::frame::{self, OpenFrame, Session, SessionError, Status};
 use super::stats::{SessionEnd, TcpStats};
 use super::stream::Stream;
 use crate::dial;
+use crate::kafka::{Ends, KafkaError, KafkaInbound};
 use crate::live::{Closed, Facts, Judge, Kind, Live, Registry};
 use crate::metrics::Direction;
 use crate::sample::Sampler;
@@ -110,6 +111,7 @@ pub struct TcpInbound {
     config: TcpInboundConfig,
     waiting: Semaphore,
     sampler: Sampler,
+    kafka: KafkaInbound,
 }
 
 /// A session that is permitted and has reached the app.
@@ -119,6 +121,8 @@ pub(crate) struct Connected {
     port: String,
     rule: String,
     receipt: Receipt,
+    /// Whose requests are to be judged, by which leave it is connected.
+    kafka: Option<(Caller, Permit)>,
 }
 
 /// Why a session did not reach the app.
@@ -159,7 +163,15 @@ pub(crate) struct Origin<'a> {
 impl TcpInbound {
     /// Plain connections to the app of `config`.
     pub fn new(config: TcpInboundConfig) -> Arc<Self> {
-        Arc::new(Self { config, waiting: Semaphore::new(MAX_WAITING), sampler: Sampler::default() })
+        let kafka = KafkaInbound::new(
+            Arc::clone(&config.policy),
+            Arc::clone(&config.recorder),
+            config.stats.kafka().clone(),
+            config.clock.clone(),
+            Arc::clone(&config.random),
+            config.access_log,
+        );
+        Arc::new(Self { config, waiting: Semaphore::new(MAX_WAITING), sampler: Sampler::default(), kafka })
     }
 
     /// Serves the sessions of one connection, whose handshake has proved `peer`, until it ends, its peer's
@@ -280,7 +292,7 @@ impl TcpInbound {
         let policy = config.policy.load_full();
         let permit = asking.decide(&policy, &occasion).map_err(|denial| Stop::Denied(Box::new(denial)))?;
         if permit.is_audited() || self.sampler.take(config.clock.now()) {
-            config.recorder.record(permit.record_connect(&asking.caller, &asking.port, &occasion));
+            config.recorder.record(asking.record(&permit, &occasion));
         }
         let app = self.dial(&permit, *address).await.map_err(Stop::AppDown)?;
         Ok(Connected {
@@ -289,6 +301,7 @@ impl TcpInbound {
             port: name.clone(),
             rule: permit.rule().to_string(),
             receipt: *permit.receipt(),
+            kafka: asking.kafka.then(|| (asking.caller.clone(), permit)),
         })
     }
 
@@ -310,9 +323,18 @@ impl TcpInbound {
     ) -> SessionEnd {
         let config = &self.config;
         let _active = config.stats.session();
-        let Connected { app, live, port, rule, receipt } = connected;
+        let Connected { app, live, port, rule, receipt, kafka } = connected;
+        let carried = async {
+            match kafka {
+                Some((caller, permit)) => {
+                    let ends = Ends { client: &mut *mesh, broker: &mut *app };
+                    self.kafka.serve(ends, caller.clone(), permit, live.traffic()).await.map_err(Cut::Kafka)
+                }
+                None => both_ways(mesh, app, &config.clock, live.traffic()).await.map_err(Cut::Copy),
+            }
+        };
         let outcome = tokio::select! {
-            outcome = both_ways(mesh, app, &config.clock, live.traffic()) => Ok(outcome),
+            outcome = carried => Ok(outcome),
             closed = live.closed() => Err(closed),
         };
         if !matches!(outcome, Ok(Ok(()))) {
@@ -322,8 +344,7 @@ impl TcpInbound {
         }
         let (end, note) = match &outcome {
             Ok(Ok(())) => (SessionEnd::Finished, None),
-            Ok(Err(error @ CopyError::Io(..))) => (SessionEnd::Broken, Some(error.to_string())),
-            Ok(Err(error)) => (SessionEnd::TimedOut, Some(error.to_string())),
+            Ok(Err(cut)) => (cut.end(), Some(cut.to_string())),
             Err(Closed::Denied(denial)) => {
                 config.recorder.record(denial.record().clone());
                 let note = format!("closed by {}, receipt {}", denial.rule(), denial.receipt());
@@ -378,7 +399,8 @@ impl TcpInbound {
             address: Some(origin.remote),
         };
         let (clock, random) = (self.config.clock.clone(), Arc::clone(&self.config.random));
-        Asking { caller, port: port.to_owned(), clock, random }
+        let kafka = self.mapping() == Mapping::Kafka;
+        Asking { caller, port: port.to_owned(), kafka, clock, random }
     }
 
     fn facts(&self, origin: Origin<'_>) -> Facts {
@@ -414,6 +436,28 @@ impl TcpInbound {
     }
 }
 
+/// Why a session ended that should have gone on.
+#[derive(Debug, thiserror::Error)]
+enum Cut {
+    #[error(transparent)]
+    Copy(CopyError),
+    #[error(transparent)]
+    Kafka(KafkaError),
+}
+
+impl Cut {
+    fn end(&self) -> SessionEnd {
+        match self {
+            Self::Copy(CopyError::Io(..)) => SessionEnd::Broken,
+            Self::Copy(_) | Self::Kafka(KafkaError::TimedOut | KafkaError::Stalled) => SessionEnd::TimedOut,
+            Self::Kafka(KafkaError::Denied | KafkaError::Overtaken | KafkaError::Request(_)) => {
+                SessionEnd::Denied
+            }
+            Self::Kafka(_) => SessionEnd::Broken,
+        }
+    }
+}
+
 /// A connection without a session: nothing that a policy could deny.
 struct Waiting;
 
@@ -431,15 +475,30 @@ impl Judge for Waiting {
 struct Asking {
     caller: Caller,
     port: String,
+    /// Whether its requests are judged, as the map said when it began: another map ends it.
+    kafka: bool,
     clock: SharedClock,
     random: SharedRandom,
 }
 
 impl Asking {
     fn decide(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<Permit, Denial> {
-        match policy.decide_connect(&self.caller, &self.port, occasion) {
+        let verdict = if self.kafka {
+            policy.decide_kafka_connection(&self.caller, occasion)
+        } else {
+            policy.decide_connect(&self.caller, &self.port, occasion)
+        };
+        match verdict {
             Verdict::Permit(permit) => Ok(permit),
             Verdict::Deny(denial) => denial.audited(),
+        }
+    }
+
+    fn record(&self, permit: &Permit, occasion: &Occasion<'_>) -> DecisionRecord {
+        if self.kafka {
+            permit.record_kafka_connection(&self.caller, occasion)
+        } else {
+            permit.record_connect(&self.caller, &self.port, occasion)
         }
     }
 

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::kafka::KafkaStats;
 use crate::metrics::Direction;
 
 /// How a session ended.
@@ -80,6 +81,7 @@ pub struct TcpStats {
     handshakes: Family<HandshakeLabels, Counter>,
     reused: Counter,
     active: Gauge<i64, AtomicI64>,
+    kafka: KafkaStats,
 }
 
 impl TcpStats {
@@ -90,6 +92,12 @@ impl TcpStats {
         registry.register("tcp_handshakes", "TLS handshakes for plain connections", self.handshakes.clone());
         registry.register("tcp_reused", "Plain connections that needed no handshake", self.reused.clone());
         registry.register("tcp_active", "Plain connections that are open", self.active.clone());
+        self.kafka.register(registry);
+    }
+
+    /// The counters of what Kafka's clients ask for on such connections.
+    pub(crate) fn kafka(&self) -> &KafkaStats {
+        &self.kafka
     }
 
     /// Counts a session until the guard is dropped.
