@@ -448,6 +448,7 @@ fn assemble(
         set,
         entries,
         version: version.clone(),
+        relations_max_age: map.relations_max_age,
     }
 }
 
