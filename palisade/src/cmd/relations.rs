@@ -38,7 +38,7 @@ enum What {
         attributes: Vec<String>,
         /// A batch, all or none: a JSON list of {"type", "id", "attributes" or "delete", "must_be", "must_exist"}; - reads
         /// standard input.
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["must_be", "must_exist"])]
         file: Option<PathBuf>,
         #[command(flatten)]
         how: How,
@@ -75,10 +75,10 @@ enum What {
 #[derive(Debug, clap::Args)]
 struct How {
     /// Write nothing unless the object has this revision; 0: unless it is not there.
-    #[arg(long, value_name = "REVISION", conflicts_with = "file")]
+    #[arg(long, value_name = "REVISION")]
     must_be: Option<u64>,
     /// Write nothing unless the object is there.
-    #[arg(long, conflicts_with = "file")]
+    #[arg(long)]
     must_exist: bool,
     /// Write by this process's own identity, through the agent, as a service does; otherwise by control's admin socket.
     #[arg(long)]

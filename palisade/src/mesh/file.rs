@@ -282,7 +282,7 @@ pub(crate) struct ServiceSection {
     /// Who may write the relations of this service's objects, by their names in this file, beside the service itself and
     /// operators: other services, or workloads. Default: nobody.
     #[serde(default)]
-    #[schemars(with = "Vec<String>", example = ["ledger"])]
+    #[schemars(with = "Vec<String>", example = ["nightly"])]
     pub(crate) relations_writers: Vec<Text>,
     /// What the app speaks: http1, h2c (HTTP/2 without TLS), or tcp: a protocol of its own, whose connections
     /// its map judges by mapping = "tcp". Default: http1.
