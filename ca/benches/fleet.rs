@@ -217,6 +217,7 @@ async fn control(directory: &Path, scope: &Scope) -> Control {
         entries: vec![entry],
         passphrase: SecretString::from("not a secret"),
         decisions_kept: 1_000,
+        relations: Default::default(),
         policies: Some(PoliciesConfig { services, replayer: None }),
     };
     Control::start(config, SystemClock::shared(), SystemRandom::shared(), scope).await.unwrap()

@@ -32,6 +32,7 @@ mod log;
 mod node;
 mod policies;
 mod refusal;
+mod relations;
 mod rotation;
 mod upstream;
 mod workload;
@@ -43,6 +44,7 @@ use log::DecisionLog;
 use node::Node;
 use policies::Policies;
 use refusal::Refusals;
+use relations::Relations;
 use upstream::Upstream;
 
 pub use refusal::{RefusalReason, RefusalRecorder, RefusedCaller};
@@ -195,7 +197,7 @@ impl Agent {
         let (svid_sender, svids) = watch::channel(Arc::default());
         let log = DecisionLog::start(&config.state, scope);
         let (queue, endpoints) = (Arc::new(Queue::new(Some(log))), Endpoints::default());
-        let policies = Policies::default();
+        let (policies, relations) = (Policies::default(), Relations::new(Arc::clone(&clock)));
         let attestor = Attestor::new(Arc::new(LinuxProcesses));
         let local = workload::Local {
             trust_domain: config.trust_domain.clone(),
@@ -204,6 +206,7 @@ impl Agent {
             queue: Arc::clone(&queue),
             endpoints: endpoints.clone(),
             policies: policies.clone(),
+            relations: relations.clone(),
             redactor: config.redactor.clone(),
             refusals: Arc::new(Refusals::new(
                 config.refusals.clone(),
@@ -222,6 +225,7 @@ impl Agent {
             Upstream::new(config.control, node.source(), control, Arc::clone(&clock))
                 .map_err(AgentError::Tls)?,
         );
+        relations.reach(Arc::clone(&upstream));
         scope.spawn_critical(
             "node identity",
             node::keep(Arc::clone(&node), Arc::clone(&upstream), Arc::clone(&random), scope.clone()),

@@ -43,14 +43,16 @@ mod admin_api;
 mod endpoints;
 mod limit;
 mod policies;
+mod relations;
 mod rollout;
 mod service;
 mod store;
 
 pub use crate::entry::{Entry, Selectors};
-pub(crate) use admin_api::{ErrorBody, JoinTokenRequest, RollBackRequest, RolledBack};
+pub(crate) use admin_api::{ErrorBody, JoinTokenRequest, RollBackRequest, RolledBack, WriteRelations};
 pub(crate) use limit::Limiter;
 pub use policies::{OfferError, PoliciesConfig, PolicyOffer, Replayed, Replayer};
+pub use relations::{RelationsConfig, RelationsError, RelationsOf};
 pub use rollout::{Ring, Rings};
 pub(crate) use service::{
     MAX_DECISION_FIELD_BYTES, MAX_DECISION_JSON_BYTES, MAX_REPORT_BATCH, MAX_SIGN_BATCH,
@@ -83,6 +85,8 @@ const JOIN_LIMIT: (u32, u32) = (100, 5);
 const SIGN_LIMIT: (u32, u32) = (2_000, 200);
 /// Decisions, an agent.
 const REPORT_LIMIT: (u32, u32) = (50_000, 5_000);
+/// Batches of relations, an agent: each is a write to the disk.
+const RELATIONS_LIMIT: (u32, u32) = (1_000, 200);
 
 /// What control needs to run.
 #[derive(Debug)]
@@ -109,6 +113,8 @@ pub struct ControlConfig {
     pub decisions_kept: usize,
     /// Whom it hands policies out to, if it does.
     pub policies: Option<PoliciesConfig>,
+    /// Whose relations it keeps.
+    pub relations: RelationsConfig,
 }
 
 /// Why control did not start.
@@ -246,6 +252,7 @@ struct Inner {
     entries: watch::Sender<Arc<EntrySet>>,
     endpoints: Registry,
     policies: Option<policies::Policies>,
+    relations: relations::Relations,
     nodes: Mutex<HashMap<String, Node>>,
     active: Mutex<HashMap<String, IssuedSvid>>,
     sequence: AtomicU64,
@@ -255,6 +262,7 @@ struct Inner {
     join_limit: Limiter<IpAddr>,
     sign_limit: Limiter<SpiffeId>,
     report_limit: Limiter<SpiffeId>,
+    relations_limit: Limiter<SpiffeId>,
 }
 
 #[derive(Debug)]
@@ -292,6 +300,7 @@ impl Control {
         let (decisions_kept, trust_domain) = (config.decisions_kept as u64, config.trust_domain.clone());
         let generator = Arc::clone(&random);
         let policies = config.policies.take();
+        let relations = relations::Relations::new(std::mem::take(&mut config.relations));
         // argon2id takes its time and memory; so does a database that was not closed in order.
         let (authority, store) =
             tokio::task::spawn_blocking(move || open_state(&config, &generator, started))
@@ -317,6 +326,7 @@ impl Control {
             entries: watch::Sender::new(Arc::new(entries)),
             endpoints: Registry::new(started),
             policies,
+            relations,
             nodes: Mutex::new(
                 nodes
                     .into_iter()
@@ -331,6 +341,7 @@ impl Control {
             join_limit: Limiter::new(JOIN_LIMIT.0, JOIN_LIMIT.1),
             sign_limit: Limiter::new(SIGN_LIMIT.0, SIGN_LIMIT.1),
             report_limit: Limiter::new(REPORT_LIMIT.0, REPORT_LIMIT.1),
+            relations_limit: Limiter::new(RELATIONS_LIMIT.0, RELATIONS_LIMIT.1),
         });
         inner.renew_own(&publisher).await?;
         let tls_config = tls::server_config(&inner.own, ClientAuth::Optional, &[tls::ALPN_H2], &clock)
@@ -363,7 +374,8 @@ impl ControlHandle {
     /// Everything at this moment.
     pub async fn status(&self) -> Result<ControlStatus, StoreError> {
         let now = self.0.clock.now_seconds();
-        let counts = self.0.store.run(move |store| store.counts(now)).await?;
+        let (counts, relations) =
+            self.0.store.run(move |store| Ok((store.counts(now)?, store.relation_heads()?))).await?;
         let (svids, active) = self.0.active_svids(now);
         let set = self.0.entries.borrow().clone();
         Ok(ControlStatus {
@@ -385,6 +397,7 @@ impl ControlHandle {
             nodes: self.0.node_statuses(),
             endpoints: self.0.endpoints.statuses(),
             policies: self.0.policies.as_ref().map(policies::Policies::status),
+            relations: self.0.relations_status(relations),
             svids,
             counts: Counts {
                 svids_issued: counts.issued,

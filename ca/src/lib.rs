@@ -13,6 +13,7 @@
 //! | [`agent`] | node identity, workload attestation, rotation, the Workload API |
 //! | [`mesh`] | the client with which a workload hands in its decisions |
 //! | [`discovery`] | the client with which a workload says where it serves, and hears where others do |
+//! | [`relations`] | what is true of objects, written by API: what it may be, and a workload's clients |
 //! | [`policies`], [`release`] | the client with which a workload gets its policies, and how they are signed |
 //! | [`model`] | what control tells people and the console |
 //! | [`random`] | randomness as a parameter |
@@ -32,6 +33,7 @@ pub mod model;
 mod pb;
 pub mod policies;
 pub mod random;
+pub mod relations;
 pub mod release;
 mod transport;
 

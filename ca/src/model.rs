@@ -23,6 +23,9 @@ pub struct ControlStatus {
     /// Which policies are in force, where control hands them out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policies: Option<PoliciesStatus>,
+    /// What services' relations are at, where any were written or are read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub relations: Vec<RelationsStatus>,
     /// SVIDs that have not expired, newest first, at most [`MAX_SVIDS_LISTED`].
     pub svids: Vec<IssuedSvid>,
     /// Totals.
@@ -97,6 +100,38 @@ pub struct PoliciesStatus {
     pub source_problem: Option<String>,
     /// Who decides by them.
     pub holders: Vec<HolderStatus>,
+}
+
+/// One service's relations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelationsStatus {
+    /// The name of the service's policies.
+    pub service: String,
+    /// The store's name.
+    pub epoch: String,
+    /// Its revision.
+    pub revision: u64,
+    /// Objects with relations.
+    pub objects: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
+    /// Who decides by them, of those that are connected.
+    pub readers: Vec<RelationsReader>,
+}
+
+/// A workload that has a copy of a service's relations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelationsReader {
+    /// Whose relations.
+    pub service: String,
+    /// Who.
+    pub spiffe_id: String,
+    /// On which host.
+    pub host: String,
+    /// The revision that it was told.
+    pub revision: u64,
+    /// When it asked last whether that is the newest.
+    pub heard: u64,
 }
 
 /// One version of everybody's policies.

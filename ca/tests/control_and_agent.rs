@@ -40,6 +40,8 @@ use tonic::transport::Channel;
 
 #[path = "control_and_agent/policies.rs"]
 mod policies;
+#[path = "control_and_agent/relations.rs"]
+mod relations;
 
 /// Far longer than anything here takes: a test that waits this long has failed, and says so.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,6 +92,7 @@ impl World {
     fn control_config(&self, address: SocketAddr, entries: Vec<Entry>) -> ControlConfig {
         ControlConfig {
             policies: None,
+            relations: Default::default(),
             trust_domain: TrustDomain::new("bank.example").unwrap(),
             listener: listen(address).unwrap(),
             admin_socket: self.path("admin/control.sock"),

@@ -16,6 +16,7 @@ mod notify;
 mod policies;
 mod printer;
 mod readiness;
+mod relations;
 mod repository;
 mod rlimits;
 mod serve;
@@ -83,6 +84,8 @@ enum Verb {
     Config(cmd::config::Args),
     /// Check, test, format and show the policies.
     Policy(cmd::policy::Args),
+    /// Write, delete, show and watch what is true of a service's objects.
+    Relations(cmd::relations::Args),
     /// Explain a decision by its receipt, or what would be decided about a request.
     Explain(cmd::explain::Args),
     /// Make what a new host joins with.
@@ -129,6 +132,7 @@ fn run(cli: &Cli, printer: &Printer) -> Result<Exit, Failure> {
         Verb::Vault => cmd::vault::run(global),
         Verb::Idp => cmd::idp::run(global),
         Verb::Config(args) => cmd::config::run(args, global, printer),
+        Verb::Relations(args) => cmd::relations::run(args, global, printer),
         Verb::Policy(args) => cmd::policy::run(args, global, printer),
         Verb::Explain(args) => cmd::explain::run(args, global, printer),
         Verb::Token(args) => cmd::token::run(args, global, printer),

@@ -9,7 +9,7 @@ use identity::{SpiffeId, TrustDomain};
 use crate::engine::Engine;
 use crate::explain::{self, Scope};
 use crate::forms::{Form, Forms, PolicyText};
-use crate::in_force::Withheld;
+use crate::in_force::{self, Withheld};
 use crate::judge::{Asked, DISAGREEMENT, bare_object};
 use crate::map::{CONNECT_ACTION, Mapping, PORT_TYPE};
 use crate::object::{Attributes, ObjectRef};
@@ -75,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) shadow: Shadow,
     pub(crate) version: PolicyVersion,
+    /// How old a copy of the relations may be that are written by API, if its map asks them.
+    pub(crate) relations_max_age: Option<Duration>,
 }
 
 /// The policy of one service: immutable, cheap to share, one version.
@@ -98,6 +100,11 @@ impl ServicePolicy {
     /// For how long it may be in force, from when it was signed, where control hands it out.
     pub fn max_age(&self) -> Duration {
         self.max_age
+    }
+
+    /// How old a copy of the relations may be that are written by API; `None` if nobody asks them here.
+    pub fn relations_max_age(&self) -> Option<Duration> {
+        self.shared.relations_max_age
     }
 
     /// The same, allowing nothing, in no mode.
@@ -330,6 +337,12 @@ impl ServicePolicy {
             let understood = asked.understood(Vec::new());
             let rule = Rule::Builtin(POLICY_CHANGED.into());
             let reason = "another policy mapped the request".to_owned();
+            return Verdict::Deny(self.denial(Some(caller), occasion, understood, rule, reason));
+        }
+        if let Some((rule, reason)) = asked.unusable() {
+            let understood = asked.understood(mapped.objects().iter().map(bare_object).collect());
+            in_force::decided(true);
+            let rule = Rule::Builtin(rule.into());
             return Verdict::Deny(self.denial(Some(caller), occasion, understood, rule, reason));
         }
         self.judge(&asked, occasion)

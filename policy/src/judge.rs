@@ -10,7 +10,7 @@ use crate::engine::{Heard, Ruling, Values};
 use crate::explain;
 use crate::in_force;
 use crate::map::{Claim, Source};
-use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
+use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef, Relations};
 use crate::plan::Told;
 use crate::record::{Outcome, RecordedObject, Rule, cut};
 use crate::request::Mapped;
@@ -20,6 +20,9 @@ use crate::verdict::{Caller, Occasion, Permit, Understood, Verdict};
 
 /// The engine and Cedar differ: a defect of Palisade's, which nobody gets through on.
 pub(crate) const DISAGREEMENT: &str = "policy.disagreement";
+
+/// An attribute that must be known is not.
+pub(crate) const MISSING: &str = "attributes.missing";
 
 /// A question in full: what [`ServicePolicy::decide`] and [`ServicePolicy::decide_object`] were asked.
 pub(crate) struct Asked<'a> {
@@ -47,7 +50,9 @@ impl<'a> Asked<'a> {
                 None => (None, Told::App),
             };
             let value = match source {
-                Told::App => told.and_then(|told| told.get(name)).map(|value| admitted(*spec, value)),
+                Told::App | Told::Stored => {
+                    told.and_then(|told| told.get(name)).map(|value| admitted(*spec, value))
+                }
                 Told::Request(place) => mapped
                     .and_then(|mapped| mapped.told(place, spec.kind, at))
                     .map(|value| read(*spec, value)),
@@ -78,7 +83,9 @@ impl<'a> Asked<'a> {
     fn known(&self, at: usize, object: &ObjectRef, name: &str) -> Option<AttributeValue> {
         let Some(mapped) = self.mapped else { return self.attributes.get(object, name).cloned() };
         match mapped.route.attributes.get(name)? {
-            (Source::Entities | Source::Response(_), _) => self.attributes.get(object, name).cloned(),
+            (Source::Entities | Source::Response(_) | Source::Stored, _) => {
+                self.attributes.get(object, name).cloned()
+            }
             (Source::Relations, _) => mapped.route.relations.get(object, name).cloned(),
             (source, kind) => mapped.known_attribute(at, source, *kind, self.caller.user.as_deref()),
         }
@@ -89,9 +96,33 @@ impl<'a> Asked<'a> {
         let Some(mapped) = self.mapped else { return BTreeMap::new() };
         let source = |name: &String| {
             let (source, _) = mapped.route.attributes.get(name)?;
-            Some((name.clone(), source.to_string()))
+            Some(match (source, &self.attributes.relations) {
+                (Source::Stored, Relations::Told(Some(revision))) => {
+                    (name.clone(), format!("{source} at revision {revision}"))
+                }
+                _ => (name.clone(), source.to_string()),
+            })
         };
         attributes.keys().filter_map(source).collect()
+    }
+
+    /// At what the pushed relations were when they were asked, for whoever asks why they said nothing.
+    fn as_of(&self) -> String {
+        match self.attributes.relations {
+            Relations::Told(Some(revision)) => format!(" (relations at revision {revision})"),
+            _ => String::new(),
+        }
+    }
+
+    /// Why the pushed relations cannot be decided by, if the route asks them: the rule, and in words. An object that they
+    /// do not have is denied, also where nothing of it would have to be known.
+    pub(crate) fn unusable(&self) -> Option<(&'static str, String)> {
+        self.mapped.filter(|mapped| mapped.route.asks_relations())?;
+        match &self.attributes.relations {
+            Relations::Unusable(rule, reason) => Some((*rule, reason.clone())),
+            Relations::NotAsked => Some((MISSING, "the relations were not asked".to_owned())),
+            Relations::Told(_) => None,
+        }
     }
 
     /// The attributes that the type declares, for the record, and what is wrong with them.
@@ -109,7 +140,7 @@ impl<'a> Asked<'a> {
                     flaw = Some(format!("the attribute `{name}` of {object} is not a {}", spec.kind));
                 }
                 None if spec.required => {
-                    flaw = Some(format!("the attribute `{name}` of {object} is not known"));
+                    flaw = Some(format!("the attribute `{name}` of {object} is not known{}", self.as_of()));
                 }
                 None => {}
             }
@@ -233,7 +264,7 @@ impl ServicePolicy {
             let mut entry = RecordedObject { attributes, told_by, ..bare_object(object) };
             if let Some(flaw) = missing {
                 replace(&mut recorded, seen, entry);
-                return builtin("attributes.missing", flaw, recorded);
+                return builtin(MISSING, flaw, recorded);
             }
             let heard = self.hear(asked, action, (seen, object), kind, occasion.now);
             let swift = heard.as_ref().and_then(Heard::settled);

@@ -61,6 +61,7 @@ pub use record::{
     NoRecorder, Outcome, PolicyEffect, PolicyOutcome, RecordedObject, RecordedUser, Recorder, Rule,
     ScopePart,
 };
+pub use relations::{RelationsCopy, RelationsToken, TokenError};
 pub use render::{Style, render, render_answer, render_with};
 pub use replay::Replayed;
 pub use request::{AttributeSource, ENTITIES_PATH, Mapped, Refusal};

@@ -508,6 +508,7 @@ fn assemble(
         schema,
         entries: entries.into(),
         version: version.clone(),
+        relations_max_age: map.relations_max_age,
     }
 }
 

@@ -16,7 +16,7 @@ use crate::body::{
     BodyRule, DEFAULT_BODY_BYTES, MAX_JUDGED_BODY_BYTES, MAX_OPAQUE_BODY_BYTES, Member, MemberType, Members,
 };
 use crate::object::{AttributeType, Attributes};
-use crate::plan::Plan;
+use crate::plan::{Plan, Told};
 use crate::problem::{Problem, Problems, suggest};
 use crate::proto::{Call, Shape};
 use crate::record::Mode;
@@ -52,6 +52,8 @@ pub(crate) enum Source {
     Claim(Claim),
     /// The service's `relations.toml`.
     Relations,
+    /// The relations that are written by API, where the map says `relations = "store"`.
+    Stored,
     /// The app's entities endpoint, asked before the request is passed on.
     Entities,
     /// The app's response, before a byte of it is released.
@@ -69,7 +71,7 @@ impl std::fmt::Display for Source {
             Self::Claim(Claim::Subject) => f.write_str("claim:sub"),
             Self::Claim(Claim::Issuer) => f.write_str("claim:iss"),
             Self::Claim(Claim::Client) => f.write_str("claim:client_id"),
-            Self::Relations => f.write_str("relations"),
+            Self::Relations | Self::Stored => f.write_str("relations"),
             Self::Entities => f.write_str("entities"),
             Self::Response(pointer) => write!(f, "response:{pointer}"),
         }
@@ -105,6 +107,11 @@ impl Route {
     /// Where attributes that the request does not tell come from.
     pub(crate) fn attributes_from(&self) -> AttributeSource {
         attributes_from(&self.attributes)
+    }
+
+    /// Whether anything of its objects is told by the pushed relations.
+    pub(crate) fn asks_relations(&self) -> bool {
+        self.plan.attributes.contains(&Told::Stored)
     }
 
     /// Whether it is a request with this method and path that it means.
@@ -152,6 +159,10 @@ const DEFAULT_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 const MAX_AGES: RangeInclusive<Duration> =
     Duration::from_secs(2 * 3600)..=Duration::from_secs(30 * 24 * 3600);
 
+/// A copy asks every second whether it is the newest.
+const DEFAULT_RELATIONS_MAX_AGE: Duration = Duration::from_secs(5);
+const RELATIONS_MAX_AGES: RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(3600);
+
 /// A parsed map.
 #[derive(Debug)]
 pub(crate) struct Map {
@@ -160,6 +171,8 @@ pub(crate) struct Map {
     pub(crate) audit_until: Option<Duration>,
     /// For how long it may be in force without being signed anew.
     pub(crate) max_age: Duration,
+    /// How old a copy of the relations may be that are written by API, if they are.
+    pub(crate) relations_max_age: Option<Duration>,
     pub(crate) mapping: Mapping,
     pub(crate) routes: Vec<Route>,
 }
@@ -170,6 +183,7 @@ impl Default for Map {
             mode: Mode::default(),
             audit_until: None,
             max_age: DEFAULT_MAX_AGE,
+            relations_max_age: None,
             mapping: Mapping::default(),
             routes: Vec::new(),
         }
@@ -217,7 +231,7 @@ pub(crate) fn parse(
     problems: &mut Problems,
 ) -> Option<Map> {
     let before = problems.0.len();
-    let mut reader = Reader { file, text, beside, problems };
+    let mut reader = Reader { file, text, beside, stored: false, problems };
     let map = reader.map(schema);
     (problems.0.len() == before).then_some(map)
 }
@@ -226,6 +240,8 @@ struct Reader<'a> {
     file: &'a Path,
     text: &'a str,
     beside: Beside<'a>,
+    /// Whether the map says `relations = "store"`.
+    stored: bool,
     problems: &'a mut Problems,
 }
 
@@ -239,7 +255,7 @@ impl Reader<'_> {
                 return map;
             }
         };
-        let (mut mapping, mut until) = (None, None);
+        let (mut mapping, mut until, mut relations_max_age) = (None, None, None);
         let mut drafts = Vec::new();
         for (key, value) in document.get_ref() {
             match key.get_ref().as_ref() {
@@ -249,17 +265,31 @@ impl Reader<'_> {
                     until = Some(value.span());
                 }
                 "max_age" => map.max_age = self.max_age(value),
+                "relations" => self.stored = self.relations(value),
+                "relations_max_age" => {
+                    relations_max_age = Some((self.relations_max_age(value), value.span()))
+                }
                 "mapping" => mapping = Some((self.mapping(value), value.span())),
                 "route" => drafts = self.drafts(value),
                 other => self.unknown_key(
                     other,
                     key.span(),
-                    &["mode", "audit_until", "max_age", "mapping", "route"],
+                    &["mode", "audit_until", "max_age", "relations", "relations_max_age", "mapping", "route"],
                 ),
             }
         }
         if let (Some(span), Mode::Enforce) = (until, map.mode) {
             self.say(span, "`audit_until` without `mode = \"audit\"`").hint("add it, or leave both out");
+        }
+        match relations_max_age {
+            Some((_, span)) if !self.stored => {
+                self.say(span, "`relations_max_age` without `relations = \"store\"`")
+                    .hint("add it, or leave both out: relations.toml is as old as the policies");
+            }
+            given => {
+                let age = given.map_or(DEFAULT_RELATIONS_MAX_AGE, |(age, _)| age);
+                map.relations_max_age = self.stored.then_some(age);
+            }
         }
         match mapping {
             Some((Mapping::Tcp, span)) if !drafts.is_empty() => {
@@ -320,6 +350,36 @@ impl Reader<'_> {
                 Mode::Enforce
             }
         }
+    }
+
+    /// Whether relations are written by API: one source speaks, or an object could have two owners.
+    fn relations(&mut self, value: &Spanned<DeValue<'_>>) -> bool {
+        match value.get_ref().as_str() {
+            Some("file") => false,
+            Some("store") => {
+                if self.beside.relations.is_some() {
+                    self.say(value.span(), "there is a relations.toml, which nobody would look at")
+                        .hint("write its objects with `palisade relations write`, and remove the file");
+                }
+                true
+            }
+            _ => {
+                self.say(
+                    value.span(),
+                    "`relations` is \"file\" (relations.toml) or \"store\" (written by API)",
+                );
+                false
+            }
+        }
+    }
+
+    fn relations_max_age(&mut self, value: &Spanned<DeValue<'_>>) -> Duration {
+        let read = value.get_ref().as_str().and_then(|text| humantime::parse_duration(text).ok());
+        read.filter(|age| RELATIONS_MAX_AGES.contains(age)).unwrap_or_else(|| {
+            self.say(value.span(), "`relations_max_age` is a time from 2s to 1h")
+                .hint("relations_max_age = \"5s\": so long may what was taken away still count");
+            DEFAULT_RELATIONS_MAX_AGE
+        })
     }
 
     /// A time that control is sure to sign within, and not so long that nobody would notice.
@@ -790,7 +850,7 @@ impl Reader<'_> {
             };
             match parse_source(&source.value).and_then(|parsed| {
                 places.gives(&parsed, *spec, method)?;
-                Ok(parsed)
+                Ok(if self.stored && parsed == Source::Relations { Source::Stored } else { parsed })
             }) {
                 Ok(Source::Request(place)) if places.tells_each(&place, spec.kind) => {
                     match places.check_each(&place, *spec, objects) {
@@ -803,7 +863,7 @@ impl Reader<'_> {
                 Ok(Source::Request(_) | Source::Claim(_) | Source::Response(_)) if several => {
                     self.say(
                         source.span.clone(),
-                        "several objects take their attributes from `entities` only, or from the list that names them",
+                        "several objects take their attributes from `entities` or `relations` only, or from the list that names them",
                     );
                 }
                 Ok(parsed) => drop(sources.insert(name.value.clone(), (parsed, spec.kind))),
@@ -823,7 +883,9 @@ impl Reader<'_> {
         let has = |wanted: fn(&Source) -> bool| sources.values().any(|(source, _)| wanted(source));
         if has(|s| *s == Source::Relations) && self.beside.relations.is_none() {
             self.say(draft.span.clone(), "there is no relations.toml to tell attributes")
-                .hint("put it beside map.toml: [Account.\"17\"] owner = \"alice\"");
+                .hint(
+                    "put it beside map.toml: [Account.\"17\"] owner = \"alice\"; or write relations = \"store\" there",
+                );
         }
         if has(|s| *s == Source::Entities) && has(|s| matches!(s, Source::Response(_))) {
             self.say(
@@ -993,7 +1055,7 @@ impl Places<'_> {
             }
             Source::Claim(_) if wanted == AttributeType::Text => Ok(()),
             Source::Claim(_) => Err(format!("a claim is a String, the attribute a {wanted}")),
-            Source::Entities | Source::Relations => Ok(()),
+            Source::Entities | Source::Relations | Source::Stored => Ok(()),
             // The sidecar asks the app with GET for a HEAD, so there is a body to judge.
             Source::Response(_) if matches!(method, "GET" | "HEAD") => Ok(()),
             Source::Response(_) => Err(format!(

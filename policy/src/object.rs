@@ -14,9 +14,9 @@ use smol_str::SmolStr;
 /// A larger one could be judged as one number here and read as another by the app.
 pub(crate) const MAX_EXACT_INTEGER: i64 = (1 << 53) - 1;
 /// Most elements of a set attribute; a group list, not a database.
-const MAX_SET_ELEMENTS: usize = 256;
+pub(crate) const MAX_SET_ELEMENTS: usize = 256;
 /// Longest text attribute.
-const MAX_TEXT_BYTES: usize = 1024;
+pub(crate) const MAX_TEXT_BYTES: usize = 1024;
 
 /// One object: its Cedar entity type with namespace, and its id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -182,7 +182,22 @@ pub(crate) fn exact_integer(json: &Json) -> Option<i64> {
 
 /// Attributes by object, as learnt from the app (entities endpoint or response) or from a store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Attributes(HashMap<ObjectRef, BTreeMap<String, AttributeValue>>);
+pub struct Attributes {
+    told: HashMap<ObjectRef, BTreeMap<String, AttributeValue>>,
+    pub(crate) relations: Relations,
+}
+
+/// What the pushed relations had to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum Relations {
+    /// Nobody asked them.
+    #[default]
+    NotAsked,
+    /// What they told is among the attributes, as it was at the revision; a test's is of none.
+    Told(Option<u64>),
+    /// What they would tell must not be decided by.
+    Unusable(&'static str, String),
+}
 
 impl Attributes {
     /// No attributes: for objects whose type has none, or whose attributes the request itself tells.
@@ -190,20 +205,35 @@ impl Attributes {
         Self::default()
     }
 
+    /// Attributes of a request that needs the pushed relations, which cannot be decided by: it is denied by this rule.
+    pub fn unusable_relations(rule: &'static str, reason: impl Into<String>) -> Self {
+        Self { told: HashMap::new(), relations: Relations::Unusable(rule, reason.into()) }
+    }
+
     /// Adds one; a second value for the same attribute replaces the first.
     pub fn insert(&mut self, object: ObjectRef, name: impl Into<String>, value: AttributeValue) {
-        self.0.entry(object).or_default().insert(name.into(), value);
+        self.told.entry(object).or_default().insert(name.into(), value);
+    }
+
+    /// Adds what others have told, of other attributes.
+    pub fn extend(&mut self, others: Self) {
+        for (object, told) in others.told {
+            self.told.entry(object).or_default().extend(told);
+        }
+        if self.relations == Relations::NotAsked {
+            self.relations = others.relations;
+        }
     }
 
     /// Whether anything is known of the object.
     pub fn knows(&self, object: &ObjectRef) -> bool {
-        self.0.contains_key(object)
+        self.told.contains_key(object)
     }
 
     /// Everything known of one object.
     pub(crate) fn of(&self, object: &ObjectRef) -> Option<&BTreeMap<String, AttributeValue>> {
         // Most requests tell all there is: no hash is computed then.
-        if self.0.is_empty() { None } else { self.0.get(object) }
+        if self.told.is_empty() { None } else { self.told.get(object) }
     }
 
     /// One attribute of one object.

@@ -41,8 +41,10 @@ pub(crate) enum Told {
     /// The request, at the n-th place.
     Request(usize),
     User(Claim),
-    /// The service's relations.
+    /// The service's `relations.toml`.
     Relations,
+    /// The relations that are written by API.
+    Stored,
     /// The app, in one way or the other.
     App,
     Nobody,
@@ -127,6 +129,7 @@ impl Plan {
                 Some((Source::Request(place), _)) => Told::Request(number(place)),
                 Some((Source::Claim(claim), _)) => Told::User(*claim),
                 Some((Source::Relations, _)) => Told::Relations,
+                Some((Source::Stored, _)) => Told::Stored,
                 Some((Source::Entities | Source::Response(_), _)) => Told::App,
                 None => Told::Nobody,
             });

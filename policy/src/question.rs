@@ -12,11 +12,13 @@ use serde_json::Value as Json;
 
 use crate::body::BodyRule;
 use crate::decide::ServicePolicy;
+use crate::judge::MISSING;
 use crate::kafka::{self, KafkaAction, KafkaObject};
 use crate::map::{Mapping, Source};
-use crate::object::{AttributeValue, Attributes};
+use crate::object::{AttributeValue, Attributes, Relations};
 use crate::receipt::Receipt;
 use crate::record::{DecisionRecord, Layer};
+use crate::relations;
 use crate::request::{AttributeSource, Mapped};
 use crate::verdict::{Caller, Occasion, Principal, Verdict};
 
@@ -162,6 +164,9 @@ impl Question {
     /// What the app tells of the objects, as far as the route asks it.
     fn told(&self, mapped: &Mapped) -> Result<Attributes, String> {
         let mut attributes = Attributes::none();
+        if mapped.asks_relations() {
+            attributes.relations = Relations::Told(None);
+        }
         let by_app = mapped.attributes_from() != AttributeSource::Known;
         for id in self.objects.keys() {
             if !mapped.objects().iter().any(|object| object.id() == id) {
@@ -180,6 +185,10 @@ impl Question {
                 })?;
                 attributes.insert(object.clone(), name.clone(), value);
             }
+            if mapped.asks_relations() && !attributes.knows(object) {
+                let flaw = relations::not_there(object, None);
+                attributes.relations = Relations::Unusable(MISSING, flaw);
+            }
         }
         Ok(attributes)
     }
@@ -187,7 +196,7 @@ impl Question {
 
 fn told_by_app(mapped: &Mapped, name: &str, json: &Json) -> Result<AttributeValue, String> {
     match mapped.route.attributes.get(name) {
-        Some((Source::Entities | Source::Response(_), kind)) => {
+        Some((Source::Entities | Source::Response(_) | Source::Stored, kind)) => {
             kind.read(json).ok_or_else(|| format!("the attribute `{name}` is a {kind}"))
         }
         Some(_) => Err(format!("the request or the user tells `{name}`")),

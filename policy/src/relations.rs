@@ -1,4 +1,8 @@
-//! `relations.toml`: what is true of a service's objects, kept beside its policies.
+//! `relations.toml`: what is true of a service's objects, kept beside its policies; and the copy of what is written by
+//! API instead ([`copy`]), with the tokens of its revisions ([`token`]).
+
+mod copy;
+mod token;
 
 use std::path::Path;
 
@@ -9,6 +13,10 @@ use crate::object::{AttributeValue, Attributes, MAX_EXACT_INTEGER, ObjectRef};
 use crate::problem::{Problem, Problems, suggest};
 use crate::schema::ServiceSchema;
 use crate::template::is_plain_id;
+
+pub use copy::RelationsCopy;
+pub(crate) use copy::not_there;
+pub use token::{RelationsToken, TokenError};
 
 /// Reads `[Type."id"]` tables, each with attributes of the type. Every mistake is a problem.
 pub(crate) fn parse(

@@ -183,6 +183,12 @@ impl Mapped {
         self.route.attributes_from()
     }
 
+    /// Whether attributes come from the relations that are written by API, beside [`Mapped::attributes_from`]: add what
+    /// [`crate::RelationsCopy::tell`] says.
+    pub fn asks_relations(&self) -> bool {
+        self.route.asks_relations()
+    }
+
     /// The attributes that the route takes from the response, from its whole JSON body.
     ///
     /// # Errors
@@ -321,7 +327,7 @@ impl Mapped {
                     Claim::Client => user.client.as_str().into(),
                 })
             }),
-            Source::Relations | Source::Entities | Source::Response(_) => None,
+            Source::Relations | Source::Stored | Source::Entities | Source::Response(_) => None,
         }
     }
 }

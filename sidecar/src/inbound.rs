@@ -37,6 +37,7 @@ use crate::headers::{self, TraceParent};
 use crate::live::{Facts, Kind};
 use crate::messages::{self, Fault, Faults, Judge, Judged, Message, Messages};
 use crate::metrics::{Direction, Metrics, Observation};
+use crate::relations::Relations;
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
 use crate::streams::{Asked, Said, Streams, map_again};
@@ -71,6 +72,7 @@ pub struct Inbound {
     pub(crate) connections: Arc<Connections>,
     pub(crate) tcp: Arc<TcpInbound>,
     pub(crate) streams: Arc<Streams>,
+    pub(crate) relations: Arc<Relations>,
     /// How many requests are let through.
     pub(crate) limit: Option<LocalLimit>,
 }
@@ -344,16 +346,20 @@ impl Inbound {
         self.dress(&mut parts, connection, peer, chain.as_ref(), span);
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
         let remembered = self.correlator.remember(span, chain);
+        let known = match policy.relations_max_age().filter(|_| mapped.asks_relations()) {
+            Some(max_age) => {
+                Box::pin(self.relations.tell(max_age, mapped, &parts.headers)).await.map_err(refuse)?
+            }
+            None => Attributes::none(),
+        };
 
         // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
         if mapped.lists() {
-            let attributes = match mapped.attributes_from() {
-                AttributeSource::Entities => {
-                    let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
-                    Box::pin(asked).await?.map_err(refuse)?
-                }
-                AttributeSource::Known | AttributeSource::Response => Attributes::none(),
-            };
+            let mut attributes = known;
+            if mapped.attributes_from() == AttributeSource::Entities {
+                let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
+                attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
+            }
             let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
             let (body, _faults) =
                 self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
@@ -364,10 +370,11 @@ impl Inbound {
         }
         match mapped.attributes_from() {
             AttributeSource::Known => {
-                let attributes = Attributes::none();
+                let attributes = known;
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 let (body, faults) =
                     self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
+                understood.attributes = attributes;
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
@@ -375,7 +382,8 @@ impl Inbound {
             }
             AttributeSource::Entities => {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
-                let attributes = Box::pin(asked).await?.map_err(refuse)?;
+                let mut attributes = known;
+                attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 let (body, faults) =
                     self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
@@ -390,7 +398,8 @@ impl Inbound {
                 let (body, _faults) =
                     self.judged(body, connection, &policy, mapped, caller, &Attributes::none(), occasion);
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
-                let attributes = held.attributes(mapped).map_err(refuse)?;
+                let mut attributes = known;
+                attributes.extend(held.attributes(mapped).map_err(refuse)?);
                 let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
                 understood.attributes = attributes;
                 Ok((held.release(&permit), permit))
@@ -524,9 +533,10 @@ impl Inbound {
         let (method, target) = (occasion.method.to_owned(), occasion.target.to_owned());
         let transaction = occasion.transaction.clone();
         let kind = HeaderValue::from_static("application/grpc");
-        // The app has told of these objects and of no other.
+        // The app, or the relations, have told of these objects and of no other.
         let told_of = match first.attributes_from() {
             AttributeSource::Entities => Some(first.objects().to_vec()),
+            _ if first.asks_relations() => Some(first.objects().to_vec()),
             AttributeSource::Known | AttributeSource::Response => None,
         };
         Box::new(move |message| {

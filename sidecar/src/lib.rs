@@ -7,6 +7,7 @@
 //! | [`upstream`] | the client half: pooled mTLS connections to exactly one SPIFFE ID |
 //! | [`app`] | the loopback connection to the app this sidecar stands before |
 //! | [`capture`] | connections that the kernel brought here: whom they were meant for, and where they go |
+//! | [`relations`] | what is true of objects by API: a copy that knows how old it is |
 //! | [`correlate`] | which transaction a call of the app belongs to |
 //! | `mux` | what travels between two sidecars: many exchanges on one connection |
 //! | [`tcp`] | plain connections both ways: what the app speaks is not HTTP |
@@ -59,6 +60,7 @@ pub mod outbound;
 pub mod overload;
 mod pieces;
 pub mod proxy_protocol;
+pub mod relations;
 mod sample;
 pub mod server;
 mod sidecar;

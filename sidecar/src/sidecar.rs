@@ -35,6 +35,7 @@ use crate::otlp::{Traces, TracesConfig};
 use crate::outbound::Outbound;
 use crate::overload::{self, Budget, Overload, ProcReadings};
 use crate::proxy_protocol::Networks;
+use crate::relations::Relations;
 use crate::sample::Sampler;
 use crate::server::{self, Door, Limits, TunnelledRequests};
 use crate::streams::Streams;
@@ -175,6 +176,8 @@ pub enum SidecarError {
 pub struct Sidecar {
     /// What is decided by, if anything is.
     policy: Option<Arc<ArcSwap<ServicePolicy>>>,
+    /// What is known of the service's objects by API.
+    relations: Arc<Relations>,
     /// What is open, to be judged again by another policy.
     live: Arc<Registry>,
     app_health: Option<Arc<AppHealth>>,
@@ -241,6 +244,8 @@ impl Sidecar {
             (None, Some(ext_authz)) => Some((&ext_authz.policy, &ext_authz.gateways)),
             (None, None) => None,
         };
+        let relations = Arc::new(Relations::new(clock.clone()));
+        relations.want(begun.is_some_and(|(policy, _)| policy.relations_max_age().is_some()));
         let shared = begun.map(|(policy, gateways)| Shared {
             policy: Arc::new(ArcSwap::from(Arc::clone(policy))),
             verifier: Arc::new(Verifier::new(gateways.clone())),
@@ -250,6 +255,7 @@ impl Sidecar {
             clock: clock.clone(),
             receipts: Arc::clone(&receipts),
             spans: Arc::clone(&spans),
+            relations: Arc::clone(&relations),
         });
         let policy = shared.as_ref().map(|shared| Arc::clone(&shared.policy));
         if let (Some(asked), Some(shared)) = (config.ext_authz, &shared) {
@@ -292,6 +298,7 @@ impl Sidecar {
             let inbound = Inbound {
                 tcp: Arc::clone(&tcp),
                 streams: Arc::new(streams),
+                relations: Arc::clone(&relations),
                 service,
                 id: config.id.clone(),
                 policy: Arc::clone(policy),
@@ -432,12 +439,17 @@ impl Sidecar {
             let listener = tokio_listener(listener)?;
             server::serve("admin", listener, None, Limits::default(), scope, clock, Arc::new(admin));
         }
-        Ok(Self { policy, live, app_health, metrics, scope: scope.clone() })
+        Ok(Self { policy, relations, live, app_health, metrics, scope: scope.clone() })
     }
 
     /// Whether the app is well, now and at every change; always, if it is not asked.
     pub fn app_is_well(&self) -> watch::Receiver<bool> {
         self.app_health.as_ref().map_or_else(|| watch::channel(true).1, |health| health.follow())
+    }
+
+    /// The relations that it decides by, for whoever keeps them up to date.
+    pub fn relations(&self) -> Arc<Relations> {
+        Arc::clone(&self.relations)
     }
 
     /// Says to whoever watches the metrics whether the policy in force may be old, since control is not heard.
@@ -450,6 +462,7 @@ impl Sidecar {
     /// A sidecar that decides nothing drops it.
     pub fn replace_policy(&self, policy: Arc<ServicePolicy>) {
         if let Some(in_force) = &self.policy {
+            self.relations.want(policy.relations_max_age().is_some());
             in_force.store(Arc::clone(&policy));
             let live = Arc::clone(&self.live);
             self.scope.spawn("policy change", async move { live.reevaluate_all(&policy).await });

@@ -1,4 +1,4 @@
-//! Callers who get no identity: what is known of them, who writes it down, and what they are told.
+//! Callers who get no identity, or may not write: what is known of them, who writes it down, and what they are told.
 //!
 //! The caller learns only that it has no identity, and a receipt. Why stands in the record, which goes to
 //! control with the workloads' own decisions and is found there by that receipt.
@@ -36,6 +36,13 @@ pub enum RefusalReason {
     NotAttested(String),
     /// The process is known, and no registration is about it.
     NoMatchingEntry,
+    /// It has an identity, and may not write the relations of that service.
+    NotAWriter {
+        /// Who it is.
+        id: String,
+        /// Whose relations it wanted to write.
+        service: String,
+    },
 }
 
 impl fmt::Display for RefusalReason {
@@ -43,6 +50,9 @@ impl fmt::Display for RefusalReason {
         match self {
             Self::NotAttested(why) => write!(f, "the caller could not be attested: {why}"),
             Self::NoMatchingEntry => f.write_str("no registration matches the caller"),
+            Self::NotAWriter { id, service } => {
+                write!(f, "{id} may not write the relations of {service:?}")
+            }
         }
     }
 }
@@ -61,7 +71,7 @@ pub struct RefusedCaller {
     pub path: Option<PathBuf>,
     /// The executable's SHA-256, lower-case hexadecimal.
     pub sha256: Option<String>,
-    /// What it called: `FetchX509SVID`, `FetchX509Bundles` or `Mesh.Report`.
+    /// What it called, such as `FetchX509SVID` or `Mesh.Report`.
     pub method: &'static str,
     /// Why it was refused.
     pub reason: RefusalReason,
@@ -149,7 +159,7 @@ impl Refusals {
     }
 
     /// Puts a refusal on its way to control. A receipt comes back only if there is a record under it.
-    fn record(&self, caller: &RefusedCaller) -> Option<String> {
+    pub(super) fn record(&self, caller: &RefusedCaller) -> Option<String> {
         let recorder = self.recorder.as_ref()?;
         // The user's own limit first: what it stops must not be taken from the others.
         if !self.of_user.take(caller.uid, 1, caller.now) || !self.of_all.take((), 1, caller.now) {

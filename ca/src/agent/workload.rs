@@ -27,6 +27,7 @@ use super::decisions::Queue;
 use super::endpoints::Endpoints;
 use super::policies::Policies;
 use super::refusal::{RefusalReason, Refusals};
+use super::relations::Relations;
 use super::rotation::Svids;
 use super::upstream::HostView;
 use crate::control;
@@ -61,6 +62,7 @@ pub(super) struct Local {
     pub(super) queue: Arc<Queue>,
     pub(super) endpoints: Endpoints,
     pub(super) policies: Policies,
+    pub(super) relations: Relations,
     pub(super) redactor: Option<Arc<dyn Redactor>>,
     pub(super) refusals: Arc<Refusals>,
     pub(super) clock: SharedClock,
@@ -474,6 +476,8 @@ const REPORT: &str = "Mesh.Report";
 const ANNOUNCE: &str = "Mesh.Announce";
 const ENDPOINTS: &str = "Mesh.Endpoints";
 const POLICIES: &str = "Mesh.Policies";
+const WRITE_RELATIONS: &str = "Mesh.WriteRelations";
+const RELATIONS: &str = "Mesh.Relations";
 
 /// The mesh service.
 #[derive(Debug)]
@@ -491,6 +495,17 @@ impl MeshService {
         match matching.first() {
             Some(entry) => Ok(entry.id.clone()),
             None => Err(self.0.no_entry(method, process, &view)),
+        }
+    }
+
+    /// The status for a workload that control does not let write, with a receipt where there is a record.
+    fn may_not_write(&self, id: &SpiffeId, service: String, attested: &Attested, said: Status) -> Status {
+        let Ok(process) = attested.as_ref() else { return said };
+        let reason = RefusalReason::NotAWriter { id: id.to_string(), service };
+        let refused = process.refused(WRITE_RELATIONS, reason, Vec::new(), self.0.refusals.now());
+        match self.0.refusals.record(&refused) {
+            Some(receipt) => Status::permission_denied(format!("{} (receipt {receipt})", said.message())),
+            None => said,
         }
     }
 }
@@ -559,6 +574,32 @@ impl Mesh for MeshService {
         let id = self.caller(POLICIES, &request)?;
         let held = self.0.policies.hold(id, request.into_inner(), self.0.scope.clone())?;
         Ok(Response::new(Box::pin(held)))
+    }
+
+    async fn write_relations(
+        &self,
+        request: Request<pb::WriteRelationsRequest>,
+    ) -> Result<Response<pb::WriteRelationsResponse>, Status> {
+        let id = self.caller(WRITE_RELATIONS, &request)?;
+        let attested = attested(&request)?;
+        let request = request.into_inner();
+        let service = request.service.clone();
+        let outcome = self.0.relations.write(id.to_string(), request).await;
+        outcome.map(Response::new).map_err(|status| match status.code() {
+            tonic::Code::PermissionDenied => self.may_not_write(&id, service, &attested, status),
+            _ => status,
+        })
+    }
+
+    type RelationsStream = ResponseStream<pb::RelationsResponse>;
+
+    async fn relations(
+        &self,
+        request: Request<Streaming<pb::RelationsRequest>>,
+    ) -> Result<Response<Self::RelationsStream>, Status> {
+        let id = self.caller(RELATIONS, &request)?;
+        let told = self.0.relations.stream(id.to_string(), request.into_inner(), &self.0.scope).await?;
+        Ok(Response::new(Box::pin(told)))
     }
 }
 

@@ -49,6 +49,7 @@ fn local() -> Local {
     let recorder = Some(Arc::new(Numbering::default()) as _);
     Local {
         policies: Policies::default(),
+        relations: super::super::relations::Relations::new(Arc::clone(&clock)),
         redactor: None,
         trust_domain: domain,
         view: watch::channel(Some(Arc::new(view))).1,

@@ -8,12 +8,15 @@ use axum::extract::{DefaultBodyLimit, Path as Segment, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use futures::StreamExt as _;
 use identity::socket;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
-use super::{ControlError, ControlHandle, Entry, JoinTokenError, OfferError, StoreError};
+use super::relations::MAX_PAGE;
+use super::{ControlError, ControlHandle, Entry, JoinTokenError, OfferError, RelationsError, StoreError};
 use crate::model::DecisionQuery;
+use crate::relations::{Change, Object};
 use crate::state;
 
 /// Permissions of the socket: the owner alone.
@@ -34,6 +37,27 @@ pub(crate) struct JoinTokenRequest {
 #[serde(deny_unknown_fields)]
 pub(crate) struct RollBackRequest {
     pub(crate) commit: Option<String>,
+}
+
+/// What is asked for with [`crate::admin::AdminClient::write_relations`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WriteRelations {
+    pub(crate) changes: Vec<Change>,
+}
+
+/// Which page of relations is asked for.
+#[derive(Debug, Deserialize)]
+struct PageQuery {
+    /// The object before it.
+    after: Option<String>,
+    limit: Option<usize>,
+}
+
+/// Which object is asked for, as `Type::"id"`.
+#[derive(Debug, Deserialize)]
+struct ObjectQuery {
+    of: String,
 }
 
 /// Whose pseudonym is asked for.
@@ -76,6 +100,9 @@ pub(super) async fn serve(control: ControlHandle, listener: UnixListener, path: 
         .route("/v1/entries", post(replace_entries))
         .route("/v1/pseudonym", get(pseudonym))
         .route("/v1/policies/roll-back", post(roll_back))
+        .route("/v1/relations/{service}", get(read_relations).post(write_relations))
+        .route("/v1/relations/{service}/object", get(relation))
+        .route("/v1/relations/{service}/watch", get(watch_relations))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(control);
     let outcome =
@@ -148,6 +175,80 @@ async fn roll_back(State(control): State<ControlHandle>, body: axum::body::Bytes
         Err(error @ OfferError::Store(_)) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &error),
         Err(error) => refuse(StatusCode::CONFLICT, &error),
     }
+}
+
+async fn write_relations(
+    State(control): State<ControlHandle>,
+    Segment(service): Segment<String>,
+    body: axum::body::Bytes,
+) -> Response {
+    // What names a member twice has two meanings.
+    let request = identity::json::parse(&body).map_err(|error| error.to_string());
+    let request: WriteRelations =
+        match request.and_then(|json| serde_json::from_value(json).map_err(|error| error.to_string())) {
+            Ok(request) => request,
+            Err(error) => return (StatusCode::BAD_REQUEST, axum::Json(ErrorBody { error })).into_response(),
+        };
+    match control.write_relations(&service, request.changes).await {
+        Ok(written) => axum::Json(written).into_response(),
+        Err(error) => refuse_relations(&error),
+    }
+}
+
+async fn read_relations(
+    State(control): State<ControlHandle>,
+    Segment(service): Segment<String>,
+    Query(query): Query<PageQuery>,
+) -> Response {
+    let after = match query.after.as_deref().map(Object::written).transpose() {
+        Ok(after) => after,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error),
+    };
+    match control.read_relations(&service, after, query.limit.unwrap_or(MAX_PAGE)).await {
+        Ok(page) => axum::Json(page).into_response(),
+        Err(error) => refuse_relations(&error),
+    }
+}
+
+async fn relation(
+    State(control): State<ControlHandle>,
+    Segment(service): Segment<String>,
+    Query(query): Query<ObjectQuery>,
+) -> Response {
+    let object = match Object::written(&query.of) {
+        Ok(object) => object,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error),
+    };
+    match control.relation(&service, object).await {
+        Ok(relation) => axum::Json(relation).into_response(),
+        Err(error) => refuse_relations(&error),
+    }
+}
+
+/// Every batch as a line of JSON, for as long as somebody listens.
+async fn watch_relations(
+    State(control): State<ControlHandle>,
+    Segment(service): Segment<String>,
+) -> Response {
+    let batches = match control.watch_relations(&service) {
+        Ok(batches) => batches,
+        Err(error) => return refuse_relations(&error),
+    };
+    let lines = batches.map(|page| serde_json::to_string(&page).map(|line| line + "\n"));
+    ([(http::header::CONTENT_TYPE, "application/jsonl")], axum::body::Body::from_stream(lines))
+        .into_response()
+}
+
+fn refuse_relations(error: &RelationsError) -> Response {
+    let status = match error {
+        RelationsError::UnknownService(_) => StatusCode::NOT_FOUND,
+        RelationsError::NotAWriter { .. } => StatusCode::FORBIDDEN,
+        RelationsError::Malformed(_) => StatusCode::BAD_REQUEST,
+        RelationsError::Precondition(_) => StatusCode::CONFLICT,
+        RelationsError::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
+        RelationsError::Store(_) | RelationsError::Random(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    refuse(status, error)
 }
 
 fn answer<T: Serialize>(outcome: Result<T, StoreError>) -> Response {

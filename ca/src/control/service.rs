@@ -24,6 +24,7 @@ use crate::hex;
 use crate::model::{IssuedSvid, StoredDecision};
 use crate::pb::control as pb;
 use crate::pb::control::control_server::{Control as Service, ControlServer};
+use crate::pb::mesh as mesh_pb;
 use crate::transport::{Caller, TlsConnection};
 
 /// Largest request taken: a full batch of requests or decisions and its framing.
@@ -38,8 +39,8 @@ pub(crate) const MAX_DECISION_JSON_BYTES: usize = 16 * 1024;
 pub(crate) const MAX_DECISION_FIELD_BYTES: usize = 2_048;
 /// Longest join token looked at; ours have 43 characters.
 const MAX_JOIN_TOKEN_BYTES: usize = 128;
-/// Streams at once on a connection: an agent needs a handful.
-const MAX_STREAMS: u32 = 64;
+/// Streams at once on a connection: an agent needs a handful, and one for each sidecar that decides by relations.
+const MAX_STREAMS: u32 = 1_024;
 /// Longest request headers; ours have a few hundred bytes.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// How often an idle agent is probed, and how long its answer may take, so that one that vanished does
@@ -347,6 +348,27 @@ impl Service for ControlService {
         self.agent(&request)?;
         let digests = request.into_inner().digests;
         Ok(Response::new(Box::pin(policies::contents(&self.0, digests).await?)))
+    }
+
+    async fn write_relations(
+        &self,
+        request: Request<pb::WriteRelationsRequest>,
+    ) -> Result<Response<mesh_pb::WriteRelationsResponse>, Status> {
+        let agent = self.agent(&request)?;
+        if !self.0.relations_limit.take(agent.id, 1, self.0.clock.now()) {
+            return Err(Status::resource_exhausted("too many writes of relations from this agent"));
+        }
+        Ok(Response::new(self.0.write_relations_for(&agent.host, request.into_inner()).await?))
+    }
+
+    type RelationsStream = Pin<Box<dyn Stream<Item = Result<mesh_pb::RelationsResponse, Status>> + Send>>;
+
+    async fn relations(
+        &self,
+        request: Request<Streaming<pb::RelationsRequest>>,
+    ) -> Result<Response<Self::RelationsStream>, Status> {
+        let agent = self.agent(&request)?;
+        Ok(Response::new(Box::pin(self.0.stream_relations(agent.host, request.into_inner()).await?)))
     }
 }
 

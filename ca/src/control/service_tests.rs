@@ -44,6 +44,7 @@ impl Rig {
         let scope = Scope::new();
         let config = ControlConfig {
             policies: None,
+            relations: Default::default(),
             trust_domain: TrustDomain::new("bank.example").unwrap(),
             listener: listen("127.0.0.1:0".parse().unwrap()).unwrap(),
             admin_socket: directory.path().join("admin/admin.sock"),

@@ -1,4 +1,5 @@
-//! What control remembers over a restart: hosts, join tokens (hashed), the issuance log, decisions.
+//! What control remembers over a restart: hosts, join tokens (hashed), the issuance log, decisions,
+//! policies, relations.
 //!
 //! One redb file. Every change is one transaction; a crash leaves the last committed one. The methods
 //! block on the disk: [`Store::run`] takes them off the async threads.
@@ -13,6 +14,8 @@ use redb::{
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub(crate) mod relations;
 
 use super::rollout::Epoch;
 use crate::model::{DecisionQuery, IssuedSvid, StoredDecision};
@@ -154,6 +157,7 @@ impl Store {
         write.open_table(RECEIPTS)?;
         write.open_table(EPOCHS)?;
         write.open_table(CONTENTS)?;
+        relations::open(&write)?;
         write.commit()?;
         Ok(store)
     }

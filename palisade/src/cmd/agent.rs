@@ -102,6 +102,7 @@ impl RefusalRecorder for Refusals {
         let rule = match caller.reason {
             RefusalReason::NotAttested(_) => "agent.not_attested",
             RefusalReason::NoMatchingEntry => "agent.no_matching_entry",
+            RefusalReason::NotAWriter { .. } => "relations.not_a_writer",
         };
         let mut reason = format!("{}: {caller}", caller.reason);
         if !caller.near_misses.is_empty() {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ca::KeyFileError;
-use ca::control::{Control, ControlConfig, ControlError, Entry, Selectors};
+use ca::control::{Control, ControlConfig, ControlError, Entry, RelationsConfig, Selectors};
 use ca::random::SystemRandom;
 use identity::{Scope, files, hex};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -52,6 +52,7 @@ pub(crate) fn run(global: &Global) -> Result<Exit, Failure> {
         passphrase,
         decisions_kept: DECISIONS_KEPT,
         policies: following::config(mesh),
+        relations: relations(mesh),
     };
     serve::run("control", DRAIN, async |scope| {
         let control = Control::start(config, Arc::clone(&workload.clock), SystemRandom::shared(), &scope)
@@ -88,6 +89,18 @@ fn refused(error: &ControlError) -> Failure {
 /// The registrations of mesh.toml as control takes them.
 pub(crate) fn entries(mesh: &Mesh) -> Vec<Entry> {
     mesh.registrations().into_iter().map(entry).collect()
+}
+
+/// Whose relations control keeps, by the name of their policies: services that share those share them.
+fn relations(mesh: &Mesh) -> RelationsConfig {
+    let mut config = RelationsConfig::default();
+    for service in mesh.service.values() {
+        let of = config.services.entry(service.policies.to_string()).or_default();
+        of.readers.insert(service.id.clone());
+        of.writers.insert(service.id.clone());
+        of.writers.extend(service.relations_writers.iter().filter_map(|name| mesh.id_of(name)).cloned());
+    }
+    config
 }
 
 fn entry(registration: Registration) -> Entry {

@@ -11,6 +11,7 @@ pub(crate) mod gateway;
 pub(crate) mod id;
 pub(crate) mod idp;
 pub(crate) mod policy;
+pub(crate) mod relations;
 pub(crate) mod run;
 pub(crate) mod sidecar;
 pub(crate) mod status;

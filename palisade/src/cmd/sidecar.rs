@@ -30,6 +30,7 @@ use crate::listen::Listeners;
 use crate::mesh::{self, AppProtocol, Callee, Hbone, Mesh, Own, Service, ServiceName};
 use crate::policies;
 use crate::printer::Printer;
+use crate::relations;
 use crate::rlimits;
 use crate::serve::{self, Started};
 use crate::workload::{Workload, not_started};
@@ -182,6 +183,7 @@ impl OfMesh {
         succession.take_over(clock, &scope).await?;
         let sidecar = Arc::new(sidecar);
         discovery::announce(own, &workload, sidecar.app_is_well(), &scope)?;
+        relations::follow(&workload, &sidecar, &scope);
         let (in_force, told) = (Arc::clone(&sidecar), Arc::clone(&sidecar));
         let put = move |policy| in_force.replace_policy(policy);
         policies::apply(followed, put, move |stale| told.policy_is_stale(stale), &scope);

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ca::model::{
-    ControlStatus, EndpointStatus, HolderStatus, IssuedSvid, PoliciesStatus, RollingStatus, StoppedStatus,
+    ControlStatus, EndpointStatus, HolderStatus, IssuedSvid, PoliciesStatus, RelationsStatus, RollingStatus,
+    StoppedStatus,
 };
 use identity::{Clock as _, SystemClock};
 use policy::Mode;
@@ -14,6 +15,9 @@ use crate::cmd::{admin, config, policy as policy_verb};
 use crate::failure::{Exit, Failure};
 use crate::printer::{Printer, table};
 use crate::workload;
+
+/// A sidecar asks every second whether its relations are the newest, and by default believes them for five.
+const SILENT_SECONDS: u64 = 5;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -52,7 +56,7 @@ fn text(status: &ControlStatus, now: u64) -> String {
         .collect();
     let counts = &status.counts;
     format!(
-        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n{}{}\
+        "trust domain {}, control at {}\nauthority {} ends in {}\n\nhosts\n{}\nidentities\n{}\n{}{}{}\
          {} identities issued, {} in force; {} decisions kept, {} dropped for age, {} lost on the way\n",
         status.trust_domain,
         status.listen,
@@ -62,6 +66,7 @@ fn text(status: &ControlStatus, now: u64) -> String {
         table(&["identity", "host", "ends in"], &identities),
         endpoints(status),
         policies(status.policies.as_ref(), now),
+        relations(&status.relations, now),
         counts.svids_issued,
         counts.svids_active,
         counts.decisions_stored,
@@ -100,6 +105,40 @@ fn endpoints(status: &ControlStatus) -> String {
     };
     let rows: Vec<Vec<String>> = status.endpoints.iter().map(row).collect();
     format!("endpoints\n{}\n", table(&["identity", "address", "is"], &rows))
+}
+
+/// What services' relations are at, and who has which, if any service has some.
+fn relations(stores: &[RelationsStatus], now: u64) -> String {
+    let used = |store: &&RelationsStatus| store.revision > 0 || !store.readers.is_empty();
+    let stores: Vec<&RelationsStatus> = stores.iter().filter(used).collect();
+    if stores.is_empty() {
+        return String::new();
+    }
+    let rows = stores.iter().map(|store| {
+        vec![
+            store.service.clone(),
+            store.revision.to_string(),
+            store.objects.to_string(),
+            store.bytes.to_string(),
+        ]
+    });
+    let readers = stores.iter().flat_map(|store| store.readers.iter().map(move |reader| (store, reader)));
+    let readers = readers.map(|(store, reader)| {
+        let silent = now.saturating_sub(reader.heard);
+        let has = match reader.revision == store.revision {
+            _ if silent > SILENT_SECONDS => {
+                format!("not heard for {}: denies by relations.stale", span(silent))
+            }
+            true => "as it should be".to_owned(),
+            false => format!("at revision {}", reader.revision),
+        };
+        vec![reader.spiffe_id.clone(), reader.host.clone(), has]
+    });
+    format!(
+        "relations\n{}\n{}\n",
+        table(&["service", "revision", "objects", "bytes"], &rows.collect::<Vec<_>>()),
+        table(&["read by", "host", "has"], &readers.collect::<Vec<_>>())
+    )
 }
 
 /// Which policies are in force where, if control hands them out.

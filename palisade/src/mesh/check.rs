@@ -116,6 +116,16 @@ impl Check<'_> {
                 workloads.insert(name.get_ref().clone(), workload);
             }
         }
+        for (written, section) in &service {
+            for writer in &section.relations_writers {
+                let known: BTreeSet<&str> = names
+                    .iter()
+                    .map(ServiceName::as_str)
+                    .chain(workload.keys().map(|w| w.get_ref().as_str()))
+                    .collect();
+                self.writer(written.get_ref(), writer, &known);
+            }
+        }
         let memory = self.memory(limits.memory.as_ref());
         let mesh = Mesh {
             file: self.file.to_owned(),
@@ -433,6 +443,7 @@ impl Check<'_> {
             capture,
             addresses,
             secrets,
+            relations_writers: section.relations_writers.iter().map(|name| name.get_ref().clone()).collect(),
             app_protocol: section.app_protocol.unwrap_or(AppProtocol::Http1),
             request_timeout: request_timeout?,
             rate_limit: section.rate_limit.clone(),
@@ -466,6 +477,19 @@ impl Check<'_> {
     fn service_name(&mut self, written: &Text) -> Option<ServiceName> {
         let name = ServiceName::new(written.get_ref());
         name.map_err(|message| self.report(written, message, None)).ok()
+    }
+
+    /// Who may write the relations of `of`'s objects: a service or a workload of this file.
+    fn writer(&mut self, of: &str, written: &Text, known: &BTreeSet<&str>) {
+        let name = written.get_ref().as_str();
+        if name == of {
+            let hint = "a service writes its own relations without being named";
+            self.report(written, format!("`{name}` is the service itself"), Some(hint.into()));
+        } else if !known.contains(name) {
+            let hint = suggest(name, known.iter().copied())
+                .unwrap_or_else(|| "name a [service.NAME] or a [workload.NAME]".to_owned());
+            self.report(written, format!("there is no service and no workload `{name}`"), Some(hint));
+        }
     }
 
     /// Policies that several services share are nobody's own, so nothing else would tell that they are not there.

@@ -280,6 +280,11 @@ pub(crate) struct ServiceSection {
     #[serde(default)]
     #[schemars(with = "Vec<String>", example = ["web/cookie-key"])]
     pub(crate) secrets: Vec<Text>,
+    /// Who may write the relations of this service's objects, by their names in this file, beside the service itself and
+    /// operators: other services, or workloads. Default: nobody.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>", example = ["nightly"])]
+    pub(crate) relations_writers: Vec<Text>,
     /// What the app speaks: http1, h2c (HTTP/2 without TLS), kafka, whose requests its map judges by mapping = "kafka",
     /// or tcp: a protocol of its own, whose connections it judges by mapping = "tcp". Default: http1.
     #[schemars(example = &"http1")]

@@ -185,6 +185,9 @@ pub(crate) struct Service {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) secrets: Vec<String>,
+    /// Who may write its relations, by the names of services and workloads.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) relations_writers: Vec<String>,
     pub(crate) app_protocol: AppProtocol,
     #[serde(serialize_with = "humane")]
     pub(crate) request_timeout: Duration,
@@ -499,6 +502,13 @@ impl Mesh {
     pub(crate) fn policies_of<'a>(&'a self, name: &'a str) -> &'a str {
         let service = self.service.iter().find(|(known, _)| known.as_str() == name);
         service.map_or(name, |(_, service)| service.policies.as_str())
+    }
+
+    /// The identity of the service, or else the workload, of this name.
+    pub(crate) fn id_of(&self, name: &str) -> Option<&SpiffeId> {
+        let service = self.service.iter().find(|(known, _)| known.as_str() == name);
+        let service = service.map(|(_, service)| &service.id);
+        service.or_else(|| self.workload.get(name).map(|workload| &workload.id))
     }
 
     /// Reads and checks `file`. `hostname` is what `[agent] host` defaults to.

@@ -918,3 +918,75 @@ fn relations_tell_attributes_from_the_policies_own_directory() {
         assert!(told.contains(why), "{bad:?}: {told}");
     }
 }
+
+#[test]
+fn relations_by_api_are_asked_for_where_the_map_says_so_and_one_source_speaks() {
+    let map = format!("relations = \"store\"\n{}", MAP.replace("\"entities\"", "\"relations\""));
+    let (loaded, _dir) = load(&[("services/shop/map.toml", Some(&map))]);
+    let shop = loaded.unwrap().service("shop").unwrap();
+    assert_eq!(shop.relations_max_age(), Some(std::time::Duration::from_secs(5)));
+    let (parts, ()) = http::Request::get("/orders/17").body(()).unwrap().into_parts();
+    let mapped = shop.map(&parts).unwrap();
+    assert!(mapped.asks_relations());
+    assert_eq!(mapped.attributes_from(), crate::AttributeSource::Known);
+    let rule = |told: &crate::Attributes| match shop.decide(&web(), &mapped, told, &occasion()) {
+        crate::Verdict::Permit(permit) => permit.rule().name().to_owned(),
+        crate::Verdict::Deny(denial) => denial.rule().name().to_owned(),
+    };
+    let order = |text: &str| vec![("Order".to_owned(), "17".to_owned(), Some(text.to_owned()))];
+    let mut copy = crate::RelationsCopy::default();
+    assert_eq!(rule(&crate::Attributes::none()), "attributes.missing", "nobody asked");
+    assert_eq!(rule(&copy.tell(&mapped)), "attributes.missing", "nothing has come");
+    for (text, decided) in [
+        ("{\"owner\":\"x\",\"tags\":[]}", "read"),
+        ("{\"owner\":\"y\",\"tags\":[\"a\"]}", "none"),
+        ("{\"owner\":\"x\"}", "attributes.missing"),
+        ("{\"owner\":5,\"tags\":[]}", "attributes.missing"),
+    ] {
+        copy.take("e1", 7, None, order(text)).unwrap();
+        assert_eq!(rule(&copy.tell(&mapped)), decided, "{text}");
+    }
+    assert_eq!(rule(&crate::Attributes::unusable_relations("relations.stale", "old")), "relations.stale");
+    // Of an object that is not there nothing is decided, also where nothing of it would have to be known.
+    let schema = SCHEMA.replace("owner: String, total?: Long, tags: Set<String>", "owner?: String");
+    let policy = "@id(\"open\")\npermit (principal is Mesh::Workload, action == Shop::Action::\"Read\", resource)\nunless { resource has owner };\n";
+    let optional = map.replace(", tags = \"relations\"", "");
+    let (loaded, _dir) = load(&[
+        ("services/shop/shop.cedarschema", Some(&schema)),
+        ("services/shop/map.toml", Some(&optional)),
+        ("services/shop/shop.cedar", Some(policy)),
+    ]);
+    let shop = loaded.unwrap().service("shop").unwrap();
+    let (parts, ()) = http::Request::get("/orders/17").body(()).unwrap().into_parts();
+    let mapped = shop.map(&parts).unwrap();
+    let rule = |told: &crate::Attributes| match shop.decide(&web(), &mapped, told, &occasion()) {
+        crate::Verdict::Permit(permit) => permit.rule().name().to_owned(),
+        crate::Verdict::Deny(denial) => denial.rule().name().to_owned(),
+    };
+    copy.take("e1", 8, None, order("{}")).unwrap();
+    assert_eq!(rule(&copy.tell(&mapped)), "open");
+    copy.take("e1", 9, None, Vec::new()).unwrap();
+    assert_eq!(rule(&copy.tell(&mapped)), "attributes.missing");
+    assert_eq!(rule(&crate::Attributes::none()), "attributes.missing");
+
+    let problem = |map: &str, file: Option<&str>| {
+        problems(&[("services/shop/map.toml", Some(map)), ("services/shop/relations.toml", file)])
+    };
+    let aged = |age: &str| format!("relations_max_age = {age}\n{map}");
+    for (map, file, why) in [
+        (map.clone(), Some("[Order.\"17\"]\nowner = \"x\""), "map.toml:1:13: there is a relations.toml"),
+        (map.replace("\"store\"", "\"both\""), None, "`relations` is \"file\" (relations.toml) or \"store\""),
+        (map.replace("\"store\"", "\"file\""), None, "there is no relations.toml"),
+        (aged("\"1s\""), None, "`relations_max_age` is a time from 2s to 1h"),
+        (aged("5"), None, "`relations_max_age` is a time from 2s to 1h"),
+        (format!("relations_max_age = \"5s\"\n{MAP}"), None, "without `relations = \"store\"`"),
+    ] {
+        let told = problem(&map, file);
+        assert!(told.contains(why), "{map}: {told}");
+    }
+    let (loaded, _dir) = load(&[("services/shop/map.toml", Some(&aged("\"1m\"")))]);
+    assert_eq!(
+        loaded.unwrap().service("shop").unwrap().relations_max_age(),
+        Some(std::time::Duration::from_secs(60))
+    );
+}

@@ -34,6 +34,7 @@ use crate::entities::{self, Unanswered};
 use crate::headers::{self, TraceParent};
 use crate::inbound::{Listed, permitted};
 use crate::metrics::{Direction, Metrics, Observation};
+use crate::relations::Relations;
 use crate::sample::Sampler;
 use crate::server::Limits;
 use crate::trace::{Place, Spans};
@@ -96,6 +97,7 @@ pub(crate) struct Shared {
     pub(crate) clock: SharedClock,
     pub(crate) receipts: Arc<Receipts>,
     pub(crate) spans: Arc<Spans>,
+    pub(crate) relations: Arc<Relations>,
 }
 
 /// Decides for Envoys.
@@ -220,7 +222,7 @@ impl ExtAuthz {
         described: Option<&Described>,
         understood: &mut Understood<'_>,
     ) -> Result<(Permit, Dress), Stop> {
-        let Shared { verifier, source, clock, spans, .. } = &self.shared;
+        let Shared { verifier, source, clock, spans, relations, .. } = &self.shared;
         // One policy version judges the whole request, whatever is loaded meanwhile.
         let policy = self.shared.policy.load_full();
         let identity = source.valid_at(clock.now()).filter(|identity| *identity.svid.id() == self.id);
@@ -276,10 +278,15 @@ impl ExtAuthz {
 
         // May they?
         let span = *understood.trace.span.insert(spans.child(parent));
-        let attributes = match (mapped.attributes_from(), &self.app) {
-            (AttributeSource::Known, _) => Attributes::none(),
+        let mut attributes = match policy.relations_max_age().filter(|_| mapped.asks_relations()) {
+            Some(max_age) => relations.tell(max_age, mapped, &parts.headers).await.map_err(refuse)?,
+            None => Attributes::none(),
+        };
+        match (mapped.attributes_from(), &self.app) {
+            (AttributeSource::Known, _) => {}
             (AttributeSource::Entities, Some(app)) => {
-                entities::ask(app, &self.service, mapped, span, clock).await?.map_err(refuse)?
+                let told = entities::ask(app, &self.service, mapped, span, clock).await?;
+                attributes.extend(told.map_err(refuse)?);
             }
             (AttributeSource::Entities, None) => {
                 let reason = "the app's attributes are needed, and no address of it is configured";
@@ -289,7 +296,7 @@ impl ExtAuthz {
                 let reason = "the object's attributes stand in the app's answer, which Envoy does not show";
                 return Err(refuse(Refusal::denied("ext_authz.response_attributes", reason)));
             }
-        };
+        }
         if mapped.lists() {
             let reason = "the app's answer is to be filtered, and Envoy does not show it";
             return Err(refuse(Refusal::denied("ext_authz.list", reason)));

@@ -196,5 +196,12 @@ fn policy(decided: &Decided, trust_domain: &TrustDomain) -> Result<Arc<ServicePo
     let policies = Policies::load(&decided.policies, trust_domain)
         .map_err(|problems| Failure::problems(&decided.policies.display().to_string(), problems.0))?;
     let service = decided.service.as_str();
-    policies.service(service).ok_or_else(|| no_policy(&decided.policies, service))
+    let policy = policies.service(service).ok_or_else(|| no_policy(&decided.policies, service))?;
+    if policy.relations_max_age().is_some() {
+        let failure = Failure::invalid(format!("the map of `{service}` says relations = \"store\""));
+        return Err(
+            failure.hint("a sidecar that runs alone has no control to tell it relations: use relations.toml")
+        );
+    }
+    Ok(policy)
 }
