@@ -566,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn policy_1_to_10_only_canonical_paths_have_segments() {
+    fn policy_1_to_10_and_22_only_canonical_paths_have_segments() {
         let cases = [
             ("//accounts/2", PathFlaw::EmptySegment),
             ("/accounts//2", PathFlaw::EmptySegment),
@@ -587,6 +587,8 @@ mod tests {
             ("/accounts/2\u{200b}", PathFlaw::Character),
             ("/accounts/caf\u{e9}", PathFlaw::Character),
             ("accounts", PathFlaw::NoSlash),
+            ("bank.Accounts/Read", PathFlaw::NoSlash),
+            ("//Read", PathFlaw::EmptySegment),
             ("", PathFlaw::NoSlash),
         ];
         for (path, flaw) in cases {

@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_that_is_refused_is_not_sent_and_the_answer_says_so() {
+    async fn policy_25_a_message_that_is_refused_is_not_sent_and_the_answer_says_so() {
         let stream: Vec<u8> =
             [&b"one"[..], b"two", b"bad", b"four"].iter().flat_map(|p| message(p)).collect();
         let mut messages = Messages::new(cut(&stream, 4), 40);
