@@ -18,9 +18,8 @@ use redb::TableDefinition;
 use store::{
     engine::{Batch, Engine, Lsm, Memory},
     keys::{Key, Range},
-    mvcc::{Mutation, Mvcc},
+    mvcc::{Home, Mutation, Mvcc},
     truetime::Timestamp,
-    txn::SplitId,
     wal::{Directory, Wal},
 };
 
@@ -50,7 +49,7 @@ fn main() {
 }
 
 fn reads(name: &str, engine: Arc<dyn Engine>) {
-    let mvcc = Mvcc::new(Arc::clone(&engine), SplitId(1), Timestamp::ZERO);
+    let mvcc = Mvcc::new(Arc::clone(&engine), Home(1), Timestamp::ZERO);
     for row in 0..ROWS {
         let mut batch = Batch::default();
         mvcc.apply(&mut batch, &[mutation(row)], Timestamp(row + 1));
@@ -77,7 +76,7 @@ fn log(path: &Path) -> impl FnMut(&[Mutation]) {
 
 fn tree(path: &Path) -> impl FnMut(&[Mutation]) {
     let lsm = Arc::new(Lsm::open(path).unwrap());
-    let mvcc = Mvcc::new(Arc::clone(&lsm) as Arc<dyn Engine>, SplitId(1), Timestamp::ZERO);
+    let mvcc = Mvcc::new(Arc::clone(&lsm) as Arc<dyn Engine>, Home(1), Timestamp::ZERO);
     move |mutations| {
         let mut batch = Batch::default();
         mvcc.apply(&mut batch, mutations, Timestamp(1));
@@ -89,7 +88,7 @@ fn tree(path: &Path) -> impl FnMut(&[Mutation]) {
 fn both(path: &Path) -> impl FnMut(&[Mutation]) {
     let (mut wal, _) = Wal::open(Directory::new(&path.join("log")).unwrap()).unwrap();
     let lsm = Arc::new(Lsm::open(path).unwrap());
-    let mvcc = Mvcc::new(Arc::clone(&lsm) as Arc<dyn Engine>, SplitId(1), Timestamp::ZERO);
+    let mvcc = Mvcc::new(Arc::clone(&lsm) as Arc<dyn Engine>, Home(1), Timestamp::ZERO);
     move |mutations| {
         wal.gather(&record(mutations)).unwrap();
         wal.commit().unwrap();

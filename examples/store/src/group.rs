@@ -23,6 +23,7 @@ use crate::{
     engine::{Batch, Engine, EngineError},
     keys::Range,
     lease::{NUMBER_MASK, NodeId},
+    mvcc::{Home, Mvcc},
     raft_log::{Hole, RaftLog},
     truetime::Interval,
     txn::{
@@ -65,6 +66,10 @@ const SNAPSHOT_TICKS: u32 = 300;
 const CHECKPOINTS: u8 = b'c';
 /// In the engine, splits that are gone from here: split; [`Gone`].
 const GONE: u8 = b'g';
+/// In the engine, the number of the form that all of a node's directory has.
+const FORM: &[u8] = b"form";
+/// The form that is written here, and the only one that is read. The first had no number.
+const FORM_NUMBER: u64 = 2;
 
 /// What is left of a node's replicas of a split.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +103,15 @@ pub enum NodeError {
     /// The log on disk, or a log that consensus agreed on, holds what is none of ours.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The disk was written by another build of the store.
+    #[error(
+        "the data directory has form {found} and this build reads form {FORM_NUMBER} alone: start the build that wrote \
+         it, or empty the directory, so that this node comes back as a new one, restored from the others"
+    )]
+    Form {
+        /// What is there.
+        found: u64,
+    },
     /// A split's log contradicts itself.
     #[error("split {0:?}")]
     Replica(SplitId, #[source] ReplicaError),
@@ -184,6 +198,7 @@ impl<D: Disk> Groups<D> {
     /// When the log or the engine cannot be used.
     pub fn open(me: NodeId, first: &[NodeId], disk: D, engine: Arc<dyn Engine>) -> Result<Self, NodeError> {
         let (wal, records) = Wal::open(disk)?;
+        check_form(&*engine, records.is_empty())?;
         let gone =
             read_numbered(&*engine, GONE, |bytes| Gone::decode(bytes).ok_or(WireError::Field("gone split")))?;
         let mut checkpoints = read_numbered(&*engine, CHECKPOINTS, wire::decode_checkpoint)?;
@@ -191,6 +206,7 @@ impl<D: Disk> Groups<D> {
             let voters: Vec<u64> = first.iter().map(|node| node.0).collect();
             let checkpoint = Checkpoint {
                 life: 0,
+                home: Home(0),
                 index: FIRST_ENTRY.0,
                 index_term: FIRST_ENTRY.1,
                 conf: ConfState::from((voters, vec![])),
@@ -276,6 +292,7 @@ impl<D: Disk> Groups<D> {
             self.say_hard_states_again()?;
         }
         let segment = self.wal.next_segment();
+        let mut home = self.new_home();
         for (split, group) in &mut self.groups {
             group.follow_role();
             group.submit();
@@ -283,8 +300,11 @@ impl<D: Disk> Groups<D> {
                 let mut ready = group.raft.ready();
                 // These rest on nothing that is not on disk yet: followers write while this node does.
                 group.say(ready.take_messages(), post);
-                let restart = group.install(&ready, &self.engine)?;
-                restarted |= restart.is_some();
+                let restart = group.install(&ready, &self.engine, home)?;
+                if restart.is_some() {
+                    restarted = true;
+                    home.0 += 1;
+                }
                 // How far all agree is heard again, and waits for what has to be written. But who the nodes are, this one
                 // must know without the others: nobody but it may be there to lead.
                 let nodes = |entry: &RaftEntry| entry.get_entry_type() != EntryType::EntryNormal;
@@ -453,6 +473,7 @@ impl<D: Disk> Groups<D> {
         let nothing = Range::between(Bytes::new(), Some(Bytes::new())).ok();
         let checkpoint = Checkpoint {
             life: gone.map_or(0, |gone| gone.lives),
+            home: self.new_home(),
             state: State { range: nothing, ..State::default() },
             ..Checkpoint::default()
         };
@@ -466,6 +487,12 @@ impl<D: Disk> Groups<D> {
             .and_then(|()| Group::new(self.me, split, log, checkpoint, Arc::clone(&self.engine)).ok());
         self.groups.insert(split, group.ok_or(Dropped::Unknown(split))?);
         Ok(())
+    }
+
+    /// A home that no replica of this node has rows in. What replicas leave they clear, so one that is none's is empty.
+    fn new_home(&self) -> Home {
+        let homes = self.groups.values().map(|group| group.replica.rows().home());
+        Home(homes.max().map_or(0, |last| last.0 + 1))
     }
 
     /// What a turn has agreed on is written to the engine at once.
@@ -561,24 +588,26 @@ impl<D: Disk> Groups<D> {
         let met = self.groups.get(&right).map(|group| group.raft.store().hard_state().clone());
         let Some(group) = self.groups.get_mut(&split) else { return Ok(Applied::Nothing) };
         let term = group.front_term();
-        let (mut batch, mut half_batch) = (Batch::default(), Batch::default());
-        let half = group.replica.divide(entry, term, &mut batch, &mut half_batch).map_err(on)?;
+        let mut batch = Batch::default();
+        let half = group.replica.divide(entry, term).map_err(on)?;
         group.pop();
         group.save(&mut batch);
-        let Some(half) = half else {
+        let Some(mut half) = half else {
             self.engine.write(batch)?;
             return Ok(Applied::Split(None));
         };
         if !known {
             let checkpoint = Checkpoint {
                 life: 0,
+                home: half.rows().home(),
                 index: FIRST_ENTRY.0,
                 index_term: FIRST_ENTRY.1,
                 conf: group.conf.clone(),
                 conf_index: FIRST_ENTRY.0,
                 state: half.state(),
             };
-            batch.writes.append(&mut half_batch.writes);
+            half.keep_since(&mut batch);
+            half.save_outcomes(&mut batch);
             batch.put(numbered(CHECKPOINTS, right), wire::encode_checkpoint(&checkpoint));
             self.engine.write(batch)?;
             self.engine.sync()?;
@@ -590,12 +619,13 @@ impl<D: Disk> Groups<D> {
             let group = Group::new(self.me, right, log, checkpoint, Arc::clone(&self.engine))?;
             self.groups.insert(right, group);
         } else {
+            // What is here has rows of its own, and what has gone again has none.
+            half.rows().clear(&mut batch, half.range()).map_err(|error| on(error.into()))?;
             self.engine.write(batch)?;
             self.engine.sync()?;
         }
         if let Some(group) = self.groups.get_mut(&split) {
             group.saved();
-            group.replica.measure().map_err(on)?;
         }
         Ok(Applied::Split(Some(right)))
     }
@@ -631,7 +661,6 @@ impl<D: Disk> Groups<D> {
             self.engine.write(batch)?;
             self.engine.sync()?;
             group.saved();
-            group.measure()?;
         }
         self.groups.insert(split, group);
         Ok(Some(if absorbs { Applied::Absorbed(right) } else { Applied::Nothing }))
@@ -700,9 +729,9 @@ impl Group {
         };
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let raft = RawNode::new(&config, log, &logger).map_err(|error| NodeError::Raft(split, error))?;
-        let Checkpoint { life, index, index_term, conf, conf_index, state } = checkpoint;
+        let Checkpoint { life, home, index, index_term, conf, conf_index, state } = checkpoint;
         let replica =
-            Replica::restore(engine, split, state).map_err(|error| NodeError::Replica(split, error))?;
+            Replica::restore(engine, split, home, state).map_err(|error| NodeError::Replica(split, error))?;
         Ok(Self {
             split,
             me,
@@ -839,15 +868,6 @@ impl Group {
             .get(node.0)
             // Nothing matches before there has been a snapshot, however short the log is.
             .is_some_and(|progress| progress.matched > 0 && progress.matched + CAUGHT_UP_ENTRIES >= last)
-    }
-
-    /// Walks over all rows to know how many there are.
-    ///
-    /// # Errors
-    ///
-    /// When the engine fails.
-    pub fn measure(&mut self) -> Result<(), NodeError> {
-        self.replica.measure().map_err(|error| NodeError::Replica(self.split, error))
     }
 
     /// Whether this node is one of the split's, as far as its own replica knows.
@@ -1001,8 +1021,14 @@ impl Group {
         self.raft.raft.state == StateRole::Leader && self.raft.raft.term == term
     }
 
-    /// Puts a snapshot of another node's in the place of everything here, and gives its index.
-    fn install(&mut self, ready: &Ready, engine: &Arc<dyn Engine>) -> Result<Option<u64>, NodeError> {
+    /// Puts a snapshot of another node's in the place of everything here, and gives its index. Its rows come to a home of
+    /// their own: in the one of those that they take the place of there may be others, of what was cut off since.
+    fn install(
+        &mut self,
+        ready: &Ready,
+        engine: &Arc<dyn Engine>,
+        home: Home,
+    ) -> Result<Option<u64>, NodeError> {
         let on = |error| NodeError::Replica(self.split, error);
         let snapshot = ready.snapshot();
         let (index, term) = (snapshot.get_metadata().index, snapshot.get_metadata().term);
@@ -1011,17 +1037,20 @@ impl Group {
         }
         let Image { mut checkpoint, rows, outcomes, kept_since } = wire::decode_image(snapshot.data.clone())?;
         checkpoint.life = self.life;
+        checkpoint.home = home;
         checkpoint.index = index;
         checkpoint.index_term = term;
         let mut batch = Batch::default();
         self.replica.erase(&mut batch).map_err(on)?;
         let since = checkpoint.state.outcomes_since;
-        Replica::fill(self.split, engine, &mut batch, &rows, &outcomes, since, kept_since);
+        let filled = Mvcc::new(Arc::clone(engine), home, kept_since);
+        Replica::fill(self.split, &filled, &mut batch, &rows, &outcomes, since);
         batch.put(numbered(CHECKPOINTS, self.split), wire::encode_checkpoint(&checkpoint));
         engine.write(batch)?;
         engine.sync()?;
         let conf = checkpoint.conf.clone();
-        self.replica = Replica::restore(Arc::clone(engine), self.split, checkpoint.state).map_err(on)?;
+        self.replica =
+            Replica::restore(Arc::clone(engine), self.split, home, checkpoint.state).map_err(on)?;
         self.backlog.clear();
         self.stalled_ticks = 0;
         self.applied = (index, term);
@@ -1195,6 +1224,7 @@ impl Group {
     fn as_checkpoint(&self) -> Checkpoint {
         Checkpoint {
             life: self.life,
+            home: self.replica.rows().home(),
             index: self.applied.0,
             index_term: self.applied.1,
             conf: self.conf.clone(),
@@ -1309,6 +1339,26 @@ fn note_segment(segments: &mut BTreeMap<u64, BTreeMap<SplitId, u64>>, segment: u
     *noted = (*noted).max(last);
 }
 
+/// Writes the form into a directory that is new, and refuses one of another form before anything of it is read.
+fn check_form(engine: &dyn Engine, is_new: bool) -> Result<(), NodeError> {
+    if let Some(number) = engine.get(FORM)? {
+        let found = read_u64(&number).ok_or(WireError::Field("form"))?;
+        return if found == FORM_NUMBER { Ok(()) } else { Err(NodeError::Form { found }) };
+    }
+    let mut is_empty = is_new;
+    engine.walk(&[0], &[u8::MAX], &mut |_, _| {
+        is_empty = false;
+        ControlFlow::Break(())
+    })?;
+    if !is_empty {
+        return Err(NodeError::Form { found: 1 });
+    }
+    let mut batch = Batch::default();
+    batch.put(FORM, FORM_NUMBER.to_be_bytes().to_vec());
+    engine.write(batch)?;
+    Ok(engine.sync()?)
+}
+
 fn numbered(kind: u8, split: SplitId) -> Vec<u8> {
     let mut key = vec![kind];
     key.extend_from_slice(&split.0.to_be_bytes());
@@ -1356,6 +1406,7 @@ mod tests {
         let engine = Arc::new(Memory::default());
         let checkpoint = Checkpoint {
             life: 1,
+            home: Home(0),
             index: 18,
             index_term: 4,
             conf: ConfState::from((vec![1, 2, 3], vec![])),
@@ -1365,6 +1416,7 @@ mod tests {
         let mut batch = Batch::default();
         batch.put(numbered(CHECKPOINTS, FIRST_SPLIT), wire::encode_checkpoint(&checkpoint));
         batch.put(numbered(GONE, FIRST_SPLIT), Gone { term: 5, lives: 1 }.encode());
+        batch.put(FORM, FORM_NUMBER.to_be_bytes().to_vec());
         engine.write(batch).unwrap();
 
         let (mut wal, _) = Wal::open(Directory::new(home.path()).unwrap()).unwrap();
@@ -1388,5 +1440,36 @@ mod tests {
             groups.segments.values().all(BTreeMap::is_empty),
             "nothing of it keeps the log from being dropped"
         );
+    }
+
+    #[test]
+    fn a_directory_of_another_form_is_refused_before_anything_of_it_is_read() {
+        let open = |engine: &Arc<Memory>, home: &tempfile::TempDir| {
+            let disk = Directory::new(home.path()).unwrap();
+            Groups::open(NodeId(1), &[NodeId(1)], disk, Arc::clone(engine) as _).map(|_| ())
+        };
+        let home = tempfile::tempdir().unwrap();
+        let engine = Arc::new(Memory::default());
+        open(&engine, &home).unwrap();
+        open(&engine, &home).unwrap();
+
+        let mut batch = Batch::default();
+        batch.put(FORM, 3u64.to_be_bytes().to_vec());
+        engine.write(batch).unwrap();
+        assert!(matches!(open(&engine, &home), Err(NodeError::Form { found: 3 })));
+
+        let earlier = Arc::new(Memory::default());
+        let mut batch = Batch::default();
+        batch.put(numbered(GONE, FIRST_SPLIT), 7u64.to_be_bytes().to_vec());
+        earlier.write(batch).unwrap();
+        let error = open(&earlier, &tempfile::tempdir().unwrap()).unwrap_err();
+        assert!(matches!(error, NodeError::Form { found: 1 }), "{error}");
+        // A log without rows is none of a new node's either.
+        let home = tempfile::tempdir().unwrap();
+        let (mut wal, _) = Wal::open(Directory::new(home.path()).unwrap()).unwrap();
+        wal.gather(b"of another form").unwrap();
+        wal.commit().unwrap();
+        let error = open(&Arc::new(Memory::default()), &home).unwrap_err();
+        assert!(matches!(error, NodeError::Form { found: 1 }), "{error}");
     }
 }

@@ -18,6 +18,7 @@ mod raft_log;
 pub mod safe_time;
 pub mod schema;
 pub mod serve;
+pub mod survey;
 pub mod truetime;
 pub mod txn;
 pub mod wal;

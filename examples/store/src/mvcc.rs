@@ -1,8 +1,8 @@
 //! Every version of every row by the timestamp of the transaction that wrote it, in an engine that splits share. A
 //! snapshot is a timestamp: what it shows never changes, so reading one takes no lock.
 //!
-//! A version's key in the engine is `r`, the split's number, the row's key escaped and ended, and its timestamp turned
-//! over, so that a walk meets the newest version of a row first. Its value is a tag and what was written.
+//! A version's key in the engine is `r`, the number of its [`Home`], the row's key escaped and ended, and its timestamp
+//! turned over, so that a walk meets the newest version of a row first. Its value is a tag and what was written.
 
 use std::{fmt, ops::ControlFlow, sync::Arc};
 
@@ -12,7 +12,6 @@ use crate::{
     engine::{Batch, Engine, EngineError},
     keys::{Key, Range},
     truetime::Timestamp,
-    txn::SplitId,
 };
 
 /// A scan ends after so many bytes of values, for its answer has to fit into memory and into a message.
@@ -33,6 +32,38 @@ const PAST: u8 = 0x02;
 
 const DELETED: u8 = 0;
 const VALUE: u8 = 1;
+
+/// Where in a node's engine rows are: those of a replica and of all that were cut off from it, so that a cut moves no row.
+/// Whose a row is, their ranges say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Home(pub u64);
+
+/// A place between two versions, in the order of rows, a row's newest version first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Before all versions of this row,
+    pub row: Key,
+    /// or behind the one of this timestamp.
+    pub behind: Option<Timestamp>,
+}
+
+/// The versions between two places; without one, from where the split begins, or to where it ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stretch {
+    /// From here,
+    pub from: Option<Place>,
+    /// to here.
+    pub to: Option<Place>,
+}
+
+/// What [`Mvcc::look`] saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Where it stopped; nothing where the range ends.
+    pub to: Option<Place>,
+    /// Whether some version may be forgotten.
+    pub collectable: bool,
+}
 
 /// One row written, or deleted where there is no value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,38 +110,40 @@ pub struct Scanned {
     pub newest: Timestamp,
 }
 
-/// The rows of one split. Clones see the same rows.
+/// The rows in one home. Clones see the same rows.
 ///
 /// What changes rows goes into a batch, which the caller writes with what else has to become true with it.
 #[derive(Clone)]
 pub struct Mvcc {
     engine: Arc<dyn Engine>,
-    split: SplitId,
+    home: Home,
     kept_since: Timestamp,
 }
 
 impl fmt::Debug for Mvcc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mvcc")
-            .field("split", &self.split)
+            .field("home", &self.home)
             .field("kept_since", &self.kept_since)
             .finish_non_exhaustive()
     }
 }
 
 impl Mvcc {
-    /// What `engine` has of `split`, of which everything before `kept_since` may be gone.
-    pub fn new(engine: Arc<dyn Engine>, split: SplitId, kept_since: Timestamp) -> Self {
-        Self { engine, split, kept_since }
+    /// What `engine` has in `home`, of which everything before `kept_since` may be gone.
+    pub fn new(engine: Arc<dyn Engine>, home: Home, kept_since: Timestamp) -> Self {
+        Self { engine, home, kept_since }
     }
 
-    /// The engine's keys from the first up to and without the second are the rows of `split`, and nothing else is.
-    pub fn span(split: SplitId) -> (Bytes, Bytes) {
-        let past = match split.0.checked_add(1) {
-            Some(next) => head(SplitId(next)),
-            None => vec![ROWS_PAST],
-        };
-        (head(split).into(), past.into())
+    /// Where the rows are.
+    pub fn home(&self) -> Home {
+        self.home
+    }
+
+    /// The engine's keys from the first up to and without the second are the rows in `home`, and nothing else is.
+    fn span(home: Home) -> (Vec<u8>, Vec<u8>) {
+        let past = home.0.checked_add(1).map_or_else(|| vec![ROWS_PAST], |next| head(Home(next)));
+        (head(home), past)
     }
 
     /// Adds `mutations` at `at` to `batch`; of two for one row the last counts. To do so again, after later commits
@@ -181,38 +214,98 @@ impl Mvcc {
         Ok(found)
     }
 
-    /// Forgets what no snapshot at or after `horizon` shows, by deletions that it adds to `batch`.
+    /// Forgets what no snapshot at or after `horizon` shows, of the versions of `range` in `stretch`, by deletions that it
+    /// adds to `batch`.
     ///
     /// # Errors
     ///
     /// When the engine fails; then nothing is forgotten.
-    pub fn collect(&mut self, batch: &mut Batch, horizon: Timestamp) -> Result<(), MvccError> {
-        if horizon <= self.kept_since {
+    pub fn collect(
+        &mut self,
+        batch: &mut Batch,
+        range: &Range,
+        horizon: Timestamp,
+        stretch: &Stretch,
+    ) -> Result<(), MvccError> {
+        if horizon < self.kept_since {
             return Ok(());
         }
         let mut gone = Vec::new();
-        let mut row_shown = Vec::new();
-        self.walk(&Range::all(), |whole, row, at, value| {
+        // The row that `horizon` shows a version of, newer than those that come now.
+        let mut shown = self.row_at(stretch.from.as_ref().filter(|place| place.is_behind(horizon)));
+        // A deletion that it shows. With nothing under it, it shows what nothing would, whatever was written since; what
+        // was written since must not matter, since a replay of the log finds it there already. It goes when its row ends,
+        // together with what is under it: if it went first, that would be shown again.
+        let mut deletion = None;
+        self.walk_stretch(range, stretch, |whole, row, at, value| {
             if at > horizon {
                 return Ok(ControlFlow::Continue(()));
             }
-            let shown = row_shown != row;
-            if shown {
-                row_shown.clear();
-                row_shown.extend_from_slice(row);
-            }
-            // A deletion with nothing under it shows what nothing would, whatever was written since. What was written
-            // since must not matter: a replay of the log finds it there already.
-            if !shown || value.is_none() {
+            if shown == row {
                 gone.push(Bytes::copy_from_slice(whole));
+                return Ok(ControlFlow::Continue(()));
             }
+            shown.clear();
+            shown.extend_from_slice(row);
+            gone.extend(deletion.take());
+            deletion = value.is_none().then(|| Bytes::copy_from_slice(whole));
             Ok(ControlFlow::Continue(()))
         })?;
+        let goes_on = stretch.to.as_ref().is_some_and(|to| to.behind.is_some());
+        if !goes_on || self.row_at(stretch.to.as_ref()) != shown {
+            gone.extend(deletion);
+        }
         for key in gone {
             batch.delete(key);
         }
         self.kept_since = horizon;
         Ok(())
+    }
+
+    /// Looks at about `limit` versions of `range` from a place on, and gives `each` row that exists now with the bytes that
+    /// its key and value take. Where it can, it stops between two rows.
+    ///
+    /// # Errors
+    ///
+    /// When the engine fails.
+    pub fn look(
+        &self,
+        range: &Range,
+        from: Option<&Place>,
+        horizon: Timestamp,
+        limit: usize,
+        each: &mut dyn FnMut(&dyn Fn() -> Result<Key, EngineError>, u64),
+    ) -> Result<Seen, MvccError> {
+        let mut seen = Seen::default();
+        let mut looked = 0;
+        let mut last = self.row_at(from.filter(|place| place.behind.is_some()));
+        let mut last_at = Timestamp::MAX;
+        let mut shown = from.is_some_and(|place| place.is_behind(horizon));
+        let stretch = Stretch { from: from.cloned(), to: None };
+        self.walk_stretch(range, &stretch, |_, row, at, value| {
+            let begins = last != row;
+            if looked >= limit && (begins || looked >= 2 * limit) {
+                let behind = (!begins).then_some(last_at);
+                seen.to = Some(Place { row: decode_row(row)?, behind });
+                return Ok(ControlFlow::Break(()));
+            }
+            looked += 1;
+            if begins {
+                last.clear();
+                last.extend_from_slice(row);
+                shown = false;
+                if let Some(value) = value {
+                    each(&|| decode_row(row), (row.len() + value.len()) as u64);
+                }
+            }
+            last_at = at;
+            if at <= horizon {
+                seen.collectable |= shown || value.is_none();
+                shown = true;
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(seen)
     }
 
     /// Rows of another split were put into this one, of which nothing before `horizon` is whole.
@@ -251,64 +344,11 @@ impl Mvcc {
         Ok(())
     }
 
-    /// How many rows exist in `range` now, and the bytes that their keys and values take; older versions do not count. It
-    /// reads every version there is.
-    ///
-    /// # Errors
-    ///
-    /// When the engine fails.
-    pub fn size(&self, range: &Range) -> Result<(u64, u64), MvccError> {
-        let (mut rows, mut bytes) = (0, 0);
-        self.walk_rows(range, |_, size| {
-            rows += 1;
-            bytes += size;
-            Ok(())
-        })?;
-        Ok((rows, bytes))
-    }
-
-    /// The row of `range` that cuts it best into halves of as many bytes, by [`Mvcc::size`]: rows before it, and it with
-    /// those after it. None where there are no two rows.
-    ///
-    /// # Errors
-    ///
-    /// When the engine fails.
-    pub fn middle(&self, range: &Range) -> Result<Option<Key>, MvccError> {
-        let (_, total) = self.size(range)?;
-        let mut before = 0;
-        let mut smaller_half = 0;
-        let mut middle = None;
-        self.walk_rows(range, |row, size| {
-            let smaller = before.min(total.saturating_sub(before));
-            if smaller > smaller_half {
-                smaller_half = smaller;
-                middle = Some(decode_row(row)?);
-            }
-            before += size;
-            Ok(())
-        })?;
-        Ok(middle)
-    }
-
     fn check_kept(&self, at: Timestamp) -> Result<(), MvccError> {
         if at < self.kept_since {
             return Err(MvccError::Collected { asked: at, kept_since: self.kept_since });
         }
         Ok(())
-    }
-
-    /// Every row of `range` that exists now, with the bytes of its key and value.
-    fn walk_rows(
-        &self,
-        range: &Range,
-        mut visit: impl FnMut(&[u8], u64) -> Result<(), EngineError>,
-    ) -> Result<(), EngineError> {
-        self.walk_shown(range, Timestamp::MAX, |row, _, value| {
-            if let Some(value) = value {
-                visit(row, (row.len() + value.len()) as u64)?;
-            }
-            Ok(ControlFlow::Continue(()))
-        })
     }
 
     /// Every row of `range` that has a version at or before `at`, with the newest of those.
@@ -333,10 +373,25 @@ impl Mvcc {
     fn walk(
         &self,
         range: &Range,
+        visit: impl FnMut(&[u8], &[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>,
+    ) -> Result<(), EngineError> {
+        self.walk_stretch(range, &Stretch::default(), visit)
+    }
+
+    /// What [`Mvcc::walk`] is, of the versions in `stretch`.
+    fn walk_stretch(
+        &self,
+        range: &Range,
+        stretch: &Stretch,
         mut visit: impl FnMut(&[u8], &[u8], Timestamp, Option<&[u8]>) -> Result<ControlFlow<()>, EngineError>,
     ) -> Result<(), EngineError> {
-        let from = self.row(range.start());
-        let to = range.end().map_or_else(|| Self::span(self.split).1, |end| self.row(end).into());
+        let place = |place: &Place| match place.behind {
+            None => self.row(place.row.as_bytes()),
+            Some(at) => [&self.version_key(&place.row, at)[..], &[0]].concat(),
+        };
+        let from = self.row(range.start()).max(stretch.from.as_ref().map(place).unwrap_or_default());
+        let end = range.end().map_or_else(|| Self::span(self.home).1, |end| self.row(end));
+        let to = stretch.to.as_ref().map(place).map_or(end.clone(), |to| to.min(end));
         let mut failed = None;
         self.engine.walk(&from, &to, &mut |key, value| {
             let visited = split_key(key)
@@ -357,15 +412,31 @@ impl Mvcc {
 
     /// What the keys of all versions of `row` begin with, and where those of rows from `row` on begin.
     fn row(&self, row: &[u8]) -> Vec<u8> {
-        let mut bytes = head(self.split);
+        let mut bytes = head(self.home);
         escape(row, &mut bytes);
+        bytes
+    }
+
+    /// The row of a place, as a walk gives it; no row is empty there.
+    fn row_at(&self, place: Option<&Place>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(place) = place {
+            escape(place.row.as_bytes(), &mut bytes);
+        }
         bytes
     }
 }
 
-fn head(split: SplitId) -> Vec<u8> {
+impl Place {
+    /// Whether the version that `horizon` shows of its row is before it.
+    fn is_behind(&self, horizon: Timestamp) -> bool {
+        self.behind.is_some_and(|at| at <= horizon)
+    }
+}
+
+fn head(home: Home) -> Vec<u8> {
     let mut bytes = vec![ROWS];
-    bytes.extend_from_slice(&split.0.to_be_bytes());
+    bytes.extend_from_slice(&home.0.to_be_bytes());
     bytes
 }
 
@@ -435,7 +506,7 @@ mod tests {
 
     type Commits = Vec<(u8, Option<u8>)>;
 
-    const SPLIT: SplitId = SplitId(7);
+    const HOME: Home = Home(7);
 
     fn key(row: u8) -> Key {
         Key::new("t", &[row]).unwrap()
@@ -454,7 +525,7 @@ mod tests {
     }
 
     fn empty() -> Mvcc {
-        Mvcc::new(Arc::new(Memory::default()), SPLIT, Timestamp::ZERO)
+        Mvcc::new(Arc::new(Memory::default()), HOME, Timestamp::ZERO)
     }
 
     fn commit(mvcc: &Mvcc, row: u8, value: Option<u8>, at: u64) {
@@ -481,9 +552,33 @@ mod tests {
     }
 
     fn collect(mvcc: &mut Mvcc, horizon: u64) {
+        collect_stretch(mvcc, horizon, &Stretch::default());
+    }
+
+    fn collect_stretch(mvcc: &mut Mvcc, horizon: u64, stretch: &Stretch) {
         let mut batch = Batch::default();
-        mvcc.collect(&mut batch, Timestamp(horizon)).unwrap();
+        mvcc.collect(&mut batch, &Range::all(), Timestamp(horizon), stretch).unwrap();
         mvcc.engine.write(batch).unwrap();
+    }
+
+    /// A pass over everything in steps of `limit` versions, each collected before the next is looked at; gives what is
+    /// shown at `horizon` after each.
+    fn collect_in_steps(mvcc: &mut Mvcc, horizon: u64, limit: usize) -> Vec<BTreeMap<Key, (u64, u8)>> {
+        let mut shown = Vec::new();
+        let mut from = None;
+        loop {
+            let seen =
+                mvcc.look(&Range::all(), from.as_ref(), Timestamp(horizon), limit, &mut |_, _| {}).unwrap();
+            let stretch = Stretch { from, to: seen.to.clone() };
+            let before = versions(mvcc);
+            collect_stretch(mvcc, horizon, &stretch);
+            assert!(seen.collectable || versions(mvcc) == before);
+            shown.push(rows_at(mvcc, horizon).unwrap());
+            from = seen.to;
+            if from.is_none() {
+                return shown;
+            }
+        }
     }
 
     fn versions(mvcc: &Mvcc) -> Vec<(Key, Version)> {
@@ -545,6 +640,21 @@ mod tests {
         }
 
         #[test]
+        fn a_collection_in_steps_is_one_and_shows_nothing_else_meanwhile(
+            commits in commits(), horizon in 1u64..45, limit in 1usize..6,
+        ) {
+            let mut mvcc = filled(&commits);
+            for shown in collect_in_steps(&mut mvcc, horizon, limit) {
+                prop_assert_eq!(shown, model(&commits, horizon));
+            }
+            // A deletion that was looked at without all that is under it stays until the next pass.
+            collect_in_steps(&mut mvcc, horizon, 100);
+            let mut whole = filled(&commits);
+            collect(&mut whole, horizon);
+            prop_assert_eq!(versions(&mvcc), versions(&whole));
+        }
+
+        #[test]
         fn a_replay_over_what_came_later_changes_nothing(
             commits in commits(), from in any::<prop::sample::Index>(), horizon in prop::option::of(0u64..40),
         ) {
@@ -559,7 +669,7 @@ mod tests {
                 prop_assert_eq!(&versions(&mvcc), &before);
             }
             // From before the collection, which is then done again by a replica that does not know of it.
-            let mut again = Mvcc::new(Arc::clone(&mvcc.engine), SPLIT, Timestamp::ZERO);
+            let mut again = Mvcc::new(Arc::clone(&mvcc.engine), HOME, Timestamp::ZERO);
             fill(&again, &commits);
             horizon.into_iter().for_each(|horizon| collect(&mut again, horizon));
             prop_assert_eq!(versions(&again), before);
@@ -601,32 +711,19 @@ mod tests {
         }
 
         #[test]
-        fn the_middle_cuts_as_evenly_as_rows_allow(commits in commits()) {
-            let mvcc = filled(&commits);
-            let keys: Vec<_> = model(&commits, u64::MAX).into_keys().collect();
-            let middle = mvcc.middle(&Range::all()).unwrap();
-            // All rows are of one size here.
-            let halves = keys.len() / 2..=keys.len().div_ceil(2);
-            let at = middle.map(|middle| keys.iter().position(|key| *key == middle).unwrap());
-            prop_assert_eq!(at.is_some(), keys.len() >= 2);
-            prop_assert!(at.is_none_or(|at| halves.contains(&at)));
-            prop_assert_eq!(mvcc.size(&Range::all()).unwrap().0, keys.len() as u64);
-        }
-
-        #[test]
-        fn versions_sort_by_split_then_row_then_newest_first(
+        fn versions_sort_by_home_then_row_then_newest_first(
             a in (0u64..3, bytes(), 0u64..3), b in (0u64..3, bytes(), 0u64..3),
         ) {
             let engine: Arc<dyn Engine> = Arc::new(Memory::default());
-            let version_key = |(split, row, at): &(u64, Vec<u8>, u64)| {
-                let mut key = Mvcc::new(Arc::clone(&engine), SplitId(*split), Timestamp::ZERO).row(row);
+            let version_key = |(home, row, at): &(u64, Vec<u8>, u64)| {
+                let mut key = Mvcc::new(Arc::clone(&engine), Home(*home), Timestamp::ZERO).row(row);
                 key.extend_from_slice(&(!at).to_be_bytes());
                 key
             };
             let order = (a.0, &a.1, !a.2).cmp(&(b.0, &b.1, !b.2));
             prop_assert_eq!(version_key(&a).cmp(&version_key(&b)), order);
-            let (from, to) = Mvcc::span(SplitId(a.0));
-            prop_assert_eq!((from..to).contains(&Bytes::from(version_key(&b))), a.0 == b.0);
+            let (from, to) = Mvcc::span(Home(a.0));
+            prop_assert_eq!((from..to).contains(&version_key(&b)), a.0 == b.0);
             let whole = version_key(&a);
             let (row, at) = split_key(&whole).unwrap();
             prop_assert_eq!((unescape(row), at.0), (Some(a.1), a.2));
@@ -658,16 +755,16 @@ mod tests {
     }
 
     #[test]
-    fn splits_do_not_see_each_other() {
+    fn homes_do_not_see_each_other() {
         let engine: Arc<dyn Engine> = Arc::new(Memory::default());
-        let splits = [0, 1, 0x0100, u64::MAX].map(SplitId);
-        let views = splits.map(|split| Mvcc::new(Arc::clone(&engine), split, Timestamp::ZERO));
+        let homes = [0, 1, 0x0100, u64::MAX].map(Home);
+        let views = homes.map(|home| Mvcc::new(Arc::clone(&engine), home, Timestamp::ZERO));
         for (index, view) in views.iter().enumerate() {
             commit(view, 1, Some(index as u8), 1);
         }
         for (index, view) in views.iter().enumerate() {
             assert_eq!(rows_at(view, 1).unwrap(), BTreeMap::from([(key(1), (1, index as u8))]));
-            let (from, to) = Mvcc::span(view.split);
+            let (from, to) = Mvcc::span(view.home);
             assert!(engine.first(&from, &to).unwrap().is_some());
         }
     }
@@ -723,21 +820,9 @@ mod tests {
     }
 
     #[test]
-    fn the_middle_is_by_bytes_and_not_by_rows() {
-        let mvcc = empty();
-        assert_eq!(mvcc.middle(&Range::all()), Ok(None));
-        for (row, size) in [1000, 1, 1, 1].into_iter().enumerate() {
-            put(&mvcc, Mutation { key: key(row as u8), value: Some(vec![0; size].into()) }, 1);
-        }
-        assert_eq!(mvcc.middle(&Range::all()), Ok(Some(key(1))));
-        put(&mvcc, Mutation { key: key(9), value: Some(vec![0; 5000].into()) }, 2);
-        assert_eq!(mvcc.middle(&Range::all()), Ok(Some(key(9))));
-    }
-
-    #[test]
     fn what_was_never_written_so_is_refused() {
         let mvcc = filled(&[(0, Some(1))]);
-        let (from, _) = Mvcc::span(SPLIT);
+        let (from, _) = Mvcc::span(HOME);
         let mut batch = Batch::default();
         batch.put([&from[..], b"x"].concat(), "");
         mvcc.engine.write(batch).unwrap();

@@ -79,23 +79,50 @@ pub(super) struct Changing {
 }
 
 impl Changing {
+    /// The tick that a survey of the split must not end before, where it waits for one.
+    pub(super) fn waits_for_middle(&self) -> Option<u64> {
+        match self.what {
+            What::Middle { since } => Some(since),
+            _ => None,
+        }
+    }
+
     fn is_proposed(&self) -> bool {
         match &self.what {
             What::Split { proposed, .. }
             | What::Merge { proposed, .. }
             | What::Retire { proposed, .. }
             | What::Lead { proposed, .. } => *proposed,
-            What::Move { .. } => false,
+            What::Middle { .. } | What::Move { .. } => false,
         }
     }
 }
 
 enum What {
-    Split { at: Key, proposed: bool },
-    Merge { right: SplitId, proposed: bool },
-    Retire { into: SplitId, proposed: bool },
-    Move { from: NodeId, to: NodeId },
-    Lead { to: NodeId, proposed: bool },
+    /// Looks for where to split, by a survey that ends at this tick or later.
+    Middle {
+        since: u64,
+    },
+    Split {
+        at: Key,
+        proposed: bool,
+    },
+    Merge {
+        right: SplitId,
+        proposed: bool,
+    },
+    Retire {
+        into: SplitId,
+        proposed: bool,
+    },
+    Move {
+        from: NodeId,
+        to: NodeId,
+    },
+    Lead {
+        to: NodeId,
+        proposed: bool,
+    },
 }
 
 impl<D: Disk> Node<D> {
@@ -114,20 +141,18 @@ impl<D: Disk> Node<D> {
     }
 
     pub(super) fn begin_split(&mut self, token: Option<u64>, split: SplitId, at: Option<Key>, now: Interval) {
-        let found = self.changeable(split, now).and_then(|()| match at {
-            Some(at) => Ok(at),
-            None => {
-                self.middle(split)?.ok_or_else(|| invalid("a split of fewer than two rows has no middle"))
-            }
-        });
-        let inside = found.and_then(|at| {
-            let range = self.groups.get(split).map(|group| group.replica().range().clone());
-            let inside = range.is_some_and(|range| range.contains(&at) && range.start() < at.as_bytes());
-            if inside { Ok(at) } else { Err(invalid("the key is not inside the split")) }
-        });
-        match inside {
-            Ok(at) => self.begin(token, split, What::Split { at, proposed: false }, CHANGE_TICKS),
-            Err(refused) => self.refuse(token, &refused),
+        if let Err(refused) = self.changeable(split, now) {
+            return self.refuse(token, &refused);
+        }
+        let Some(at) = at else {
+            let since = self.ticks + 1;
+            return self.begin(token, split, What::Middle { since }, MOVE_TICKS);
+        };
+        let range = self.groups.get(split).map(|group| group.replica().range().clone());
+        if range.is_some_and(|range| range.contains(&at) && range.start() < at.as_bytes()) {
+            self.begin(token, split, What::Split { at, proposed: false }, CHANGE_TICKS);
+        } else {
+            self.refuse(token, &invalid("the key is not inside the split"));
         }
     }
 
@@ -234,6 +259,7 @@ impl<D: Disk> Node<D> {
             self.answer(token, answer.ok_or(Refused::Busy("a promise stood in the way")));
         }
         self.loads.remove(&split);
+        self.surveys.forget(split);
     }
 
     pub(super) fn was_merged(&mut self, split: SplitId, right: SplitId) {
@@ -244,6 +270,8 @@ impl<D: Disk> Node<D> {
         }
         self.changing.remove(&right);
         self.loads.remove(&right);
+        self.surveys.forget(split);
+        self.surveys.forget(right);
     }
 
     /// Locks of a split that is another now are gone, and whoever waited for some begins again.
@@ -258,7 +286,7 @@ impl<D: Disk> Node<D> {
     }
 
     fn begin(&mut self, token: Option<u64>, split: SplitId, what: What, ticks: u64) {
-        if !matches!(what, What::Move { .. } | What::Merge { .. })
+        if !matches!(what, What::Middle { .. } | What::Move { .. } | What::Merge { .. })
             && let Some((leader, _)) = self.led(split)
         {
             leader.freeze();
@@ -289,6 +317,17 @@ impl<D: Disk> Node<D> {
             return None;
         }
         match &mut changing.what {
+            What::Middle { since } => {
+                let Some(middle) = self.surveys.middle(split, *since) else { return Some(changing) };
+                match middle.cloned() {
+                    Some(at) => self.begin_split(changing.token, split, Some(at), now),
+                    None => {
+                        let refused = invalid("a split of fewer than two rows has no middle");
+                        self.refuse(changing.token, &refused);
+                    }
+                }
+                return None;
+            }
             What::Split { at, proposed } => {
                 let right = SplitId(self.random.next().max(2));
                 let command = Command::Split { at: at.clone(), right, leader: self.config.me };
@@ -423,12 +462,6 @@ impl<D: Disk> Node<D> {
         Ok(right.replica().split())
     }
 
-    fn middle(&mut self, split: SplitId) -> Result<Option<Key>, Refused> {
-        let Some(group) = self.groups.get(split) else { return Err(self.not_here(split)) };
-        let found = group.replica().rows().middle(group.replica().range());
-        found.map_err(|error| self.rows_failed(split, error))
-    }
-
     /// A leader that died in the middle of a merge left it to the next. Whoever is beside a split that has retired takes
     /// it: the one that asked may have been cut since.
     fn resume_merges(&mut self) {
@@ -458,7 +491,7 @@ impl<D: Disk> Node<D> {
             .collect();
         for split in led {
             self.replace_lost(split, now);
-            self.cut(split, now);
+            self.cut_where_busy(split, now);
             self.join(split, now);
         }
         if self.config.balance.spread && self.ticks.is_multiple_of(BALANCE_TICKS * 5) {
@@ -482,20 +515,10 @@ impl<D: Disk> Node<D> {
         }
     }
 
-    fn cut(&mut self, split: SplitId, now: Interval) {
-        let balance = self.config.balance;
-        let measured = match self.groups.get_mut(split) {
-            Some(group) if group.replica().size().1 > balance.split_bytes => group.measure(),
-            _ => Ok(()),
-        };
-        self.note_failure(measured);
-        let Some(group) = self.groups.get(split) else { return };
-        let (rows, bytes) = group.replica().size();
+    /// One that is too large is cut where a survey has found its middle.
+    fn cut_where_busy(&mut self, split: SplitId, now: Interval) {
         let busy = self.loads.get(&split).filter(|load| load.busy >= BUSY_LOOKS);
-        let place = busy.and_then(Load::middle).and_then(|place| Key::decode(place).ok());
-        if bytes > balance.split_bytes && rows > 1 {
-            self.begin_split(None, split, None, now);
-        } else if let Some(place) = place {
+        if let Some(place) = busy.and_then(Load::middle).and_then(|place| Key::decode(place).ok()) {
             self.begin_split(None, split, Some(place), now);
         }
     }

@@ -10,6 +10,7 @@ mod locked;
 mod request;
 mod routes;
 mod snapshot;
+mod survey;
 mod wait;
 
 use std::{
@@ -39,6 +40,7 @@ use commit::{Asked, Committing};
 use locked::LockWait;
 use routes::Routes;
 use snapshot::Pending;
+use survey::Surveys;
 use wait::Due;
 
 /// How often [`Node::tick`] is called.
@@ -54,8 +56,8 @@ const CLOSE_TICKS: u64 = 100;
 const EXPIRE_TICKS: u64 = 25;
 /// Ticks between checkpoints.
 const CHECKPOINT_TICKS: u64 = 500;
-/// Ticks between looks for versions that are too old.
-const COLLECT_TICKS: u64 = 1_000;
+/// Ticks between forgetting outcomes that are too old.
+const FORGET_TICKS: u64 = 1_000;
 /// A turn does not go on for ever while others wait.
 const ROUNDS_PER_TURN: usize = 8;
 
@@ -82,6 +84,9 @@ pub struct Config {
     pub keep_outcomes: Duration,
     /// When splits are cut, merged and moved without anybody asking.
     pub balance: Balance,
+    /// Versions of rows that are looked at in one step of a survey, and forgotten in one entry of the log. By default a
+    /// millisecond or two of work, and in all steps more than are written meanwhile.
+    pub survey_versions: usize,
 }
 
 /// When splits are cut, merged and moved without anybody asking.
@@ -132,6 +137,7 @@ impl Config {
             keep: Duration::from_secs(300),
             keep_outcomes: Duration::from_secs(60),
             balance: Balance::default(),
+            survey_versions: 1024,
         }
     }
 }
@@ -170,6 +176,7 @@ pub struct Node<D> {
     snapshots: Vec<Pending>,
     changing: BTreeMap<SplitId, Changing>,
     loads: BTreeMap<SplitId, change::Load>,
+    surveys: Surveys,
     status: NodeStatus,
     failed: Option<NodeError>,
 }
@@ -206,6 +213,7 @@ impl<D: Disk> Node<D> {
             snapshots: Vec::new(),
             changing: BTreeMap::new(),
             loads: BTreeMap::new(),
+            surveys: Surveys::default(),
             status: NodeStatus::default(),
             failed: None,
         };
@@ -271,9 +279,10 @@ impl<D: Disk> Node<D> {
             self.close_all(now);
             self.ask_to_leave();
         }
-        if self.ticks.is_multiple_of(COLLECT_TICKS) {
-            self.collect_all(now);
+        if self.ticks.is_multiple_of(FORGET_TICKS) {
+            self.forget_all(now);
         }
+        self.surveys_go_on(now);
         self.commits_go_on(now);
         self.changes_go_on(now);
         self.use_locks(now);
@@ -386,7 +395,7 @@ impl<D: Disk> Node<D> {
             Applied::Split(right) => self.was_split(split, right),
             Applied::Absorbed(right) => self.was_merged(split, right),
             Applied::Retired | Applied::Lease(_) => self.look_at_own(),
-            Applied::Nothing | Applied::Collected => {}
+            Applied::Nothing => {}
         }
     }
 
@@ -542,14 +551,13 @@ impl<D: Disk> Node<D> {
         }
     }
 
-    fn collect_all(&mut self, now: Interval) {
-        let horizon = now.earliest.minus(self.config.keep);
+    fn forget_all(&mut self, now: Interval) {
         let outcomes = now.earliest.minus(self.config.keep_outcomes);
         let splits: Vec<_> = self.groups.iter().map(|(split, _)| split).collect();
         for split in splits {
             let entry = self
                 .led(split)
-                .and_then(|(leader, replica)| leader.collect(replica, horizon, outcomes, now).ok());
+                .and_then(|(leader, replica)| leader.forget_outcomes(replica, outcomes, now).ok());
             if let Some(entry) = entry {
                 self.propose(split, &entry);
             }

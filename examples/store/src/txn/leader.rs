@@ -5,7 +5,7 @@ use crate::{
     keys::Range,
     lease::{Grant, NodeId, Tenure},
     locks::{Changes, Lock, LockError, LockTable, Mode},
-    mvcc::Mutation,
+    mvcc::{Mutation, Stretch},
     truetime::{Interval, Timestamp},
 };
 
@@ -311,8 +311,8 @@ impl Leader {
         self.entry(self.last, Command::Lease(grant))
     }
 
-    /// An entry that forgets versions that are older than `horizon`, or than what somebody may still be reading, and
-    /// outcomes of attempts that began before `outcomes`.
+    /// An entry that forgets versions in `stretch` that are older than `horizon`, or than what somebody may still be
+    /// reading.
     ///
     /// # Errors
     ///
@@ -321,13 +321,33 @@ impl Leader {
         &self,
         replica: &Replica,
         horizon: Timestamp,
+        stretch: Stretch,
+        now: Interval,
+    ) -> Result<Entry, Refusal> {
+        self.check_serving(replica, now)?;
+        let horizon = horizon.min(replica.safe.safe());
+        Ok(self.entry(self.last, Command::Collect { horizon, stretch }))
+    }
+
+    /// An entry that forgets outcomes of attempts that began before `outcomes`, and that nobody has to hear of.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotServing`].
+    pub fn forget_outcomes(
+        &self,
+        replica: &Replica,
         outcomes: Timestamp,
         now: Interval,
     ) -> Result<Entry, Refusal> {
         self.check_serving(replica, now)?;
-        let safe = replica.safe.safe();
-        let (horizon, outcomes) = (horizon.min(safe), outcomes.min(safe));
-        Ok(self.entry(self.last, Command::Collect { horizon, outcomes }))
+        let outcomes = outcomes.min(replica.safe.safe());
+        Ok(self.entry(self.last, Command::Forget { outcomes }))
+    }
+
+    /// An entry that says how many rows exist, and what they take.
+    pub fn surveyed(&self, (rows, bytes): (u64, u64)) -> Entry {
+        self.entry(self.last, Command::Surveyed { rows, bytes })
     }
 
     /// Whether the snapshot of `range` at `at` can be shown. If so, nothing is committed at or before `at` any more:

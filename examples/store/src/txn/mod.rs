@@ -24,7 +24,7 @@ use crate::{
     keys::{Key, Range},
     lease::{Grant, NodeId},
     locks::Age,
-    mvcc::Mutation,
+    mvcc::{Mutation, Stretch},
     truetime::Timestamp,
 };
 
@@ -108,12 +108,24 @@ pub enum Command {
         /// How it ended.
         outcome: Outcome,
     },
-    /// Versions and outcomes of long ago are forgotten.
+    /// Versions of long ago are forgotten.
     Collect {
         /// The earliest snapshot that stays.
         horizon: Timestamp,
-        /// Outcomes of attempts that began before this go.
+        /// Which are looked at.
+        stretch: Stretch,
+    },
+    /// Outcomes of long ago are forgotten.
+    Forget {
+        /// Those of attempts that began before this.
         outcomes: Timestamp,
+    },
+    /// How large the split is, as its leader has counted.
+    Surveyed {
+        /// Rows that exist.
+        rows: u64,
+        /// What their keys and values take.
+        bytes: u64,
     },
     /// The holder of the lease lets go of it, as of the entry's closed timestamp: so that another need not wait for it
     /// to run out.

@@ -46,6 +46,16 @@ impl Outcomes {
         Ok(outcomes)
     }
 
+    /// The same for a split that was cut off from this one, none of them saved yet.
+    pub(super) fn copied(&self) -> Self {
+        Self {
+            known: self.known.clone(),
+            since: self.since,
+            unsaved: self.known.keys().copied().collect(),
+            saved: BTreeMap::new(),
+        }
+    }
+
     fn restore(&mut self, number: u64, value: &[u8]) {
         let mut latest = Timestamp::ZERO;
         for (txn, outcome) in value.chunks(ENCODED_BYTES).filter_map(decode) {

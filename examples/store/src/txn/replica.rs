@@ -11,7 +11,7 @@ use crate::{
     keys::{Key, Range},
     lease::{Lease, LeaseError, Tenure},
     locks::Age,
-    mvcc::{Mutation, Mvcc, MvccError, Version},
+    mvcc::{Home, Mutation, Mvcc, MvccError, Version},
     safe_time::SafeTime,
     truetime::Timestamp,
 };
@@ -47,8 +47,6 @@ pub enum Applied {
     Prepared(TxnId, Timestamp),
     /// The transaction has ended here, now or before, and this is how.
     Ended(TxnId, Outcome),
-    /// Rows were forgotten.
-    Collected,
     /// The split was cut in two; without a number it was not, since a promise stood in the way.
     Split(Option<SplitId>),
     /// The split serves nobody any more.
@@ -118,6 +116,8 @@ pub struct State {
     pub retired: Option<SplitId>,
     /// Splits that have become part of it: it speaks for them as a coordinator.
     pub absorbed: BTreeSet<SplitId>,
+    /// Rows and bytes, about.
+    pub size: (u64, u64),
 }
 
 /// The replicated state of one split: a function of its log.
@@ -140,25 +140,30 @@ pub struct Replica {
     pub(crate) term: u64,
     retired: Option<SplitId>,
     absorbed: BTreeSet<SplitId>,
-    /// Rows and bytes, about: what is written counts until the next walk over all rows.
+    /// Rows and bytes, about: what is written counts as new until the next survey.
     size: (u64, u64),
 }
 
 impl Replica {
-    /// The replica that `state` was saved of, with the rows that the engine has for it.
+    /// The replica that `state` was saved of, with the rows that the engine has in its home.
     ///
     /// # Errors
     ///
     /// When the engine fails.
-    pub fn restore(engine: Arc<dyn Engine>, split: SplitId, state: State) -> Result<Self, ReplicaError> {
+    pub fn restore(
+        engine: Arc<dyn Engine>,
+        split: SplitId,
+        home: Home,
+        state: State,
+    ) -> Result<Self, ReplicaError> {
         let mut safe = SafeTime::default();
         safe.close(state.closed);
         for (txn, prepared) in &state.prepared {
             safe.prepare(*txn, prepared.at, spans_of(&prepared.writes));
         }
         let kept = engine.get(&kept_key(split))?.as_deref().and_then(read_u64).map(Timestamp);
-        let rows = Mvcc::new(Arc::clone(&engine), split, kept.unwrap_or_default());
-        let mut replica = Self {
+        let rows = Mvcc::new(Arc::clone(&engine), home, kept.unwrap_or_default());
+        Ok(Self {
             split,
             range: state.range.unwrap_or_else(Range::all),
             generation: state.generation,
@@ -172,11 +177,9 @@ impl Replica {
             term: state.term,
             retired: state.retired,
             absorbed: state.absorbed,
-            size: (0, 0),
+            size: state.size,
             engine,
-        };
-        replica.measure()?;
-        Ok(replica)
+        })
     }
 
     /// What a checkpoint holds of it.
@@ -193,6 +196,7 @@ impl Replica {
             outcomes_since: self.outcomes.since(),
             retired: self.retired,
             absorbed: self.absorbed.clone(),
+            size: self.size,
         }
     }
 
@@ -206,9 +210,6 @@ impl Replica {
         let mut batch = Batch::default();
         let applied = self.apply_into(&mut batch, entry, term)?;
         self.engine.write(batch)?;
-        if applied == Applied::Collected {
-            self.measure()?;
-        }
         Ok(applied)
     }
 
@@ -248,7 +249,20 @@ impl Replica {
             // Which of its entries the split that takes it in has seen by then, differs between nodes.
             Command::Resolve { .. } if self.retired.is_some() => Applied::Nothing,
             Command::Resolve { txn, outcome } => self.resolve(batch, txn, outcome)?,
-            Command::Collect { horizon, outcomes } => self.collect(batch, horizon, outcomes)?,
+            Command::Collect { horizon, stretch } => {
+                self.rows.collect(batch, &self.range, horizon, &stretch)?;
+                self.keep_since(batch);
+                Applied::Nothing
+            }
+            Command::Forget { outcomes } => {
+                self.outcomes.keep_since(outcomes);
+                self.outcomes.forget(|txn| self.unsettled.contains_key(&txn));
+                Applied::Nothing
+            }
+            Command::Surveyed { rows, bytes } => {
+                self.size = (rows, bytes);
+                Applied::Nothing
+            }
             Command::Retire { into } => {
                 self.retired = Some(into);
                 // Its leader made the entry under its own lease, and serves no more.
@@ -260,19 +274,13 @@ impl Replica {
         Ok(applied)
     }
 
-    /// What [`Replica::apply`] is for other commands, for [`Command::Split`]. What is written of this one goes into
-    /// `batch` and what is written of the other into `half_batch`, for the caller to write together with checkpoints.
+    /// What [`Replica::apply`] is for other commands, for [`Command::Split`]. Rows stay where they are, and are the other's
+    /// from here on.
     ///
     /// # Errors
     ///
-    /// When the log contradicts itself, or the engine fails.
-    pub fn divide(
-        &mut self,
-        entry: &Entry,
-        term: u64,
-        batch: &mut Batch,
-        half_batch: &mut Batch,
-    ) -> Result<Option<Self>, ReplicaError> {
+    /// When the log contradicts itself.
+    pub fn divide(&mut self, entry: &Entry, term: u64) -> Result<Option<Self>, ReplicaError> {
         self.begin(entry, term)?;
         self.safe.close(entry.closed);
         let Command::Split { at, right, leader } = &entry.command else { return Ok(None) };
@@ -286,26 +294,25 @@ impl Replica {
             return Ok(None);
         }
         self.generation += 1;
-        let mut half = Self {
+        // About: the next survey of each counts them.
+        self.size = (self.size.0 / 2, self.size.1 / 2);
+        let half = Self {
             split: *right,
             engine: Arc::clone(&self.engine),
             range: right_range,
             generation: self.generation,
-            rows: Mvcc::new(Arc::clone(&self.engine), *right, self.rows.kept_since()),
+            rows: self.rows.clone(),
             safe: self.safe.clone(),
             lease: self.lease.inherited(Tenure { node: *leader, term }, FIRST_TERM),
             prepared: BTreeMap::new(),
-            outcomes: Outcomes::default(),
+            outcomes: self.outcomes.copied(),
             unsettled: BTreeMap::new(),
             newest: self.newest,
             term: 0,
             retired: None,
             absorbed: BTreeSet::new(),
-            size: (0, 0),
+            size: self.size,
         };
-        half.take_from(self, half_batch)?;
-        half.save_outcomes(half_batch);
-        self.rows.clear(batch, &half.range)?;
         self.range = left_range;
         Ok(Some(half))
     }
@@ -336,7 +343,12 @@ impl Replica {
         self.absorbed.insert(right.split);
         self.absorbed.extend(&right.absorbed);
         self.generation = self.generation.max(right.generation) + 1;
-        right.erase(batch)?;
+        self.size = (self.size.0 + right.size.0, self.size.1 + right.size.1);
+        // Its rows are this one's where they are, or copies of them are.
+        if right.rows.home() != self.rows.home() {
+            right.rows.clear(batch, &right.range)?;
+        }
+        right.erase_beside_rows(batch);
         Ok(true)
     }
 
@@ -354,14 +366,12 @@ impl Replica {
     /// together with them.
     pub(crate) fn fill(
         split: SplitId,
-        engine: &Arc<dyn Engine>,
+        rows: &Mvcc,
         batch: &mut Batch,
         versions: &[(Key, Version)],
         outcomes: &[(TxnId, Outcome)],
         outcomes_since: Timestamp,
-        kept_since: Timestamp,
     ) {
-        let rows = Mvcc::new(Arc::clone(engine), split, kept_since);
         for (key, version) in versions {
             rows.put_version(batch, key, version);
         }
@@ -369,7 +379,7 @@ impl Replica {
         outcomes.iter().for_each(|(txn, outcome)| kept.note(*txn, *outcome));
         kept.keep_since(outcomes_since);
         kept.save(split, batch);
-        batch.put(kept_key(split), kept_since.0.to_be_bytes().to_vec());
+        batch.put(kept_key(split), rows.kept_since().0.to_be_bytes().to_vec());
     }
 
     /// Removes everything that the engine has of this split.
@@ -378,25 +388,24 @@ impl Replica {
     ///
     /// When the engine fails.
     pub fn erase(&self, batch: &mut Batch) -> Result<(), ReplicaError> {
-        self.rows.clear(batch, &Range::all())?;
+        self.rows.clear(batch, &self.range)?;
+        self.erase_beside_rows(batch);
+        Ok(())
+    }
+
+    fn erase_beside_rows(&self, batch: &mut Batch) {
         self.outcomes.erase(self.split, batch);
         batch.delete(kept_key(self.split));
-        Ok(())
     }
 
-    /// Walks over all rows to know how many there are.
-    ///
-    /// # Errors
-    ///
-    /// When the engine fails.
-    pub fn measure(&mut self) -> Result<(), ReplicaError> {
-        self.size = self.rows.size(&self.range)?;
-        Ok(())
-    }
-
-    /// Puts into `batch` what outcomes there are since the last checkpoint, for the one that is written together with it.
+    /// Puts into `batch` what there is beside rows since the last checkpoint, for the one that is written together with it.
     pub(crate) fn save_outcomes(&mut self, batch: &mut Batch) {
         self.outcomes.save(self.split, batch);
+    }
+
+    /// Puts into `batch` from when on its snapshots are whole.
+    pub(crate) fn keep_since(&self, batch: &mut Batch) {
+        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
     }
 
     /// How `txn` ended. `None` is "not yet", so far as this replica has applied the log.
@@ -439,6 +448,11 @@ impl Replica {
     /// Rows and bytes, about.
     pub fn size(&self) -> (u64, u64) {
         self.size
+    }
+
+    /// The latest commit.
+    pub fn newest(&self) -> Timestamp {
+        self.newest
     }
 
     /// Its lease.
@@ -555,19 +569,6 @@ impl Replica {
         Ok(self.end(txn, outcome))
     }
 
-    fn collect(
-        &mut self,
-        batch: &mut Batch,
-        horizon: Timestamp,
-        outcomes: Timestamp,
-    ) -> Result<Applied, ReplicaError> {
-        self.rows.collect(batch, horizon)?;
-        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
-        self.outcomes.keep_since(outcomes);
-        self.outcomes.forget(|txn| self.unsettled.contains_key(&txn));
-        Ok(Applied::Collected)
-    }
-
     fn check_open(&self, writes: &[Mutation]) -> Result<(), ReplicaError> {
         if self.retired.is_some() {
             return Err(ReplicaError::Retired);
@@ -599,11 +600,12 @@ impl Replica {
         Applied::Ended(txn, outcome)
     }
 
-    /// Copies what `other` has of the rows in `other`'s and this one's range, and its outcomes.
+    /// Copies `other`'s rows, unless they are in this one's home, and its outcomes.
     fn take_from(&mut self, other: &Self, batch: &mut Batch) -> Result<(), ReplicaError> {
-        let range = other.range.intersection(&self.range).unwrap_or_else(|| other.range.clone());
-        let rows = self.rows.clone();
-        other.rows.versions(&range, &mut |key, version| rows.put_version(batch, &key, &version))?;
+        if other.rows.home() != self.rows.home() {
+            let rows = self.rows.clone();
+            other.rows.versions(&other.range, &mut |key, version| rows.put_version(batch, &key, &version))?;
+        }
         for (txn, outcome) in other.outcomes() {
             // What is promised here has not happened here: the entry that says how it ended is still to come.
             if self.outcome(txn).is_none() && !self.prepared.contains_key(&txn) {
@@ -611,7 +613,7 @@ impl Replica {
             }
         }
         self.rows.keep_since(other.rows.kept_since());
-        batch.put(kept_key(self.split), self.rows.kept_since().0.to_be_bytes().to_vec());
+        self.keep_since(batch);
         self.outcomes.keep_since(other.outcomes.since());
         self.newest = self.newest.max(other.newest);
         Ok(())

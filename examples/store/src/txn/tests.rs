@@ -10,12 +10,14 @@ use crate::{
     keys::Key,
     lease::NodeId,
     locks::{Age, Changes},
+    mvcc::Home,
     truetime::Interval,
 };
 
 const EPSILON: Duration = Duration::from_millis(1);
 const MS: u64 = 1_000_000;
 const ME: NodeId = NodeId(1);
+const HOME: Home = Home(0);
 
 fn at(millis: u64) -> Interval {
     Interval::around(Timestamp(millis * MS), EPSILON)
@@ -36,7 +38,7 @@ fn write(row: &str, value: &'static str) -> Vec<Mutation> {
 }
 
 fn replica(split: u64) -> Replica {
-    Replica::restore(Arc::new(Memory::default()), SplitId(split), State::default()).unwrap()
+    Replica::restore(Arc::new(Memory::default()), SplitId(split), HOME, State::default()).unwrap()
 }
 
 /// A split with one replica that is always the leader.
@@ -258,18 +260,18 @@ fn an_outcome_is_kept_until_every_participant_has_it() {
     let Applied::Ended(_, outcome) = split.log(entry) else { panic!("not committed") };
     let close = split.leader.close_at(&split.replica, at(1_300).earliest, at(1_300)).unwrap();
     split.log(close);
-    let collect = |split: &mut Split| {
-        let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_300)).unwrap();
+    let forget = |split: &mut Split| {
+        let entry = split.leader.forget_outcomes(&split.replica, Timestamp::MAX, at(1_300)).unwrap();
         split.log(entry);
     };
-    collect(&mut split);
+    forget(&mut split);
     assert_eq!(split.replica.outcome(txn), Some(outcome));
     assert_eq!(split.replica.unsettled().count(), 1);
     let settled = split.leader.settled(vec![txn]);
     split.log(settled);
     let close = split.leader.close_at(&split.replica, at(1_400).earliest, at(1_400)).unwrap();
     split.log(close);
-    let entry = split.leader.collect(&split.replica, Timestamp::MAX, Timestamp::MAX, at(1_400)).unwrap();
+    let entry = split.leader.forget_outcomes(&split.replica, Timestamp::MAX, at(1_400)).unwrap();
     split.log(entry);
     // Forgotten, and so old that nobody can begin it again.
     assert_eq!(split.replica.outcome(txn), Some(Outcome::Aborted));
@@ -305,14 +307,15 @@ fn a_coordinator_decides_at_or_after_every_promise_and_the_arrival() {
 
 fn restored(replica: &Replica, engine: &Arc<Memory>) -> Replica {
     let engine: Arc<dyn Engine> = Arc::<Memory>::clone(engine);
-    Replica::restore(engine, replica.split(), replica.state()).unwrap()
+    Replica::restore(engine, replica.split(), replica.rows().home(), replica.state()).unwrap()
 }
 
 /// After a crash the log is applied again from the last checkpoint on, over rows that are later already.
 #[test]
 fn a_log_applied_again_over_later_rows_leads_to_the_same() {
     let engine = Arc::new(Memory::default());
-    let first = Replica::restore(Arc::<Memory>::clone(&engine) as _, SplitId(1), State::default()).unwrap();
+    let first =
+        Replica::restore(Arc::<Memory>::clone(&engine) as _, SplitId(1), HOME, State::default()).unwrap();
     let before = first.state();
     let mut split = Split { replica: first, leader: Leader::new(ME, 1) };
     let mut log = vec![];
@@ -343,17 +346,20 @@ fn a_log_applied_again_over_later_rows_leads_to_the_same() {
         split.leader.release(txn);
     }
     let Split { leader, replica } = &mut split;
-    let collect = leader.collect(replica, at(1_120).earliest, at(500).earliest, at(1_170)).unwrap();
+    let forget = leader.forget_outcomes(replica, at(500).earliest, at(1_170)).unwrap();
+    let all = Stretch::default();
+    let collect = leader.collect(replica, at(1_120).earliest, all, at(1_170)).unwrap();
+    note(&mut split, forget);
     note(&mut split, collect);
     let engine_dyn: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
-    let mut again = Replica::restore(engine_dyn, SplitId(1), before).unwrap();
+    let mut again = Replica::restore(engine_dyn, SplitId(1), HOME, before).unwrap();
     for entry in log {
         again.apply(entry, 1).unwrap();
     }
     assert_eq!(again.state(), split.replica.state());
     let versions = |replica: &Replica| {
         let mut all = vec![];
-        replica.rows().versions(&Range::all(), &mut |key, version| all.push((key, version))).unwrap();
+        replica.rows().versions(replica.range(), &mut |key, version| all.push((key, version))).unwrap();
         all
     };
     assert_eq!(versions(&again), versions(&split.replica));
@@ -371,12 +377,7 @@ fn a_split_leaves_each_half_its_rows_and_both_the_outcomes() {
     assert_eq!(refused, Err(Refusal::Frozen));
     let command = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
     let entry = split.leader.change(&split.replica, command, at(1_300)).unwrap();
-    let (mut batch, mut half) = (Batch::default(), Batch::default());
-    let engine = Arc::new(Memory::default());
-    let right = split.replica.divide(&entry, 1, &mut batch, &mut half).unwrap().unwrap();
-    let written: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
-    written.write(half).unwrap();
-    let right = Replica::restore(written, SplitId(2), right.state()).unwrap();
+    let right = split.replica.divide(&entry, 1).unwrap().unwrap();
     assert!(!split.replica.range().contains(&key("m")) && right.range().contains(&key("m")));
     assert!(right.rows().newest(&key("m")).unwrap().is_some());
     assert_eq!(right.outcome(attempt(1).txn), split.replica.outcome(attempt(1).txn));
@@ -395,8 +396,7 @@ fn a_promise_is_never_divided() {
     let command = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
     assert_eq!(split.leader.change(&split.replica, command.clone(), at(1_200)), Err(Refusal::Committing));
     let entry = Entry { term: 1, closed: at(1_200).earliest, command };
-    let (mut batch, mut half) = (Batch::default(), Batch::default());
-    assert!(split.replica.divide(&entry, 1, &mut batch, &mut half).unwrap().is_none());
+    assert!(split.replica.divide(&entry, 1).unwrap().is_none());
 }
 
 #[test]
@@ -431,7 +431,7 @@ fn a_request_that_comes_after_its_transaction_was_wounded_does_not_revive_it() {
 #[test]
 fn what_was_aborted_and_forgotten_does_not_happen_when_the_log_is_applied_again() {
     let engine: Arc<dyn Engine> = Arc::new(Memory::default());
-    let replica = Replica::restore(Arc::clone(&engine), SplitId(1), State::default()).unwrap();
+    let replica = Replica::restore(Arc::clone(&engine), SplitId(1), HOME, State::default()).unwrap();
     let mut split = Split { replica, leader: Leader::new(ME, 1) };
     split.lead(1, at(1_000));
     let txn = attempt(1).txn;
@@ -445,15 +445,15 @@ fn what_was_aborted_and_forgotten_does_not_happen_when_the_log_is_applied_again(
         closed: at(1_100).latest,
         command: Command::Commit { txn, at: at(1_101).latest, writes: write("a", "1"), participants: vec![] },
     };
-    let collect = || Entry {
+    let forget = || Entry {
         term: 1,
         closed: at(1_102).latest,
-        command: Command::Collect { horizon: Timestamp::ZERO, outcomes: txn.started.next() },
+        command: Command::Forget { outcomes: txn.started.next() },
     };
     split.log(commit());
-    split.log(collect());
-    let mut again = Replica::restore(engine, SplitId(1), saved).unwrap();
-    for entry in [commit(), collect()] {
+    split.log(forget());
+    let mut again = Replica::restore(engine, SplitId(1), HOME, saved).unwrap();
+    for entry in [commit(), forget()] {
         again.apply(entry, 1).unwrap();
     }
     assert_eq!(again.rows().newest(&key("a")), Ok(None));
@@ -467,9 +467,9 @@ fn a_split_takes_in_only_what_begins_where_it_ends() {
         closed: Timestamp::ZERO,
         command: Command::Split { at: key(row), right: SplitId(right), leader: ME },
     };
-    let (mut batch, mut half) = (Batch::default(), Batch::default());
-    let right = left.divide(&cut(2, "m"), 1, &mut batch, &mut half).unwrap().unwrap();
-    let middle = left.divide(&cut(3, "g"), 1, &mut batch, &mut half).unwrap().unwrap();
+    let mut batch = Batch::default();
+    let right = left.divide(&cut(2, "m"), 1).unwrap().unwrap();
+    let middle = left.divide(&cut(3, "g"), 1).unwrap().unwrap();
     let absorb =
         Entry { term: 1, closed: Timestamp::ZERO, command: Command::Absorb { right: SplitId(2), end: None } };
     let before = left.range().clone();
@@ -487,8 +487,8 @@ fn a_promise_is_kept_by_a_split_that_takes_in_one_that_kept_it_already() {
     let entry = |closed, command| Entry { term: 1, closed, command };
     let cut = Command::Split { at: key("m"), right: SplitId(2), leader: ME };
     let cut = entry(left.replica.safe_time().closed(), cut);
-    let (mut batch, mut half) = (Batch::default(), Batch::default());
-    let mut right = left.replica.divide(&cut, 1, &mut batch, &mut half).unwrap().unwrap();
+    let mut batch = Batch::default();
+    let mut right = left.replica.divide(&cut, 1).unwrap().unwrap();
 
     let promised = left.prepare(1, write("a", "1"), at(1_100));
     let txn = attempt(1).txn;

@@ -8,7 +8,7 @@ use super::{WireError, committed, outcome, pb, promise, promised, txn};
 use crate::{
     keys::Key,
     lease::Lease,
-    mvcc::Version,
+    mvcc::{Home, Version},
     truetime::Timestamp,
     txn::{Outcome, SplitId, State, TxnId},
 };
@@ -18,6 +18,8 @@ use crate::{
 pub struct Checkpoint {
     /// How many replicas of the split the node had before this one, and lost. Not told to other nodes.
     pub life: u64,
+    /// Where its rows are. Not told to other nodes.
+    pub home: Home,
     /// The last entry that is applied.
     pub index: u64,
     /// Of which term that entry is.
@@ -120,6 +122,7 @@ impl From<&Checkpoint> for pb::Checkpoint {
         };
         Self {
             life: checkpoint.life,
+            home: checkpoint.home.0,
             index: checkpoint.index,
             index_term: checkpoint.index_term,
             conf: Some((&checkpoint.conf).into()),
@@ -135,6 +138,8 @@ impl From<&Checkpoint> for pb::Checkpoint {
             outcomes_since: state.outcomes_since.0,
             retired: state.retired.map(|split| split.0),
             absorbed: state.absorbed.iter().map(|split| split.0).collect(),
+            rows: state.size.0,
+            bytes: state.size.1,
         }
     }
 }
@@ -149,6 +154,7 @@ impl TryFrom<pb::Checkpoint> for Checkpoint {
         };
         Ok(Self {
             life: wire.life,
+            home: Home(wire.home),
             index: wire.index,
             index_term: wire.index_term,
             conf: conf(wire.conf),
@@ -165,6 +171,7 @@ impl TryFrom<pb::Checkpoint> for Checkpoint {
                 outcomes_since: Timestamp(wire.outcomes_since),
                 retired: wire.retired.map(SplitId),
                 absorbed: wire.absorbed.into_iter().map(SplitId).collect(),
+                size: (wire.rows, wire.bytes),
             },
         })
     }
@@ -223,6 +230,7 @@ mod tests {
         let image = Image {
             checkpoint: Checkpoint {
                 life: 19,
+                home: Home(20),
                 index: 1,
                 index_term: 2,
                 conf: eraftpb::ConfState::from((vec![1, 2], vec![3])),
@@ -239,6 +247,7 @@ mod tests {
                     outcomes_since: Timestamp(11),
                     retired: Some(SplitId(12)),
                     absorbed: [SplitId(18)].into(),
+                    size: (21, 22),
                 },
             },
             rows: vec![(key, Version { at: Timestamp(13), value: Some(Bytes::from_static(b"v")) })],

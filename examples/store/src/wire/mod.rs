@@ -13,7 +13,7 @@ use crate::{
     keys::{Key, KeyError, Range},
     lease::{Grant, NodeId, Tenure},
     locks::Age,
-    mvcc::Mutation,
+    mvcc::{Mutation, Place, Stretch},
     truetime::Timestamp,
     txn::{Command, Entry, Outcome, Prepared, SplitId, TxnId},
 };
@@ -69,8 +69,14 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
         Command::Resolve { txn, outcome } => {
             pb::Command::Resolve(pb::Resolve { txn: Some(txn.into()), committed: committed(*outcome) })
         }
-        Command::Collect { horizon, outcomes } => {
-            pb::Command::Collect(pb::Collect { horizon: horizon.0, outcomes: outcomes.0 })
+        Command::Collect { horizon, stretch } => pb::Command::Collect(pb::Collect {
+            horizon: horizon.0,
+            from: stretch.from.as_ref().map(Into::into),
+            to: stretch.to.as_ref().map(Into::into),
+        }),
+        Command::Forget { outcomes } => pb::Command::Forget(pb::Forget { outcomes: outcomes.0 }),
+        Command::Surveyed { rows, bytes } => {
+            pb::Command::Surveyed(pb::Surveyed { rows: *rows, bytes: *bytes })
         }
         Command::Yield => pb::Command::Yield(pb::Empty {}),
         Command::Split { at, right, leader } => {
@@ -110,9 +116,15 @@ pub fn decode_entry(bytes: Bytes) -> Result<Entry, WireError> {
         pb::Command::Resolve(resolve) => {
             Command::Resolve { txn: txn(resolve.txn)?, outcome: outcome(resolve.committed) }
         }
-        pb::Command::Collect(collect) => {
-            Command::Collect { horizon: Timestamp(collect.horizon), outcomes: Timestamp(collect.outcomes) }
-        }
+        pb::Command::Collect(collect) => Command::Collect {
+            horizon: Timestamp(collect.horizon),
+            stretch: Stretch {
+                from: collect.from.map(TryInto::try_into).transpose()?,
+                to: collect.to.map(TryInto::try_into).transpose()?,
+            },
+        },
+        pb::Command::Forget(forget) => Command::Forget { outcomes: Timestamp(forget.outcomes) },
+        pb::Command::Surveyed(pb::Surveyed { rows, bytes }) => Command::Surveyed { rows, bytes },
         pb::Command::Yield(_) => Command::Yield,
         pb::Command::Split(split) => Command::Split {
             at: Key::decode(split.at)?,
@@ -299,6 +311,20 @@ where
     wire.into_iter().map(|item| T::try_from(item).map_err(WireError::from)).collect()
 }
 
+impl From<&Place> for pb::Place {
+    fn from(place: &Place) -> Self {
+        Self { row: place.row.as_bytes().clone(), behind: place.behind.map(|at| at.0) }
+    }
+}
+
+impl TryFrom<pb::Place> for Place {
+    type Error = WireError;
+
+    fn try_from(place: pb::Place) -> Result<Self, WireError> {
+        Ok(Self { row: Key::decode(place.row)?, behind: place.behind.map(Timestamp) })
+    }
+}
+
 impl From<&Grant> for pb::Grant {
     fn from(grant: &Grant) -> Self {
         let Tenure { node, term } = grant.holder;
@@ -449,6 +475,12 @@ mod tests {
         )
     }
 
+    fn place() -> impl Strategy<Value = Place> {
+        let row = prop::collection::vec(any::<u8>(), 1..9).prop_map(|row| Key::new("t", &row).unwrap());
+        let behind = prop::option::of(any::<u64>().prop_map(Timestamp));
+        (row, behind).prop_map(|(row, behind)| Place { row, behind })
+    }
+
     fn command() -> impl Strategy<Value = Command> {
         let time = || any::<u64>().prop_map(Timestamp);
         let range = ("[a-c]{0,2}", "[a-c]{0,2}")
@@ -483,7 +515,10 @@ mod tests {
                 }
             ),
             (txn_id(), outcome).prop_map(|(txn, outcome)| Command::Resolve { txn, outcome }),
-            (time(), time()).prop_map(|(horizon, outcomes)| Command::Collect { horizon, outcomes }),
+            (time(), prop::option::of(place()), prop::option::of(place()))
+                .prop_map(|(horizon, from, to)| Command::Collect { horizon, stretch: Stretch { from, to } }),
+            time().prop_map(|outcomes| Command::Forget { outcomes }),
+            (any::<u64>(), any::<u64>()).prop_map(|(rows, bytes)| Command::Surveyed { rows, bytes }),
             Just(Command::Yield),
             (writes(), any::<u64>()).prop_filter_map("no key", |(writes, number)| Some(Command::Split {
                 at: writes.first()?.key.clone(),

@@ -91,8 +91,32 @@ pub(in crate::wire) struct Resolve {
 pub(in crate::wire) struct Collect {
     #[prost(fixed64, tag = "1")]
     pub(in crate::wire) horizon: u64,
-    #[prost(fixed64, tag = "2")]
+    #[prost(message, optional, tag = "3")]
+    pub(in crate::wire) from: Option<Place>,
+    #[prost(message, optional, tag = "4")]
+    pub(in crate::wire) to: Option<Place>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct Place {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(in crate::wire) row: Bytes,
+    #[prost(fixed64, optional, tag = "2")]
+    pub(in crate::wire) behind: Option<u64>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct Forget {
+    #[prost(fixed64, tag = "1")]
     pub(in crate::wire) outcomes: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in crate::wire) struct Surveyed {
+    #[prost(uint64, tag = "1")]
+    pub(in crate::wire) rows: u64,
+    #[prost(uint64, tag = "2")]
+    pub(in crate::wire) bytes: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -143,6 +167,10 @@ pub(in crate::wire) enum Command {
     Retire(Retire),
     #[prost(message, tag = "13")]
     Absorb(Absorb),
+    #[prost(message, tag = "14")]
+    Forget(Forget),
+    #[prost(message, tag = "15")]
+    Surveyed(Surveyed),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -151,7 +179,7 @@ pub(in crate::wire) struct LogEntry {
     pub(in crate::wire) term: u64,
     #[prost(fixed64, tag = "2")]
     pub(in crate::wire) closed: u64,
-    #[prost(oneof = "Command", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "Command", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub(in crate::wire) command: Option<Command>,
 }
 
@@ -249,6 +277,12 @@ pub(in crate::wire) struct Checkpoint {
     pub(in crate::wire) absorbed: Vec<u64>,
     #[prost(uint64, tag = "16")]
     pub(in crate::wire) life: u64,
+    #[prost(uint64, tag = "17")]
+    pub(in crate::wire) home: u64,
+    #[prost(uint64, tag = "18")]
+    pub(in crate::wire) rows: u64,
+    #[prost(uint64, tag = "19")]
+    pub(in crate::wire) bytes: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

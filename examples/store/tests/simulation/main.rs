@@ -29,7 +29,7 @@ use std::{
 
 use check::Run;
 use clients::{Client, Seen};
-use store::{keys::Range, node::Node};
+use store::node::Node;
 use world::{EPSILON, Faults, MS, World};
 
 const CLIENTS: u64 = 5;
@@ -106,10 +106,11 @@ fn finish(world: &World, clients: Vec<Client>) -> Result<Run, String> {
             let (split, tell) = (replica.split(), world.tell());
             return Err(format!("a transaction stays in doubt in {split:?}: {doubts:?} {unsettled:?}{tell}"));
         }
-        let found = replica.rows().scan(&Range::all(), store::truetime::Timestamp::MAX, usize::MAX).unwrap();
+        let found =
+            replica.rows().scan(replica.range(), store::truetime::Timestamp::MAX, usize::MAX).unwrap();
         let versions = |replica: &store::txn::Replica| {
             let mut all = vec![];
-            replica.rows().versions(&Range::all(), &mut |key, version| all.push((key, version))).unwrap();
+            replica.rows().versions(replica.range(), &mut |key, version| all.push((key, version))).unwrap();
             all
         };
         for machine in &world.machines {

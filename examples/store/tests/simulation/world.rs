@@ -253,6 +253,8 @@ fn opened(id: NodeId, first: &[NodeId], disk: &SimDisk, seed: u64) -> Result<Nod
     let mut config = Config::new(id, first.to_vec(), seed);
     // Shorter than a run, longer than a client's patience.
     config.keep = Duration::from_secs(6);
+    // Steps end within rows.
+    config.survey_versions = 3;
     config.balance = Balance { spread: false, merge_bytes: 0, ..Balance::default() };
     let mut node = Node::open(config, disk.clone(), Arc::new(disk.clone()))?;
     for other in 1..=NODES {
