@@ -47,10 +47,6 @@ const APPEND_BYTES_MAX: u64 = 1 << 20;
 const APPENDS_IN_FLIGHT: usize = 256;
 /// Of entries in one record of the log, unless one is larger.
 const RECORD_BYTES: usize = 16 << 20;
-/// Entries before a checkpoint that are kept at hand, for followers a little behind.
-const TAIL_ENTRIES: u64 = 1_000;
-/// No more than this before a checkpoint is kept at hand: followers behind it get a snapshot.
-const TAIL_BYTES_MAX: usize = 16 << 20;
 /// The split that a universe begins with.
 pub const FIRST_SPLIT: SplitId = SplitId(1);
 /// Where the logs of splits begin: index and term of an entry that nobody has.
@@ -187,16 +183,24 @@ pub struct Groups<D> {
     /// The last entry of each split in each segment of the log.
     segments: BTreeMap<u64, BTreeMap<SplitId, u64>>,
     syncs: u64,
+    tail_bytes: usize,
 }
 
 impl<D: Disk> Groups<D> {
     /// The node `me` as its disk remembers it. Where it remembers nothing, and `first` are nodes, they begin a universe
-    /// with one split.
+    /// with one split. Of entries before a checkpoint no more than `tail_bytes` are kept at hand, all splits together:
+    /// followers that are further behind get a snapshot.
     ///
     /// # Errors
     ///
     /// When the log or the engine cannot be used.
-    pub fn open(me: NodeId, first: &[NodeId], disk: D, engine: Arc<dyn Engine>) -> Result<Self, NodeError> {
+    pub fn open(
+        me: NodeId,
+        first: &[NodeId],
+        disk: D,
+        engine: Arc<dyn Engine>,
+        tail_bytes: usize,
+    ) -> Result<Self, NodeError> {
         let (wal, records) = Wal::open(disk)?;
         check_form(&*engine, records.is_empty())?;
         let gone =
@@ -248,7 +252,7 @@ impl<D: Disk> Groups<D> {
             let group = Group::new(me, split, log, checkpoint, Arc::clone(&engine))?;
             groups.insert(split, group);
         }
-        Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0 })
+        Ok(Self { me, wal, engine, groups, gone, segments, syncs: 0, tail_bytes })
     }
 
     /// Time goes on: elections and heartbeats.
@@ -356,8 +360,10 @@ impl<D: Disk> Groups<D> {
         }
         self.engine.write(batch)?;
         self.engine.sync()?;
+        let tail_bytes = self.tail_bytes / self.groups.len().max(1);
         for group in self.groups.values_mut() {
             group.saved();
+            group.keep_tail(tail_bytes);
         }
         let groups = &self.groups;
         let needed = |split: &SplitId, last: &u64| {
@@ -1010,8 +1016,11 @@ impl Group {
     fn follow_role(&mut self) {
         let term = self.raft.raft.term;
         if self.raft.raft.state != StateRole::Leader {
-            self.leader = None;
+            if self.leader.take().is_some() {
+                tracing::info!(split = self.split.0, term, "leads no more");
+            }
         } else if self.leader.as_ref().is_none_or(|leader| leader.term() != term) {
+            tracing::info!(split = self.split.0, term, "leads");
             self.leader = Some(Leader::new(self.me, term));
             self.lease_asked = false;
         }
@@ -1236,10 +1245,11 @@ impl Group {
     /// The checkpoint is on disk: what stands before it is needed for followers a little behind at most.
     fn saved(&mut self) {
         self.checkpoint_index = self.applied.0;
-        let log = self.raft.mut_store();
-        log.forget(self.applied.0.saturating_sub(TAIL_ENTRIES));
-        log.forget_over(self.applied.0, TAIL_BYTES_MAX);
-        log.drop_snapshot();
+        self.raft.mut_store().drop_snapshot();
+    }
+
+    fn keep_tail(&mut self, bytes: usize) {
+        self.raft.mut_store().forget_over(self.checkpoint_index, bytes);
     }
 
     fn serve_snapshot(&mut self) -> Result<(), NodeError> {
@@ -1432,7 +1442,7 @@ mod tests {
         wal.gather(&wire::encode_record(&before)).unwrap();
         wal.commit().unwrap();
 
-        let groups = Groups::open(NodeId(1), &[], Directory::new(home.path()).unwrap(), engine).unwrap();
+        let groups = Groups::open(NodeId(1), &[], Directory::new(home.path()).unwrap(), engine, 1).unwrap();
         let group = groups.get(FIRST_SPLIT).unwrap();
         assert_eq!(group.raft.store().last(), 18);
         assert_eq!(group.raft.store().hard_state(), &hard_state(6, 2, 18));
@@ -1446,7 +1456,7 @@ mod tests {
     fn a_directory_of_another_form_is_refused_before_anything_of_it_is_read() {
         let open = |engine: &Arc<Memory>, home: &tempfile::TempDir| {
             let disk = Directory::new(home.path()).unwrap();
-            Groups::open(NodeId(1), &[NodeId(1)], disk, Arc::clone(engine) as _).map(|_| ())
+            Groups::open(NodeId(1), &[NodeId(1)], disk, Arc::clone(engine) as _, 1).map(|_| ())
         };
         let home = tempfile::tempdir().unwrap();
         let engine = Arc::new(Memory::default());

@@ -65,6 +65,9 @@ pub struct Seen {
     pub collectable: bool,
 }
 
+/// Reads the key of a row that is looked at: of most of them nobody wants to know.
+pub type LookedAt<'a> = &'a dyn Fn() -> Result<Key, EngineError>;
+
 /// One row written, or deleted where there is no value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mutation {
@@ -274,7 +277,7 @@ impl Mvcc {
         from: Option<&Place>,
         horizon: Timestamp,
         limit: usize,
-        each: &mut dyn FnMut(&dyn Fn() -> Result<Key, EngineError>, u64),
+        each: &mut dyn FnMut(LookedAt<'_>, u64),
     ) -> Result<Seen, MvccError> {
         let mut seen = Seen::default();
         let mut looked = 0;

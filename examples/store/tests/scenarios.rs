@@ -108,6 +108,7 @@ impl Cluster {
         let first = if id.0 <= 3 { (1..=3).map(NodeId).collect() } else { vec![] };
         self.machines[at].id = id;
         let mut config = Config::new(id, first, me);
+        config.tail_bytes = 10_000;
         config.balance = self.balance;
         let disk = Directory::new(&self.home.path().join(me.to_string())).unwrap();
         let mut node = Node::open(config, disk, Arc::new(self.machines[at].rows.clone())).unwrap();

@@ -62,6 +62,9 @@ pub(crate) struct Args {
     /// Where everybody keeps what is theirs: the disk that is measured. Default: a temporary directory.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Where to leave what this store's nodes say: who led which split, what was cut, and what they were slow at.
+    #[arg(long, value_name = "DIR")]
+    logs: Option<PathBuf>,
     /// Write the figures as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -111,6 +114,9 @@ async fn bench(args: Args) -> anyhow::Result<ExitCode> {
     }
     recover(&args, &systems, &mut report).await?;
     report.print();
+    if let Some(to) = &args.logs {
+        systems.ours.leave_logs(to)?;
+    }
     if let Some(file) = &args.json {
         let text = format!("{:#}\n", report.to_json());
         std::fs::write(file, text).with_context(|| format!("{} cannot be written", file.display()))?;

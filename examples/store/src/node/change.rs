@@ -211,7 +211,10 @@ impl<D: Disk> Node<D> {
                     self.begin_lead(None, split, other, now);
                 }
             }
-            None => self.begin(token, split, What::Move { from, to }, MOVE_TICKS),
+            None => {
+                tracing::info!(split = split.0, from = from.0, to = to.0, "moves");
+                self.begin(token, split, What::Move { from, to }, MOVE_TICKS);
+            }
         }
     }
 
@@ -228,7 +231,10 @@ impl<D: Disk> Node<D> {
             None if node == self.config.me => {
                 self.answers.extend(token.map(|token| (token, Ok(Answer::Done))));
             }
-            None => self.begin(token, split, What::Lead { to: node, proposed: false }, LEAD_TICKS),
+            None => {
+                tracing::info!(split = split.0, to = node.0, "is handed over");
+                self.begin(token, split, What::Lead { to: node, proposed: false }, LEAD_TICKS);
+            }
         }
     }
 
@@ -251,7 +257,8 @@ impl<D: Disk> Node<D> {
 
     pub(super) fn was_split(&mut self, split: SplitId, right: Option<SplitId>) {
         self.look_at_own();
-        if right.is_some() {
+        if let Some(right) = right {
+            tracing::info!(split = split.0, right = right.0, "was cut in two");
             self.forget_waits(split);
         }
         if let Some(Changing { token: Some(token), .. }) = self.changing.remove(&split) {
@@ -263,6 +270,7 @@ impl<D: Disk> Node<D> {
     }
 
     pub(super) fn was_merged(&mut self, split: SplitId, right: SplitId) {
+        tracing::info!(split = split.0, right = right.0, "took in the split to its right");
         self.look_at_own();
         self.forget_waits(right);
         if let Some(Changing { token: Some(token), .. }) = self.changing.remove(&split) {

@@ -87,6 +87,9 @@ pub struct Config {
     /// Versions of rows that are looked at in one step of a survey, and forgotten in one entry of the log. By default a
     /// millisecond or two of work, and in all steps more than are written meanwhile.
     pub survey_versions: usize,
+    /// Of entries before a checkpoint that are kept at hand, all splits together. A node that was away and missed more of a
+    /// split than its share gets all of the split's rows instead.
+    pub tail_bytes: usize,
 }
 
 /// When splits are cut, merged and moved without anybody asking.
@@ -138,6 +141,7 @@ impl Config {
             keep_outcomes: Duration::from_secs(60),
             balance: Balance::default(),
             survey_versions: 1024,
+            tail_bytes: 64 << 20,
         }
     }
 }
@@ -188,7 +192,7 @@ impl<D: Disk> Node<D> {
     ///
     /// When its log or its rows cannot be used.
     pub fn open(config: Config, disk: D, engine: Arc<dyn Engine>) -> Result<Self, NodeError> {
-        let groups = Groups::open(config.me, &config.first, disk, engine)?;
+        let groups = Groups::open(config.me, &config.first, disk, engine, config.tail_bytes)?;
         let heard = config.first.iter().map(|node| (*node, 0)).collect();
         let mut node = Self {
             random: Random(config.seed),

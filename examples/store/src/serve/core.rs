@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::watched::LONG;
 use crate::{
     engine::Engine,
     group::NodeError,
@@ -239,6 +240,7 @@ impl<D: Disk, P: Post> Loop<D, P> {
                 bytes += event.bytes();
                 events.push(event);
             }
+            let (began, taken) = (Instant::now(), events.len());
             // INVARIANT: the clock is read after everything was taken that is done by this reading: a commit's
             // timestamp must be at or after its arrival.
             let now = match self.clock.read() {
@@ -258,6 +260,10 @@ impl<D: Disk, P: Post> Loop<D, P> {
             }
             let clock = &self.clock;
             self.node.turn(&|| clock.read_or_guess(), &mut self.out)?;
+            let took = began.elapsed();
+            if took > LONG {
+                tracing::warn!(?took, taken, "a turn took long: nobody was answered meanwhile");
+            }
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ pub mod identity;
 mod peers;
 mod status;
 mod tables;
+mod watched;
 
 use std::{
     collections::BTreeMap,
@@ -26,6 +27,7 @@ use api::Api;
 use core::{Core, Crash, Handle};
 use identity::{Addresses, Chosen, Identity, IdentityError, Standing};
 use tables::Tables;
+use watched::Watched;
 
 use crate::{
     engine::{EngineError, Lsm},
@@ -316,11 +318,11 @@ async fn start(
 ) -> Result<Core, ServeError> {
     let (log, rows) = (state.join("log"), state.join("rows"));
     let gone = chosen.begun && !rows.exists();
-    let disk = Directory::new(&log).map_err(ServeError::Log)?;
+    let disk = Watched(Directory::new(&log).map_err(ServeError::Log)?);
     if gone || chosen.begun && disk.segments().map_err(ServeError::Log)?.is_empty() {
         return Err(ServeError::Gone);
     }
-    let engine = Arc::new(Lsm::open(&rows)?);
+    let engine = Arc::new(Watched(Lsm::open(&rows)?));
     let (outgoing, streams) = peers::outgoing(chosen.id, &shared.addresses);
     let config = Config { keep, ..Config::new(chosen.id, chosen.first.clone(), seed) };
     let (opened, is_open) = oneshot::channel();

@@ -255,6 +255,8 @@ fn opened(id: NodeId, first: &[NodeId], disk: &SimDisk, seed: u64) -> Result<Nod
     config.keep = Duration::from_secs(6);
     // Steps end within rows.
     config.survey_versions = 3;
+    // Who was away for a while needs a snapshot.
+    config.tail_bytes = 20_000;
     config.balance = Balance { spread: false, merge_bytes: 0, ..Balance::default() };
     let mut node = Node::open(config, disk.clone(), Arc::new(disk.clone()))?;
     for other in 1..=NODES {

@@ -111,6 +111,21 @@ impl Ours {
         Ok(waited)
     }
 
+    /// Copies what the nodes said into `directory`, made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub(crate) fn leave_logs(&self, directory: &Path) -> anyhow::Result<()> {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("{} cannot be made", directory.display()))?;
+        for log in self.cluster.logs() {
+            let to = directory.join(log.file_name().unwrap_or_default());
+            std::fs::copy(&log, &to).with_context(|| format!("{} cannot be written", to.display()))?;
+        }
+        Ok(())
+    }
+
     /// Kills the leader of a split that is written to, and gives how long it was until a commit was acknowledged.
     ///
     /// # Errors

@@ -231,6 +231,11 @@ impl Cluster {
         self.node(id).map_or(Doing::Killed, |node| node.doing)
     }
 
+    /// Where what each says goes to.
+    pub(crate) fn logs(&self) -> Vec<PathBuf> {
+        self.nodes.iter().map(|node| lock(node).log.clone()).collect()
+    }
+
     /// All numbers.
     pub(crate) fn ids(&self) -> Vec<u64> {
         self.places().into_iter().map(|place| place.id).collect()
