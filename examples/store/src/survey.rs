@@ -27,7 +27,8 @@ pub struct Survey {
 /// What one step came to.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Step {
-    /// The versions that were looked at, where some may be forgotten.
+    /// The versions that were looked at, where some may be forgotten; and those of the first step anyway, so that what is
+    /// kept is no longer kept whether there is something to forget or not.
     pub collectable: Option<Stretch>,
     /// Whether those were the last.
     pub done: bool,
@@ -71,7 +72,8 @@ impl Survey {
         }
         self.at.clone_from(&seen.to);
         let done = seen.to.is_none();
-        Ok(Step { collectable: seen.collectable.then_some(Stretch { from, to: seen.to }), done })
+        let collectable = seen.collectable || from.is_none();
+        Ok(Step { collectable: collectable.then_some(Stretch { from, to: seen.to }), done })
     }
 
     /// Up to when versions may be forgotten.
