@@ -36,6 +36,7 @@ async fn nodes_and_clients_behind_sidecars() {
     every_identity_rotates(&stage, &transfers).await;
     a_leader_hangs(&stage, &transfers).await;
     a_leader_dies_and_comes_back(&mut stage, &transfers).await;
+    a_node_that_lost_its_disk_is_given_its_replicas(&mut stage, &transfers).await;
     transfers.end().await;
 }
 
@@ -295,6 +296,25 @@ async fn a_leader_dies_and_comes_back(stage: &mut Stage, transfers: &Transfers) 
     })
     .await;
     assert!(stage.sidecar("accounts").alive());
+}
+
+/// It is another node from then on. Its replicas move to it, rows and all, through both sidecars.
+async fn a_node_that_lost_its_disk_is_given_its_replicas(stage: &mut Stage, transfers: &Transfers) {
+    let splits = transfers.client.splits().await.unwrap().splits;
+    let lost = (1..=3).find(|node| splits.iter().all(|split| split.leader != *node)).unwrap_or(1);
+    stage.kill_node(lost);
+    stage.empty_disk(lost);
+    stage.restart_node(lost);
+    let again = 1 << 16 | lost;
+    eventually("its replicas have moved to what it is now", async || {
+        assert!(!transfers.task.is_finished(), "transfers have ended");
+        let known = transfers.client.splits().await;
+        known.is_ok_and(|known| {
+            known.splits.iter().all(|split| split.nodes.contains(&again) && !split.nodes.contains(&lost))
+        })
+    })
+    .await;
+    transfers.more(20).await;
 }
 
 async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {

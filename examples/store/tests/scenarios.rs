@@ -8,11 +8,11 @@
     reason = "helpers of tests are tests"
 )]
 
-use std::{cmp::Reverse, collections::BTreeMap, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, ops::ControlFlow, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use store::{
-    engine::Memory,
+    engine::{Engine as _, Memory},
     keys::{Key, Range},
     lease::{LEASE, NodeId},
     locks::Age,
@@ -844,4 +844,57 @@ fn leadership_that_is_not_taken_stays_and_serves() {
         assert!(matches!(heard, Err(Refused::Unknown | Refused::Busy(_) | Refused::Invalid(_))), "{heard:?}");
         cluster.write(number, "a", "still here");
     }
+}
+
+/// A split with millions of versions is cut while others wait for it.
+#[test]
+fn a_cut_moves_no_row_and_a_merge_of_its_halves_neither() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "left");
+    cluster.write(2, "z", "right");
+    cluster.run(Duration::from_secs(1));
+    let kept = |cluster: &Cluster, at: usize| {
+        let mut rows = vec![];
+        let mut note = |key: &[u8], _: &[u8]| {
+            rows.push(key.to_vec());
+            ControlFlow::Continue(())
+        };
+        cluster.machines[at].rows.walk(b"r", b"s", &mut note).unwrap();
+        rows
+    };
+    let before: Vec<_> = (0..3).map(|at| kept(&cluster, at)).collect();
+    assert!(before.iter().all(|rows| rows.len() >= 2));
+    let left = cluster.split_of("a");
+    let right = cluster.cut("m");
+    let after = |cluster: &Cluster| (0..3).map(|at| kept(cluster, at)).collect::<Vec<_>>();
+    assert_eq!(after(&cluster), before);
+    cluster.until("the halves are led by one node", |cluster| {
+        cluster.leading("a").is_some() && cluster.leading("z").is_some()
+    });
+    assert!(cluster.led("a", Request::Merge { split: left }).is_ok());
+    cluster.until("nobody has the right half", |cluster| {
+        let nodes = cluster.machines.iter().filter_map(|machine| machine.node.as_ref());
+        nodes.into_iter().all(|node| node.groups().get(right).is_none())
+    });
+    assert_eq!(after(&cluster), before);
+    let leader = cluster.leading("z").unwrap();
+    assert_eq!(cluster.snapshot(leader, "z", Moment::Now), Ok(Some("right".into())));
+
+    // A replica that comes to a node again has nothing beside it that is not its own.
+    let right = cluster.cut("m");
+    let leader = cluster.leading("z").unwrap();
+    let (from, to) = (cluster.machines[(leader + 1) % 3].id, cluster.machines[3].id);
+    assert!(cluster.led("z", Request::Move { split: right, from, to }).is_ok());
+    let away = (leader + 1) % 3;
+    cluster.until("it has left", |cluster| {
+        cluster.machines[away].node.as_ref().unwrap().groups().get(right).is_none()
+    });
+    assert_eq!(kept(&cluster, away).len() + kept(&cluster, 3).len(), before[away].len());
+    assert!(cluster.led("z", Request::Move { split: right, from: to, to: from }).is_ok());
+    cluster.until("it is back", |cluster| {
+        let group = cluster.machines[away].node.as_ref().unwrap().groups().get(right);
+        group.is_some_and(|group| group.is_filled())
+    });
+    cluster.until("the other has nothing", |cluster| kept(cluster, 3).is_empty());
+    assert_eq!(kept(&cluster, away).len(), before[away].len());
 }

@@ -117,6 +117,11 @@ impl Stage {
         node.wait();
     }
 
+    /// As if the disk of a node that does not run had been replaced.
+    pub(crate) fn empty_disk(&self, number: u64) {
+        fs::remove_dir_all(self.home.path(&format!("state/store-{number}"))).unwrap();
+    }
+
     pub(crate) fn restart_node(&mut self, number: u64) {
         self.spawn_node(number);
         self.until_serves(number);
