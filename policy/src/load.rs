@@ -80,6 +80,22 @@ impl Policies {
         Self::read(&Tree::in_memory(name, files), commit, trust_domain)
     }
 
+    /// The trust domain that the policies of a directory are written for, by the workloads that they name: that of the
+    /// most of them. For whoever has no mesh.toml that says it; what cannot be read says nothing.
+    pub fn trust_domain_of(dir: &Path) -> Option<TrustDomain> {
+        let files = read_directory(&Tree::on_disk(dir), &mut Problems::default());
+        let of_services = files.services.iter().flat_map(|service| &service.policies);
+        let mut named: BTreeMap<TrustDomain, usize> = BTreeMap::new();
+        for file in of_services.chain(&files.guard).chain(&files.invariants) {
+            let Ok(set) = file.text.parse::<PolicySet>() else { continue };
+            let literals = set.policies().flat_map(Policy::entity_literals);
+            for workload in literals.filter_map(|literal| SpiffeId::new(literal.id().unescaped()).ok()) {
+                *named.entry(workload.trust_domain().clone()).or_default() += 1;
+            }
+        }
+        named.into_iter().max_by_key(|(_, times)| *times).map(|(trust_domain, _)| trust_domain)
+    }
+
     fn read(
         tree: &Tree<'_>,
         commit: Option<&str>,

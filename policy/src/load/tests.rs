@@ -76,6 +76,24 @@ fn the_directory_of_these_tests_loads() {
 }
 
 #[test]
+fn the_trust_domain_is_that_of_most_workloads_that_are_named() {
+    let of = |policies: &str| {
+        let (_any, dir) = load(&[("services/shop/shop.cedar", Some(policies))]);
+        Policies::trust_domain_of(dir.path()).map(|named| named.to_string())
+    };
+    let permit = |domain: &str| {
+        format!("permit (principal == Mesh::Workload::\"spiffe://{domain}/service/web\", action, resource);")
+    };
+    assert_eq!(
+        of(&[permit("a.example"), permit("b.example"), permit("b.example")].concat()).unwrap(),
+        "b.example"
+    );
+    assert_eq!(of(POLICY), None);
+    assert_eq!(of("permit"), None);
+    assert_eq!(Policies::trust_domain_of(Path::new("nowhere")), None);
+}
+
+#[test]
 fn every_byte_counts_for_the_version() {
     let version = |changes: &[(&str, Option<&str>)]| load(changes).0.unwrap().version().clone();
     assert_eq!(version(&[]), version(&[]));
