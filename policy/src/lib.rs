@@ -37,6 +37,7 @@ mod rings;
 mod routes;
 mod schema;
 mod shadow;
+mod shipped;
 mod template;
 mod tree;
 mod verdict;

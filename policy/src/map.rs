@@ -22,6 +22,7 @@ use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
 use crate::schema::{AttributeSpec, ObjectType, ServiceSchema};
+use crate::shipped::{Routes, Shipped};
 use list::DraftList;
 pub(crate) use list::List;
 
@@ -147,6 +148,14 @@ pub enum Mapping {
     Kafka,
     /// None that a sidecar could judge: the service names its objects itself, as the vault does.
     None,
+}
+
+/// What a map says by `mapping`.
+#[derive(Debug, Clone, Copy)]
+enum Named {
+    None,
+    Tcp,
+    Shipped(&'static Shipped),
 }
 
 /// The action that opening a connection is, where a map says `mapping = "tcp"`.
@@ -292,27 +301,35 @@ impl Reader<'_> {
             }
         }
         match mapping {
-            Some((Mapping::Tcp, span)) if !drafts.is_empty() => {
+            Some((Named::Tcp, span)) if !drafts.is_empty() => {
                 self.say(
                     span,
                     "a service has routes or is \"tcp\": what a connection carries could not be judged",
                 )
                 .hint("give the plain port a service, and a policy, of its own");
             }
-            Some((Mapping::Tcp, span)) => {
+            Some((Named::Tcp, span)) => {
                 self.connections(span, schema);
                 map.mapping = Mapping::Tcp;
             }
-            Some((Mapping::Kafka, span)) if !drafts.is_empty() => {
-                self.say(span, "a service has routes or is \"kafka\": what its requests mean is known")
-                    .hint("leave the routes out");
+            Some((Named::Shipped(shipped), span)) if !drafts.is_empty() => {
+                let message = format!(
+                    "a service has routes or is \"{}\": what its requests mean is known",
+                    shipped.mapping
+                );
+                self.say(span, message).hint("leave the routes out");
             }
-            Some((other, _)) if drafts.is_empty() => map.mapping = other,
-            Some(_) => {}
+            Some((Named::Shipped(shipped), _)) => {
+                map.mapping = shipped.speaks;
+                map.routes = self.shipped(shipped.routes.as_ref(), schema);
+            }
+            Some((Named::None, _)) if drafts.is_empty() => map.mapping = Mapping::None,
+            Some((Named::None, _)) => {}
             None if drafts.is_empty() && self.problems.0.is_empty() => {
                 self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
                     "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself, \
-                     `mapping = \"kafka\"` if it speaks Kafka, `mapping = \"tcp\"` if it speaks another protocol",
+                     `mapping = \"kafka\"` if it speaks Kafka (\"vault\" and \"store\" for Palisade's own vault and store), \
+                     `mapping = \"tcp\"` if it speaks another protocol",
                 );
             }
             None => {}
@@ -410,17 +427,29 @@ impl Reader<'_> {
         seconds.map(Duration::from_secs)
     }
 
-    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Mapping {
+    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Named {
         match value.get_ref().as_str() {
-            Some("none") => Mapping::None,
-            Some("tcp") => Mapping::Tcp,
-            Some("kafka") => Mapping::Kafka,
-            _ => {
-                self.say(value.span(), "`mapping` is \"tcp\", \"kafka\" or \"none\"")
+            Some("none") => Named::None,
+            Some("tcp") => Named::Tcp,
+            named => named.and_then(Shipped::named).map_or_else(
+                || {
+                    self.say(
+                        value.span(),
+                        "`mapping` is \"kafka\", \"store\", \"vault\", \"tcp\" or \"none\"",
+                    )
                     .hint("leave it out where there are routes");
-                Mapping::None
-            }
+                    Named::None
+                },
+                Named::Shipped,
+            ),
         }
+    }
+
+    /// The routes that come with a service that Palisade knows.
+    fn shipped(&mut self, routes: Option<&Routes>, schema: &ServiceSchema) -> Vec<Route> {
+        let Some(Routes { map, .. }) = routes else { return Vec::new() };
+        let parsed = parse(Path::new(map.name), map.text, schema, self.beside, self.problems);
+        parsed.map(|map| map.routes).unwrap_or_default()
     }
 
     /// A service of plain connections has something to connect to, of which nothing needs to be known.

@@ -281,6 +281,7 @@ fn check(subject: &Subject, json: bool, printer: &Printer) -> Result<Exit, Failu
                     "unmapped_methods": service.unmapped_methods(),
                     "unmapped_operations": service.unmapped_operations(),
                     "undescribed_routes": service.undescribed_routes(),
+                    "shipped_as": service.shipped_as(),
                 })
             })
             .collect();
@@ -304,6 +305,13 @@ fn check(subject: &Subject, json: bool, printer: &Printer) -> Result<Exit, Failu
     printer.data(&text)?;
     for service in policies.services() {
         unmapped(service, printer);
+        if let Some(mapping) = service.shipped_as() {
+            printer.warning(&format!(
+                "{}: its schema comes with palisade: once every host runs this version, write mapping = \"{mapping}\" in map.toml and \
+                 remove the copy",
+                service.name()
+            ));
+        }
     }
     Ok(Exit::Ok)
 }

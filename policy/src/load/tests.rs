@@ -211,7 +211,7 @@ fn maps_with_mistakes_are_problems_with_a_place() {
         ("x = ".to_owned(), "1:", "string"),
         (String::new(), "1:1", "no [[route]]"),
         ("mode = \"warn\"\nmapping = \"none\"".into(), "1:8", "`mode` is"),
-        ("mapping = \"some\"".into(), "1:11", "is \"tcp\", \"kafka\" or \"none\""),
+        ("mapping = \"some\"".into(), "1:11", "is \"kafka\", \"store\", \"vault\", \"tcp\" or \"none\""),
         ("mapping = \"tcp\"".into(), "1:11", "no action `Connect` on Shop::Port"),
         (format!("mapping = \"tcp\"\n{MAP}"), "1:11", "has routes or is \"tcp\""),
         ("route = 3".into(), "1:9", "list of tables"),
