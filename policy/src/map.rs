@@ -102,6 +102,8 @@ pub(crate) struct Route {
     pub(crate) relations: Arc<Attributes>,
     /// What its answer lists, if each of that is judged.
     pub(crate) list: Option<Box<List>>,
+    /// Whether objects of its list that are denied are taken out, and the rest passed on.
+    pub(crate) filters: bool,
 }
 
 impl Route {
@@ -220,6 +222,7 @@ struct Draft {
     body_max_bytes: Option<At<usize>>,
     upgrade: Option<At<String>>,
     list: Option<DraftList>,
+    batch: Option<At<String>>,
 }
 
 /// What stands beside a map.
@@ -483,7 +486,7 @@ impl Reader<'_> {
     }
 
     fn draft(&mut self, item: &Spanned<DeValue<'_>>) -> Option<Draft> {
-        const KNOWN: [&str; 10] = [
+        const KNOWN: [&str; 11] = [
             "match",
             "action",
             "object",
@@ -494,6 +497,7 @@ impl Reader<'_> {
             "body_max_bytes",
             "upgrade",
             "list",
+            "batch",
         ];
         let Some(table) = item.get_ref().as_table() else {
             self.say(item.span(), "a route is a table").hint("write [[route]]");
@@ -512,6 +516,7 @@ impl Reader<'_> {
                 "body_max_bytes" => draft.body_max_bytes = self.size(value),
                 "upgrade" => draft.upgrade = self.string(value),
                 "list" => draft.list = self.draft_list(value),
+                "batch" => draft.batch = self.string(value),
                 other => self.unknown_key(other, key.span(), &KNOWN),
             }
         }
@@ -574,6 +579,7 @@ impl Reader<'_> {
         let places = Places { path: &path, query: &query, members: &members, lists: lists.as_ref() };
         let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
         let object_type = schema.types.get(&kind)?;
+        let filters = self.filters(&draft, &method, body, &places, &objects);
         let attributes = self.attributes(&draft, &method, object_type, &places, &objects);
         let source = attributes_from(&attributes);
         let list = self.list_of(&draft, &method, schema, source).map(Box::new);
@@ -597,6 +603,7 @@ impl Reader<'_> {
             plan,
             relations: self.beside.relations.cloned().unwrap_or_default(),
             list,
+            filters,
         })
     }
 
@@ -843,6 +850,55 @@ impl Reader<'_> {
         }
     }
 
+    /// Whether a route's batches are filtered, which is not what everybody wants of every request: half of a change is
+    /// none that was asked for, and what is taken out must leave the rest as it was.
+    fn filters(
+        &mut self,
+        draft: &Draft,
+        method: &str,
+        body: BodyRule,
+        places: &Places<'_>,
+        objects: &[ObjectTemplate],
+    ) -> bool {
+        let Some(At { value, span }) = &draft.batch else { return false };
+        if !matches!(value.as_str(), "all" | "filter") {
+            self.say(span.clone(), "`batch` is \"all\" or \"filter\"")
+                .hint("\"all\": every object must be permitted; \"filter\": those that are not are left out");
+            return false;
+        }
+        if !objects.iter().any(|object| places.is_list(object)) {
+            self.say(span.clone(), "`batch` where no list names the objects")
+                .hint("body = { accounts = \"[id]\" }, object = 'Account::\"{body:/accounts}\"'");
+            return false;
+        }
+        if value == "all" {
+            return false;
+        }
+        let lists = places.lists();
+        let (message, hint) = if method != "POST" {
+            (
+                format!("a {method} changes something, and half of it is not what was asked for"),
+                "batch = \"all\"; \"filter\" is for reads that are a POST",
+            )
+        } else if matches!(body, BodyRule::Grpc { streams: true, .. }) {
+            ("of a stream of messages nothing is left out".to_owned(), "batch = \"all\"")
+        } else if objects.len() > 1 {
+            ("the route has objects that its list does not name".to_owned(), "batch = \"all\", or one object")
+        } else if lists.len() > 1 {
+            let named = lists.iter().copied().collect::<Vec<_>>().join("` and `");
+            (format!("what goes together in `{named}` is not known"), "batch = \"all\", or one list")
+        } else if lists.iter().any(|list| list.contains('.')) {
+            (
+                "the list is not one of the message itself".to_owned(),
+                "batch = \"all\"; \"filter\" leaves out elements of a repeated field at the top",
+            )
+        } else {
+            return true;
+        };
+        self.say(span.clone(), message).hint(hint);
+        false
+    }
+
     fn check_kind(&mut self, full: &str, span: &Range<usize>, schema: &ServiceSchema, action: Option<&str>) {
         let Some(action) = action.and_then(|name| schema.actions.get(name).map(|action| (name, action)))
         else {
@@ -1035,6 +1091,12 @@ impl Places<'_> {
         let places = object.places().filter(|place| self.member(place).is_some_and(|member| member.many));
         let way = |name| self.lists.and_then(|lists| lists.get(name)).map_or(name, String::as_str);
         places.filter_map(Place::member).map(way).collect()
+    }
+
+    /// All lists of the body; what leads through one repeated field of a message is one.
+    fn lists(&self) -> BTreeSet<&str> {
+        let many = self.members.iter().filter(|(_, member)| member.many).map(|(name, _)| name.as_str());
+        many.map(|name| self.lists.and_then(|lists| lists.get(name)).map_or(name, String::as_str)).collect()
     }
 
     /// Whether a place tells an attribute of each object by itself: a list does that tells one value and not many.

@@ -854,7 +854,7 @@ fn what_a_list_lacks_is_said_where_it_stands() {
     }
 }
 
-fn web() -> crate::Caller {
+pub(crate) fn web() -> crate::Caller {
     crate::Caller {
         principal: crate::Principal::Workload(SpiffeId::new("spiffe://bank.example/service/web").unwrap()),
         user: None,
@@ -863,7 +863,7 @@ fn web() -> crate::Caller {
     }
 }
 
-fn occasion() -> crate::Occasion<'static> {
+pub(crate) fn occasion() -> crate::Occasion<'static> {
     crate::Occasion {
         receipt: crate::Receipt::generate(&*identity::random::system()).unwrap(),
         now: std::time::Duration::from_secs(1),

@@ -64,6 +64,7 @@ pub(in crate::cmd::policy) fn read_account(user: &str, verdict: Outcome) -> Deci
             object: "Accounts::Account::\"17\"".into(),
             attributes: [("owner".to_owned(), AttributeValue::Text("alice".into()))].into(),
             outcome: None,
+            left_out_by: None,
         }],
         policy_version: None,
         mode: Mode::Enforce,
