@@ -472,6 +472,29 @@ policy = "request.path"
     }
 
     #[test]
+    fn policy_33_a_test_of_a_filtered_batch_names_what_is_left_out() {
+        let map = "[[route]]\nmatch = \"POST /orders/get\"\naction = \"Read\"\nobject = 'Order::\"{body:/ids}\"'\n\
+                   body = { ids = \"[id]\" }\nattributes = { owner = \"entities\", tags = \"entities\" }\nbatch = \"filter\"\n";
+        let run = |left_out: &str| {
+            let text = format!(
+                "[[test]]\nname = \"t\"\nas = \"web\"\nrequest = \"POST /orders/get\"\n\
+                 body = '{{\"ids\":[\"17\",\"42\",\"99\"]}}'\n{left_out}\ndecision = \"allow\"\npolicy = \"read\"\n\
+                 objects = {{ \"17\" = {{ owner = \"x\", tags = [] }}, \"42\" = {{ owner = \"y\", tags = [] }} }}\n"
+            );
+            let (policies, dir) = load(&[
+                ("services/shop/map.toml", Some(map)),
+                ("services/shop/tests/reads.toml", Some(&text)),
+            ]);
+            let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
+            let web = SpiffeId::new("spiffe://bank.example/service/web").ok();
+            Case::load(dir.path(), &policies, |_| web.clone()).unwrap()[0].run(&policies)
+        };
+        assert_eq!(run("left_out = [\"99\", \"42\"]"), Ok(()));
+        let told = "expected {} to be left out, left out are {\"42\", \"99\"}";
+        assert_eq!(run(""), Err(told.to_owned()));
+    }
+
+    #[test]
     fn files_that_are_no_tests_say_where() {
         for (text, why) in [
             ("", "holds no [[test]]"),
