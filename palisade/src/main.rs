@@ -47,11 +47,14 @@ struct Cli {
     verb: Verb,
 }
 
+/// The file that describes the mesh where the command line names no other.
+const MESH_TOML: &str = "mesh.toml";
+
 /// What every verb takes.
 #[derive(Debug, clap::Args)]
 struct Global {
     /// The file that describes the mesh.
-    #[arg(long, global = true, value_name = "FILE", default_value = "mesh.toml")]
+    #[arg(long, global = true, value_name = "FILE", default_value = MESH_TOML)]
     config: PathBuf,
     /// The directory of secrets, one file each. Default: $CREDENTIALS_DIRECTORY.
     #[arg(long, global = true, value_name = "DIR")]

@@ -117,6 +117,33 @@ fn a_map_is_held_against_its_service_s_description() {
 }
 
 #[test]
+fn policies_are_those_of_the_directory_that_is_named() {
+    let of_mesh = |name: &str, rest: &[&str]| {
+        expect(name, &[&["--config", "described.toml", "policy"], rest].concat());
+    };
+    of_mesh("directory-test", &["test", "described"]);
+    of_mesh("directory-fmt", &["fmt", "--check", "described"]);
+    // What mesh.toml says of services is held against it all the same.
+    expect("directory-of-others", &["--config", "bank.toml", "policy", "check", "described"]);
+}
+
+#[test]
+fn policies_are_checked_where_there_is_no_mesh() {
+    expect("meshless-check", &["policy", "check", "described"]);
+    expect("meshless-fmt", &["policy", "fmt", "--check", "described"]);
+    expect("meshless-test", &["policy", "test", "described"]);
+    // The policies say whose they are; their schema has come with Palisade since it was written.
+    expect("meshless-copied", &["policy", "check", "copied"]);
+    expect("meshless-named", &["--config", "no-such.toml", "policy", "check", "described"]);
+}
+
+#[test]
+fn a_directory_without_policies_is_none() {
+    expect("directory-missing", &["policy", "check", "nowhere"]);
+    expect("directory-empty", &["policy", "diff", "policies", "--against", "HEAD"]);
+}
+
+#[test]
 fn a_verb_without_its_section_names_it() {
     expect("no-section", &["--config", "good.toml", "vault"]);
 }

@@ -132,6 +132,23 @@ pub(crate) fn read_json(members: &Members, body: &[u8]) -> Result<Values, String
     complete(members, values)
 }
 
+/// A JSON body that was read, without the items of its list that are not to be kept, by their place.
+pub(crate) fn keep_items(
+    members: &Members,
+    body: &[u8],
+    is_kept: impl Fn(usize) -> bool,
+) -> Result<Vec<u8>, String> {
+    let mut object = json::parse_object(body)
+        .map_err(|error| format!("the body is not JSON with one meaning: {error}"))?;
+    for (name, value) in &mut object {
+        if let (Some(Member { many: true, .. }), Json::Array(items)) = (members.get(name), value) {
+            let mut places = 0..;
+            items.retain(|_| places.next().is_some_and(&is_kept));
+        }
+    }
+    Ok(Json::Object(object).to_string().into_bytes())
+}
+
 /// A list without lists in it; one that names nothing asks for nothing, which no policy can be asked about.
 fn json_list(kind: MemberType, json: &Json) -> Option<AttributeValue> {
     let items = json.as_array().filter(|items| (1..=MAX_LIST).contains(&items.len()))?;

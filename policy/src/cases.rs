@@ -1,7 +1,7 @@
 //! Tests of policies, kept beside them: `services/NAME/tests/*.toml`. Each asks what a sidecar would be asked, and says
 //! what must be decided and by which policy; who is trusted to allow the right thing for a wrong reason is not tested.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,10 @@ use toml::Spanned;
 use crate::decide::ServicePolicy;
 use crate::kafka::{KafkaAction, KafkaObject};
 use crate::load::{Policies, SERVICES, TESTS};
+use crate::object::ObjectRef;
 use crate::problem::{Problem, Problems};
 use crate::question::{AskedBody, Question};
-use crate::record::{Mode, Outcome};
+use crate::record::{DecisionRecord, Mode, Outcome};
 
 /// Largest file of tests.
 const MAX_FILE_BYTES: u64 = 4 << 20;
@@ -60,6 +61,9 @@ struct Section {
     /// … and of single ones, by id.
     #[serde(default)]
     objects: BTreeMap<String, BTreeMap<String, Json>>,
+    /// The ids of objects that are left out of a batch.
+    #[serde(default)]
+    left_out: Vec<String>,
     /// Seconds since the Unix epoch.
     now: Option<u64>,
     decision: Decision,
@@ -185,11 +189,18 @@ impl Case {
         let Some(policy) = policies.service(&self.service) else {
             return Err(format!("there is no policy of {}", self.service));
         };
-        let (decision, rule, why) = self.ask(&policy.with_mode(Mode::Enforce))?;
+        let record = self.question(&policy)?.ask(&policy.with_mode(Mode::Enforce))?;
+        let decision = match (record.verdict, record.status) {
+            (Outcome::Permit, _) => Decision::Allow,
+            (Outcome::Deny, Some(400)) => Decision::Refuse,
+            (Outcome::Deny, _) => Decision::Deny,
+        };
+        let rule = record.rule.name();
         let (wanted, by) = (self.section.decision, self.section.policy.get_ref());
         if decision == wanted && rule == *by {
-            return Ok(());
+            return self.left_out(&record);
         }
+        let why = (decision != Decision::Allow).then_some(&record.reason);
         let shown = |decision: Decision| match decision {
             Decision::Allow => "allowed",
             Decision::Deny => "denied",
@@ -209,15 +220,16 @@ impl Case {
         Problem::at(&self.path, &self.text, head, format!("{}: {message}", self.name))
     }
 
-    fn ask(&self, policy: &ServicePolicy) -> Result<(Decision, String, Option<String>), String> {
-        let record = self.question(policy)?.ask(policy)?;
-        let decision = match (record.verdict, record.status) {
-            (Outcome::Permit, _) => Decision::Allow,
-            (Outcome::Deny, Some(400)) => Decision::Refuse,
-            (Outcome::Deny, _) => Decision::Deny,
-        };
-        let why = (decision != Decision::Allow).then_some(record.reason);
-        Ok((decision, record.rule.name().to_owned(), why))
+    /// Whether a batch goes on without what it should, and with all else.
+    fn left_out(&self, record: &DecisionRecord) -> Result<(), String> {
+        let left_out = record.objects.iter().filter(|object| object.left_out_by.is_some());
+        let left_out: Vec<_> = left_out.filter_map(|object| ObjectRef::written(&object.object)).collect();
+        let ids: BTreeSet<&str> = left_out.iter().map(ObjectRef::id).collect();
+        let wanted: BTreeSet<&str> = self.section.left_out.iter().map(String::as_str).collect();
+        if ids == wanted {
+            return Ok(());
+        }
+        Err(format!("expected {wanted:?} to be left out, left out are {ids:?}"))
     }
 
     /// Method and target, or the action and the object of Kafka's.
@@ -457,6 +469,29 @@ policy = "request.path"
         assert_eq!(told, "nothing tells the attribute `colour`");
         let told = outcome(&TESTS.replacen("attributes =", "objects = { \"18\" = {} }\nattributes =", 1));
         assert_eq!(told, "`objects` tells of \"18\", and the request is about Shop::Order::\"17\"");
+    }
+
+    #[test]
+    fn policy_33_a_test_of_a_filtered_batch_names_what_is_left_out() {
+        let map = "[[route]]\nmatch = \"POST /orders/get\"\naction = \"Read\"\nobject = 'Order::\"{body:/ids}\"'\n\
+                   body = { ids = \"[id]\" }\nattributes = { owner = \"entities\", tags = \"entities\" }\nbatch = \"filter\"\n";
+        let run = |left_out: &str| {
+            let text = format!(
+                "[[test]]\nname = \"t\"\nas = \"web\"\nrequest = \"POST /orders/get\"\n\
+                 body = '{{\"ids\":[\"17\",\"42\",\"99\"]}}'\n{left_out}\ndecision = \"allow\"\npolicy = \"read\"\n\
+                 objects = {{ \"17\" = {{ owner = \"x\", tags = [] }}, \"42\" = {{ owner = \"y\", tags = [] }} }}\n"
+            );
+            let (policies, dir) = load(&[
+                ("services/shop/map.toml", Some(map)),
+                ("services/shop/tests/reads.toml", Some(&text)),
+            ]);
+            let policies = policies.unwrap_or_else(|problems| panic!("{problems}"));
+            let web = SpiffeId::new("spiffe://bank.example/service/web").ok();
+            Case::load(dir.path(), &policies, |_| web.clone()).unwrap()[0].run(&policies)
+        };
+        assert_eq!(run("left_out = [\"99\", \"42\"]"), Ok(()));
+        let told = "expected {} to be left out, left out are {\"42\", \"99\"}";
+        assert_eq!(run(""), Err(told.to_owned()));
     }
 
     #[test]

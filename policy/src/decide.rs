@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) mapping: Mapping,
     /// Methods of the service's `.proto` files that no route means.
     pub(crate) unmapped: Vec<String>,
+    /// The mapping that brings what its schema is a copy of.
+    pub(crate) shipped_as: Option<&'static str>,
     /// Its OpenAPI description beside its map.
     pub(crate) described: Compared,
     /// In the order of the files.
@@ -206,6 +208,11 @@ impl ServicePolicy {
     /// The gRPC methods that the service's `.proto` files have and its map does not, which are denied to everybody.
     pub fn unmapped_methods(&self) -> &[String] {
         &self.shared.unmapped
+    }
+
+    /// The `mapping` that would bring the service's schema, where it has a copy of one that comes with Palisade.
+    pub fn shipped_as(&self) -> Option<&'static str> {
+        self.shared.shipped_as
     }
 
     /// The operations that the service's OpenAPI description has and its map does not.

@@ -13,6 +13,7 @@ use crate::map::{Claim, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef, Relations};
 use crate::plan::Told;
 use crate::record::{Outcome, RecordedObject, Rule, cut};
+use crate::relations;
 use crate::request::Mapped;
 use crate::schema::{Action, AttributeSpec, ObjectType};
 use crate::shadow;
@@ -120,6 +121,10 @@ impl<'a> Asked<'a> {
         self.mapped.filter(|mapped| mapped.route.asks_relations())?;
         match &self.attributes.relations {
             Relations::Unusable(rule, reason) => Some((*rule, reason.clone())),
+            Relations::Lacking { revision, objects } => {
+                let flaw = objects.first().map(|object| relations::not_there(object, *revision));
+                Some((MISSING, flaw.unwrap_or_default()))
+            }
             Relations::NotAsked => Some((MISSING, "the relations were not asked".to_owned())),
             Relations::Told(_) => None,
         }
@@ -238,7 +243,7 @@ impl ServicePolicy {
 
     /// The decision with everything that is to be said about it. What the engine says is held against Cedar's
     /// answer over the policies whose scope fits: of a denial, or of every object with others that have their turn.
-    fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, compare: bool) -> Verdict {
+    pub(crate) fn weigh(&self, asked: &Asked<'_>, occasion: &Occasion<'_>, compare: bool) -> Verdict {
         let (shared, caller) = (self.shared(), asked.caller);
         let mut beside = compare.then(|| shared.panel_in_turn());
         let mut recorded: Vec<RecordedObject> = asked.objects.iter().map(bare_object).collect();
@@ -345,7 +350,7 @@ impl ServicePolicy {
         }
     }
 
-    fn rule_of(&self, ruling: Ruling) -> &Rule {
+    pub(crate) fn rule_of(&self, ruling: Ruling) -> &Rule {
         match ruling {
             Ruling::Permitted(entry) | Ruling::Forbidden(entry) | Ruling::Failed(entry) => self.rule(entry),
             Ruling::Unpermitted => self.rule(usize::MAX),
@@ -360,6 +365,7 @@ pub(crate) fn bare_object(object: &ObjectRef) -> RecordedObject {
         attributes: BTreeMap::new(),
         told_by: BTreeMap::new(),
         outcome: None,
+        left_out_by: None,
     }
 }
 

@@ -7,6 +7,7 @@
 //!
 //! Nothing here does I/O on a request's path.
 
+mod batch;
 mod body;
 mod cases;
 mod decide;
@@ -37,11 +38,13 @@ mod rings;
 mod routes;
 mod schema;
 mod shadow;
+mod shipped;
 mod template;
 mod tree;
 mod verdict;
 mod version;
 
+pub use batch::Kept;
 pub use body::{BodyRule, MAX_JUDGED_BODY_BYTES};
 pub use cases::{Case, Decision};
 pub use decide::{Reach, ServicePolicy};

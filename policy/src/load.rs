@@ -13,7 +13,6 @@ use crate::decide::{PolicyEntry, ServicePolicy, Shared};
 use crate::engine::Engine;
 use crate::explain::Scope;
 use crate::forms::{Forms, PolicyText};
-use crate::kafka;
 use crate::map::{self, Beside, Map, Mapping};
 use crate::openapi::{self, Compared};
 use crate::problem::{Problem, Problems};
@@ -24,6 +23,7 @@ use crate::rings::Rings;
 use crate::routes::RouteTable;
 use crate::schema::{self, SchemaFile, ServiceSchema};
 use crate::shadow::Shadow;
+use crate::shipped::{self, Shipped};
 use crate::tree::{Found, TextFile, Tree};
 use crate::version::PolicyVersion;
 
@@ -80,6 +80,22 @@ impl Policies {
         Self::read(&Tree::in_memory(name, files), commit, trust_domain)
     }
 
+    /// The trust domain that the policies of a directory are written for, by the workloads that they name: that of the
+    /// most of them. For whoever has no mesh.toml that says it; what cannot be read says nothing.
+    pub fn trust_domain_of(dir: &Path) -> Option<TrustDomain> {
+        let files = read_directory(&Tree::on_disk(dir), &mut Problems::default());
+        let of_services = files.services.iter().flat_map(|service| &service.policies);
+        let mut named: BTreeMap<TrustDomain, usize> = BTreeMap::new();
+        for file in of_services.chain(&files.guard).chain(&files.invariants) {
+            let Ok(set) = file.text.parse::<PolicySet>() else { continue };
+            let literals = set.policies().flat_map(Policy::entity_literals);
+            for workload in literals.filter_map(|literal| SpiffeId::new(literal.id().unescaped()).ok()) {
+                *named.entry(workload.trust_domain().clone()).or_default() += 1;
+            }
+        }
+        named.into_iter().max_by_key(|(_, times)| *times).map(|(trust_domain, _)| trust_domain)
+    }
+
     fn read(
         tree: &Tree<'_>,
         commit: Option<&str>,
@@ -95,20 +111,16 @@ impl Policies {
             return Err(problems);
         };
         let mut services = BTreeMap::new();
-        let mut namespaces: HashMap<String, String> = HashMap::new();
+        let mut namespaces: HashMap<String, &ServiceFiles> = HashMap::new();
         for service in &files.services {
             let Some(policy) =
                 load_service(service, &files.guard, &mesh, trust_domain, &version, &mut problems)
             else {
                 continue;
             };
-            let namespace = policy.0;
-            // The schema of all Kafka services is one, and nobody else's.
-            if let Some(schema) = &service.schema
-                && let Some(other) = namespaces.insert(namespace.clone(), service.name.clone())
-            {
-                let message = format!("the namespace {namespace} is declared by the service {other} too");
-                problems.push(Problem::file(&schema.path, message));
+            let first = *namespaces.entry(policy.0.clone()).or_insert(service);
+            if first.name != service.name {
+                problems.0.extend(clash(&policy.0, first, service));
             }
             services.insert(service.name.clone(), Arc::new(policy.1));
         }
@@ -184,8 +196,10 @@ pub struct Invariant {
 
 struct ServiceFiles {
     name: String,
-    /// None where the map says `mapping = "kafka"`.
+    /// None where it is `shipped`.
     schema: Option<TextFile>,
+    /// What Palisade brings with it, by its map's `mapping`.
+    shipped: Option<&'static Shipped>,
     map: TextFile,
     policies: Vec<TextFile>,
     relations: Option<TextFile>,
@@ -361,27 +375,31 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
             ),
         }
     }
-    let mut missing = |what: &str| {
-        problems.push(Problem::file(&service.path, format!("the service {} has no {what}", service.name)));
-    };
-    let is_kafka = maps.first().is_some_and(|map| kafka::is_mapping(&map.text));
-    if schemas.is_empty() && !is_kafka {
-        missing(&format!("schema ({}.cedarschema)", service.name));
+    let missing =
+        |what: &str| Problem::file(&service.path, format!("the service {} has no {what}", service.name));
+    let mapping = maps.first().and_then(|map| shipped::mapping_of(&map.text));
+    let shipped = mapping.as_deref().and_then(Shipped::named);
+    if schemas.is_empty() && shipped.is_none() {
+        let unknown = mapping.filter(|mapping| !matches!(mapping.as_str(), "none" | "tcp"));
+        let hint =
+            unknown.map(|mapping| format!("mapping = \"{mapping}\" brings none that this version knows"));
+        problems.push(missing(&format!("schema ({}.cedarschema)", service.name)).maybe_hint(hint));
     }
     if maps.is_empty() {
-        missing(MAP);
+        problems.push(missing(MAP));
     }
     if policies.is_empty() {
-        missing(&format!("policies ({}.cedar)", service.name));
+        problems.push(missing(&format!("policies ({}.cedar)", service.name)));
     }
     if let [_, other, ..] = openapi.as_slice() {
         problems.push(Problem::file(&other.path, "the service has another OpenAPI description beside it"));
     }
-    if is_kafka && let Some(schema) = schemas.first() {
-        let message = "a service of mapping = \"kafka\" has no schema of its own";
-        problems.push(
-            Problem::file(&schema.path, message).hint("remove it; Kafka::Topic and the rest are there"),
-        );
+    if let Some(Shipped { mapping, .. }) = shipped {
+        for (what, file) in [("schema", schemas.first()), (".proto files", protos.first())] {
+            let Some(file) = file else { continue };
+            let message = format!("a service of mapping = \"{mapping}\" has no {what} of its own");
+            problems.push(Problem::file(&file.path, message).hint("remove it: it comes with the mapping"));
+        }
     }
     if schemas.len() > 1 {
         problems
@@ -390,6 +408,7 @@ fn read_service(tree: &Tree<'_>, service: &Found, problems: &mut Problems) -> Op
     Some(ServiceFiles {
         name: service.name.clone(),
         schema: schemas.pop(),
+        shipped,
         map: maps.pop()?,
         policies,
         relations,
@@ -402,6 +421,36 @@ fn empty_file(path: &Path) -> TextFile {
     TextFile { path: path.to_owned(), name: String::new(), text: String::new() }
 }
 
+/// A file that comes with Palisade, as if it were one of the directory.
+fn text_file(file: &shipped::File) -> TextFile {
+    TextFile { path: file.name.into(), name: file.name.to_owned(), text: file.text.to_owned() }
+}
+
+/// What is wrong with two services of one namespace: unless it is Palisade's to both, a rule about it would mean two things.
+fn clash(namespace: &str, one: &ServiceFiles, other: &ServiceFiles) -> Option<Problem> {
+    let (schema, who) = match (&one.schema, &other.schema) {
+        (_, Some(schema)) => (schema, one),
+        (Some(schema), None) => (schema, other),
+        (None, None) => return None,
+    };
+    let message = format!("the namespace {namespace} is declared by the service {} too", who.name);
+    let problem = Problem::file(&schema.path, message);
+    Some(match who.shipped {
+        Some(shipped) => problem.hint(format!("{}, as there", shipped.hint())),
+        None => problem,
+    })
+}
+
+/// Whether a schema says nothing but what comes with Palisade.
+fn is_copy(schema: &ServiceSchema, of: &Shipped, mesh: &SchemaFile<'_>, trust_domain: &TrustDomain) -> bool {
+    let original = SchemaFile::parse(Path::new(of.schema.name), of.schema.text, &mut Problems::default());
+    let original = original.and_then(|file| schema::link(mesh, &file, trust_domain).ok());
+    original.is_some_and(|original| {
+        schema.actions.keys().all(|action| original.actions.contains_key(action))
+            && schema.types.keys().all(|kind| original.types.contains_key(kind))
+    })
+}
+
 fn load_service(
     files: &ServiceFiles,
     guard: &[TextFile],
@@ -410,25 +459,29 @@ fn load_service(
     version: &PolicyVersion,
     problems: &mut Problems,
 ) -> Option<(String, ServicePolicy)> {
-    let (path, text) = match &files.schema {
-        Some(schema) => (schema.path.as_path(), schema.text.as_str()),
-        None => (Path::new(kafka::SCHEMA_FILE), kafka::SCHEMA),
+    let (path, text) = match (&files.schema, files.shipped) {
+        (Some(schema), _) => (schema.path.as_path(), schema.text.as_str()),
+        (None, shipped) => shipped.map(|shipped| (Path::new(shipped.schema.name), shipped.schema.text))?,
     };
     let own = SchemaFile::parse(path, text, problems)?;
     let schema = match schema::link(mesh, &own, trust_domain) {
-        Ok(schema) if schema.namespace == kafka::NAMESPACE && files.schema.is_some() => {
-            let problem = Problem::file(path, "a service cannot declare the namespace Kafka");
-            problems.push(problem.hint("mapping = \"kafka\" in map.toml brings it, without a schema"));
-            return None;
-        }
         Ok(schema) => schema,
         Err(found) => {
             problems.0.extend(found.0);
             return None;
         }
     };
+    let known = Shipped::of_namespace(&schema.namespace).filter(|_| files.shipped.is_none());
+    if let Some(known) = known.filter(|known| !known.may_be_declared) {
+        let message = format!("a service cannot declare the namespace {}", known.namespace);
+        problems.push(Problem::file(path, message).hint(known.hint()));
+        return None;
+    }
     // Both are looked at even if one has problems.
-    let protos = descriptors(&files.protos, problems);
+    let protos = match files.shipped.and_then(|shipped| shipped.routes.as_ref()) {
+        Some(routes) => descriptors(&[text_file(&routes.proto)], problems),
+        None => descriptors(&files.protos, problems),
+    };
     let relations =
         files.relations.as_ref().map(|file| relations::parse(&file.path, &file.text, &schema, problems));
     let relations = match relations {
@@ -444,16 +497,18 @@ fn load_service(
     let unmapped = methods.into_iter().filter(|path| !is_mapped(path)).collect();
     let namespace = schema.namespace.clone();
     let described =
-        files.openapi.as_ref().and_then(|file| described(file, &map, problems)).unwrap_or_default();
+        files.openapi.as_ref().and_then(|file| described(file, files, &map, problems)).unwrap_or_default();
     let (mode, audit_until, max_age) = (map.mode, map.audit_until, map.max_age);
     let shared = assemble(&files.name, trust_domain, version, schema, map, policies);
-    let shared = Shared { unmapped, described, ..shared };
+    let shipped_as = known.filter(|known| is_copy(&shared.schema, known, mesh, trust_domain));
+    let shipped_as = shipped_as.map(|known| known.mapping);
+    let shared = Shared { unmapped, described, shipped_as, ..shared };
     Some((namespace, ServicePolicy::new(shared, mode, audit_until, max_age)))
 }
 
 /// The service's OpenAPI description, held against its map.
-fn described(file: &TextFile, map: &Map, problems: &mut Problems) -> Option<Compared> {
-    if map.mapping != Mapping::Routes {
+fn described(file: &TextFile, files: &ServiceFiles, map: &Map, problems: &mut Problems) -> Option<Compared> {
+    if map.mapping != Mapping::Routes || files.shipped.is_some() {
         let problem =
             Problem::file(&file.path, "the service's map has no routes to hold a description against");
         problems.push(problem.hint(format!("take the file out, or `mapping` out of {MAP}")));
@@ -501,6 +556,7 @@ fn assemble(
         routes: RouteTable::new(name, version, map.routes),
         mapping: map.mapping,
         unmapped: Vec::new(),
+        shipped_as: None,
         described: Compared::default(),
         forms: Forms::new(policies, |at| engine.is_for_cedar(at)),
         engine,
@@ -520,7 +576,6 @@ fn load_policies(
     problems: &mut Problems,
 ) -> Option<Vec<(PolicyEntry, Policy)>> {
     let before = problems.0.len();
-    let is_kafka = files.schema.is_none();
     let mut set = PolicySet::new();
     let mut entries: Vec<(PolicyEntry, Policy)> = Vec::new();
     let mut taken: HashMap<Arc<str>, usize> = HashMap::new();
@@ -532,7 +587,7 @@ fn load_policies(
             parse_policies(file, trust_domain, problems)
         };
         for (entry, policy) in parsed {
-            if let Some((message, hint)) = is_kafka.then(|| kafka::flaw(&policy)).flatten() {
+            if let Some((message, hint)) = files.shipped.and_then(|shipped| (shipped.flaw)(&policy)) {
                 problems.push(at_policy(file, &policy, message).hint(hint));
             }
             let other = taken.get(&entry.id).and_then(|other| entries.get(*other));

@@ -22,6 +22,7 @@ use crate::proto::{Call, Shape};
 use crate::record::Mode;
 use crate::request::AttributeSource;
 use crate::schema::{AttributeSpec, ObjectType, ServiceSchema};
+use crate::shipped::{Routes, Shipped};
 use list::DraftList;
 pub(crate) use list::List;
 
@@ -101,6 +102,8 @@ pub(crate) struct Route {
     pub(crate) relations: Arc<Attributes>,
     /// What its answer lists, if each of that is judged.
     pub(crate) list: Option<Box<List>>,
+    /// Whether objects of its list that are denied are taken out, and the rest passed on.
+    pub(crate) filters: bool,
 }
 
 impl Route {
@@ -147,6 +150,14 @@ pub enum Mapping {
     Kafka,
     /// None that a sidecar could judge: the service names its objects itself, as the vault does.
     None,
+}
+
+/// What a map says by `mapping`.
+#[derive(Debug, Clone, Copy)]
+enum Named {
+    None,
+    Tcp,
+    Shipped(&'static Shipped),
 }
 
 /// The action that opening a connection is, where a map says `mapping = "tcp"`.
@@ -211,6 +222,7 @@ struct Draft {
     body_max_bytes: Option<At<usize>>,
     upgrade: Option<At<String>>,
     list: Option<DraftList>,
+    batch: Option<At<String>>,
 }
 
 /// What stands beside a map.
@@ -292,27 +304,35 @@ impl Reader<'_> {
             }
         }
         match mapping {
-            Some((Mapping::Tcp, span)) if !drafts.is_empty() => {
+            Some((Named::Tcp, span)) if !drafts.is_empty() => {
                 self.say(
                     span,
                     "a service has routes or is \"tcp\": what a connection carries could not be judged",
                 )
                 .hint("give the plain port a service, and a policy, of its own");
             }
-            Some((Mapping::Tcp, span)) => {
+            Some((Named::Tcp, span)) => {
                 self.connections(span, schema);
                 map.mapping = Mapping::Tcp;
             }
-            Some((Mapping::Kafka, span)) if !drafts.is_empty() => {
-                self.say(span, "a service has routes or is \"kafka\": what its requests mean is known")
-                    .hint("leave the routes out");
+            Some((Named::Shipped(shipped), span)) if !drafts.is_empty() => {
+                let message = format!(
+                    "a service has routes or is \"{}\": what its requests mean is known",
+                    shipped.mapping
+                );
+                self.say(span, message).hint("leave the routes out");
             }
-            Some((other, _)) if drafts.is_empty() => map.mapping = other,
-            Some(_) => {}
+            Some((Named::Shipped(shipped), _)) => {
+                map.mapping = shipped.speaks;
+                map.routes = self.shipped(shipped.routes.as_ref(), schema);
+            }
+            Some((Named::None, _)) if drafts.is_empty() => map.mapping = Mapping::None,
+            Some((Named::None, _)) => {}
             None if drafts.is_empty() && self.problems.0.is_empty() => {
                 self.say(0..0, "the map has no [[route]], so every request would be denied").hint(
                     "write `mapping = \"none\"` if this service has no HTTP of its own and names its objects itself, \
-                     `mapping = \"kafka\"` if it speaks Kafka, `mapping = \"tcp\"` if it speaks another protocol",
+                     `mapping = \"kafka\"` if it speaks Kafka (\"vault\" and \"store\" for Palisade's own vault and store), \
+                     `mapping = \"tcp\"` if it speaks another protocol",
                 );
             }
             None => {}
@@ -410,17 +430,29 @@ impl Reader<'_> {
         seconds.map(Duration::from_secs)
     }
 
-    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Mapping {
+    fn mapping(&mut self, value: &Spanned<DeValue<'_>>) -> Named {
         match value.get_ref().as_str() {
-            Some("none") => Mapping::None,
-            Some("tcp") => Mapping::Tcp,
-            Some("kafka") => Mapping::Kafka,
-            _ => {
-                self.say(value.span(), "`mapping` is \"tcp\", \"kafka\" or \"none\"")
+            Some("none") => Named::None,
+            Some("tcp") => Named::Tcp,
+            named => named.and_then(Shipped::named).map_or_else(
+                || {
+                    self.say(
+                        value.span(),
+                        "`mapping` is \"kafka\", \"store\", \"vault\", \"tcp\" or \"none\"",
+                    )
                     .hint("leave it out where there are routes");
-                Mapping::None
-            }
+                    Named::None
+                },
+                Named::Shipped,
+            ),
         }
+    }
+
+    /// The routes that come with a service that Palisade knows.
+    fn shipped(&mut self, routes: Option<&Routes>, schema: &ServiceSchema) -> Vec<Route> {
+        let Some(Routes { map, .. }) = routes else { return Vec::new() };
+        let parsed = parse(Path::new(map.name), map.text, schema, self.beside, self.problems);
+        parsed.map(|map| map.routes).unwrap_or_default()
     }
 
     /// A service of plain connections has something to connect to, of which nothing needs to be known.
@@ -454,7 +486,7 @@ impl Reader<'_> {
     }
 
     fn draft(&mut self, item: &Spanned<DeValue<'_>>) -> Option<Draft> {
-        const KNOWN: [&str; 10] = [
+        const KNOWN: [&str; 11] = [
             "match",
             "action",
             "object",
@@ -465,6 +497,7 @@ impl Reader<'_> {
             "body_max_bytes",
             "upgrade",
             "list",
+            "batch",
         ];
         let Some(table) = item.get_ref().as_table() else {
             self.say(item.span(), "a route is a table").hint("write [[route]]");
@@ -483,6 +516,7 @@ impl Reader<'_> {
                 "body_max_bytes" => draft.body_max_bytes = self.size(value),
                 "upgrade" => draft.upgrade = self.string(value),
                 "list" => draft.list = self.draft_list(value),
+                "batch" => draft.batch = self.string(value),
                 other => self.unknown_key(other, key.span(), &KNOWN),
             }
         }
@@ -545,6 +579,7 @@ impl Reader<'_> {
         let places = Places { path: &path, query: &query, members: &members, lists: lists.as_ref() };
         let (objects, kind) = self.objects(&draft, schema, action.as_deref(), &places)?;
         let object_type = schema.types.get(&kind)?;
+        let filters = self.filters(&draft, &method, body, &places, &objects);
         let attributes = self.attributes(&draft, &method, object_type, &places, &objects);
         let source = attributes_from(&attributes);
         let list = self.list_of(&draft, &method, schema, source).map(Box::new);
@@ -568,6 +603,7 @@ impl Reader<'_> {
             plan,
             relations: self.beside.relations.cloned().unwrap_or_default(),
             list,
+            filters,
         })
     }
 
@@ -814,6 +850,55 @@ impl Reader<'_> {
         }
     }
 
+    /// Whether a route's batches are filtered, which is not what everybody wants of every request: half of a change is
+    /// none that was asked for, and what is taken out must leave the rest as it was.
+    fn filters(
+        &mut self,
+        draft: &Draft,
+        method: &str,
+        body: BodyRule,
+        places: &Places<'_>,
+        objects: &[ObjectTemplate],
+    ) -> bool {
+        let Some(At { value, span }) = &draft.batch else { return false };
+        if !matches!(value.as_str(), "all" | "filter") {
+            self.say(span.clone(), "`batch` is \"all\" or \"filter\"")
+                .hint("\"all\": every object must be permitted; \"filter\": those that are not are left out");
+            return false;
+        }
+        if !objects.iter().any(|object| places.is_list(object)) {
+            self.say(span.clone(), "`batch` where no list names the objects")
+                .hint("body = { accounts = \"[id]\" }, object = 'Account::\"{body:/accounts}\"'");
+            return false;
+        }
+        if value == "all" {
+            return false;
+        }
+        let lists = places.lists();
+        let (message, hint) = if method != "POST" {
+            (
+                format!("a {method} changes something, and half of it is not what was asked for"),
+                "batch = \"all\"; \"filter\" is for reads that are a POST",
+            )
+        } else if matches!(body, BodyRule::Grpc { streams: true, .. }) {
+            ("of a stream of messages nothing is left out".to_owned(), "batch = \"all\"")
+        } else if objects.len() > 1 {
+            ("the route has objects that its list does not name".to_owned(), "batch = \"all\", or one object")
+        } else if lists.len() > 1 {
+            let named = lists.iter().copied().collect::<Vec<_>>().join("` and `");
+            (format!("what goes together in `{named}` is not known"), "batch = \"all\", or one list")
+        } else if lists.iter().any(|list| list.contains('.')) {
+            (
+                "the list is not one of the message itself".to_owned(),
+                "batch = \"all\"; \"filter\" leaves out elements of a repeated field at the top",
+            )
+        } else {
+            return true;
+        };
+        self.say(span.clone(), message).hint(hint);
+        false
+    }
+
     fn check_kind(&mut self, full: &str, span: &Range<usize>, schema: &ServiceSchema, action: Option<&str>) {
         let Some(action) = action.and_then(|name| schema.actions.get(name).map(|action| (name, action)))
         else {
@@ -1006,6 +1091,12 @@ impl Places<'_> {
         let places = object.places().filter(|place| self.member(place).is_some_and(|member| member.many));
         let way = |name| self.lists.and_then(|lists| lists.get(name)).map_or(name, String::as_str);
         places.filter_map(Place::member).map(way).collect()
+    }
+
+    /// All lists of the body; what leads through one repeated field of a message is one.
+    fn lists(&self) -> BTreeSet<&str> {
+        let many = self.members.iter().filter(|(_, member)| member.many).map(|(name, _)| name.as_str());
+        many.map(|name| self.lists.and_then(|lists| lists.get(name)).map_or(name, String::as_str)).collect()
     }
 
     /// Whether a place tells an attribute of each object by itself: a list does that tells one value and not many.

@@ -195,8 +195,17 @@ pub(crate) enum Relations {
     NotAsked,
     /// What they told is among the attributes, as it was at the revision; a test's is of none.
     Told(Option<u64>),
+    /// Likewise, but of these objects, which they do not have: who asks about one of them is denied.
+    Lacking { revision: Option<u64>, objects: Vec<ObjectRef> },
     /// What they would tell must not be decided by.
     Unusable(&'static str, String),
+}
+
+impl Relations {
+    /// What they told, but of these.
+    pub(crate) fn told(revision: Option<u64>, absent: Vec<ObjectRef>) -> Self {
+        if absent.is_empty() { Self::Told(revision) } else { Self::Lacking { revision, objects: absent } }
+    }
 }
 
 impl Attributes {

@@ -407,6 +407,46 @@ impl Shape {
         self.complete(&seen, values)
     }
 
+    /// A message that was read, without the elements of its list that are not to be kept, by their place; every other byte
+    /// is as it came. The list is a field of the message itself.
+    pub(crate) fn keep_elements(
+        &self,
+        message: &[u8],
+        is_kept: impl Fn(usize) -> bool,
+    ) -> Result<Vec<u8>, String> {
+        let (mut input, mut kept) = (Input(message), Vec::with_capacity(message.len()));
+        let mut places = 0..;
+        let mut is_next_kept = || places.next().is_some_and(&is_kept);
+        while !input.0.is_empty() {
+            let whole = input.0;
+            let tag = input.varint()?;
+            let tag_bytes = before(whole, input.0);
+            let field = self.field(u32::try_from(tag >> 3).unwrap_or(u32::MAX))?;
+            let wire = Wire::read(tag & 7).unwrap_or(field.wire);
+            let value = input.skip(wire)?;
+            if field.each.is_none() {
+                kept.extend_from_slice(before(whole, input.0));
+            } else if field.packable && wire == Wire::Length {
+                let (mut packed, mut left) = (Input(value), Vec::with_capacity(value.len()));
+                while !packed.0.is_empty() {
+                    let element = packed.0;
+                    packed.skip(field.wire)?;
+                    if is_next_kept() {
+                        left.extend_from_slice(before(element, packed.0));
+                    }
+                }
+                if !left.is_empty() {
+                    kept.extend_from_slice(tag_bytes);
+                    prost_reflect::prost::encoding::encode_varint(left.len() as u64, &mut kept);
+                    kept.extend_from_slice(&left);
+                }
+            } else if is_next_kept() {
+                kept.extend_from_slice(before(whole, input.0));
+            }
+        }
+        Ok(kept)
+    }
+
     fn field(&self, number: u32) -> Result<&Field, String> {
         let place = self.fields.binary_search_by_key(&number, |field| field.number);
         let field = place.ok().and_then(|place| self.fields.get(place));
@@ -601,12 +641,28 @@ impl<'a> Input<'a> {
         Ok(*bytes)
     }
 
+    /// Passes over a value; what it holds, if it is one of a length.
+    fn skip(&mut self, wire: Wire) -> Result<&'a [u8], String> {
+        match wire {
+            Wire::Varint => self.varint().map(|_| &[][..]),
+            Wire::Fixed64 => self.fixed::<8>().map(|_| &[][..]),
+            Wire::Fixed32 => self.fixed::<4>().map(|_| &[][..]),
+            Wire::Length => self.bytes(),
+            Wire::Group => Err("a group is not read".to_owned()),
+        }
+    }
+
     fn bytes(&mut self) -> Result<&'a [u8], String> {
         let length = usize::try_from(self.varint()?).map_err(|_| cut())?;
         let (bytes, rest) = self.0.split_at_checked(length).ok_or_else(cut)?;
         self.0 = rest;
         Ok(bytes)
     }
+}
+
+/// What of `whole` was read when this was left.
+fn before<'a>(whole: &'a [u8], left: &[u8]) -> &'a [u8] {
+    whole.get(..whole.len().saturating_sub(left.len())).unwrap_or_default()
 }
 
 fn cut() -> String {
@@ -994,6 +1050,7 @@ service Accounts {
         fn reading_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
             let _unused = transfer().message.read(&bytes);
             let _unused = lines().message.read(&bytes);
+            let _unused = lines().message.keep_elements(&bytes, |at| at % 2 == 0);
         }
 
         /// As many values of each list as there are elements, and those that every reader finds there.
@@ -1040,6 +1097,52 @@ service Accounts {
                 let numbers = field(&other, "numbers");
                 let numbers: Vec<_> = numbers.as_list().unwrap().iter().map(|value| AttributeValue::Long(value.as_i32().unwrap().into())).collect();
                 prop_assert_eq!(values.get("numbers").cloned().unwrap_or(AttributeValue::Set(Vec::new())), AttributeValue::Set(numbers));
+            }
+        }
+
+        /// Elements that are taken out are gone for every reader, those that are left are in order, and every other byte
+        /// is as it came.
+        #[test]
+        fn policy_33_what_is_left_of_a_message_is_exactly_what_is_kept(
+            pieces in proptest::collection::vec(prop_oneof![
+                ("[a-z]{1,3}", "[a-z]{0,3}").prop_map(|(to, note)| {
+                    (1u32, text(1, &[text(1, &text(1, b"x")), text(2, to.as_bytes()), text(5, note.as_bytes())].concat()))
+                }),
+                (proptest::collection::vec(any::<i32>(), 0..4), any::<bool>()).prop_map(|(values, packed)| {
+                    let written = values.iter().map(|value| varint(i64::from(*value) as u64));
+                    let bytes = if packed {
+                        text(2, &written.collect::<Vec<_>>().concat())
+                    } else {
+                        written.flat_map(|value| [tag(2, 0), value].concat()).collect()
+                    };
+                    (2, bytes)
+                }),
+                "[a-z]{1,3}".prop_map(|name| (3, text(3, name.as_bytes()))),
+                any::<u64>().prop_map(|stamp| (5, [tag(5, 1), stamp.to_le_bytes().to_vec()].concat())),
+            ], 1..12),
+            kept in proptest::collection::vec(any::<bool>(), 64),
+        ) {
+            let whole: Vec<u8> = pieces.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+            for (number, member, kind) in [(1, "lines.to", "[id]?"), (2, "numbers", "[int]?"), (3, "names", "[id]?")] {
+                let shape = batch(&[(member, kind)]).unwrap().message;
+                let values = |message: &[u8]| match shape.read(message).unwrap().remove(member) {
+                    Some(AttributeValue::Set(values)) => values,
+                    _ => Vec::new(),
+                };
+                let left = shape.keep_elements(&whole, |at| kept[at]).unwrap();
+                let mut wanted = values(&whole);
+                let mut places = 0..;
+                wanted.retain(|_| kept[places.next().unwrap()]);
+                prop_assert_eq!(values(&left), wanted);
+                // Without the field itself the two are the same bytes, and with all of it too.
+                let others = |message: &[u8]| shape.keep_elements(message, |_| false).unwrap();
+                let rest: Vec<u8> =
+                    pieces.iter().filter(|(of, _)| *of != number).flat_map(|(_, bytes)| bytes.clone()).collect();
+                prop_assert_eq!(&others(&left), &rest);
+                prop_assert_eq!(&others(&whole), &rest);
+                if number != 2 {
+                    prop_assert_eq!(&shape.keep_elements(&whole, |_| true).unwrap(), &whole);
+                }
             }
         }
 

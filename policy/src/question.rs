@@ -10,15 +10,14 @@ use identity::SpiffeId;
 use identity::txn::User;
 use serde_json::Value as Json;
 
+use crate::batch::Kept;
 use crate::body::BodyRule;
 use crate::decide::ServicePolicy;
-use crate::judge::MISSING;
 use crate::kafka::{self, KafkaAction, KafkaObject};
 use crate::map::{Mapping, Source};
 use crate::object::{AttributeValue, Attributes, Relations};
 use crate::receipt::Receipt;
 use crate::record::{DecisionRecord, Layer};
-use crate::relations;
 use crate::request::{AttributeSource, Mapped};
 use crate::verdict::{Caller, Occasion, Principal, Verdict};
 
@@ -118,7 +117,12 @@ impl Question {
         let attributes = self.told(&mapped)?;
         Ok(match policy.decide(&caller, &mapped, &attributes, &occasion) {
             Verdict::Permit(permit) => permit.record(&caller, &mapped, &attributes, &occasion),
-            Verdict::Deny(denial) => denial.record().clone(),
+            Verdict::Deny(denial) => {
+                match policy.keep(denial, body, &caller, &mapped, &attributes, &occasion) {
+                    Ok(Kept { permit, .. }) => permit.record(&caller, &mapped, &attributes, &occasion),
+                    Err(denial) => denial.record().clone(),
+                }
+            }
         })
     }
 
@@ -163,10 +167,7 @@ impl Question {
 
     /// What the app tells of the objects, as far as the route asks it.
     fn told(&self, mapped: &Mapped) -> Result<Attributes, String> {
-        let mut attributes = Attributes::none();
-        if mapped.asks_relations() {
-            attributes.relations = Relations::Told(None);
-        }
+        let (mut attributes, mut absent) = (Attributes::none(), Vec::new());
         let by_app = mapped.attributes_from() != AttributeSource::Known;
         for id in self.objects.keys() {
             if !mapped.objects().iter().any(|object| object.id() == id) {
@@ -185,10 +186,12 @@ impl Question {
                 })?;
                 attributes.insert(object.clone(), name.clone(), value);
             }
-            if mapped.asks_relations() && !attributes.knows(object) {
-                let flaw = relations::not_there(object, None);
-                attributes.relations = Relations::Unusable(MISSING, flaw);
+            if !attributes.knows(object) {
+                absent.push(object.clone());
             }
+        }
+        if mapped.asks_relations() {
+            attributes.relations = Relations::told(None, absent);
         }
         Ok(attributes)
     }

@@ -113,6 +113,9 @@ pub struct RecordedObject {
     /// What was decided for this one; `None` if it did not come to that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Outcome>,
+    /// What took it out of a batch that was passed on without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out_by: Option<Rule>,
 }
 
 /// The user of a request, as recorded.

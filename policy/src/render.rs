@@ -79,7 +79,8 @@ fn verdict(page: &mut Page, record: &DecisionRecord) {
     page.field("verdict", &verdict);
     page.field("by", &record.decided_by());
     page.field("rule", &record.rule.to_string());
-    if record.verdict == Outcome::Deny {
+    let left_out = record.objects.iter().any(|object| object.left_out_by.is_some());
+    if record.verdict == Outcome::Deny || left_out {
         page.field("reason", &record.reason);
     }
 }
@@ -140,10 +141,11 @@ fn object_line(object: &RecordedObject) -> String {
             write!(line, " ({source})").unwrap_or_default();
         }
     }
-    match object.outcome {
-        Some(Outcome::Permit) => line + "  (permitted)",
-        Some(Outcome::Deny) => line + "  (denied)",
-        None => line,
+    match (object.outcome, &object.left_out_by) {
+        (_, Some(rule)) => line + &format!("  (left out: {rule})"),
+        (Some(Outcome::Permit), None) => line + "  (permitted)",
+        (Some(Outcome::Deny), None) => line + "  (denied)",
+        (None, None) => line,
     }
 }
 

@@ -52,7 +52,8 @@ impl ServicePolicy {
         let caller = Caller { principal, user, chain: chain?.into(), address: None };
         let mut attributes = Attributes::none();
         let mut objects = Vec::with_capacity(record.objects.len());
-        for recorded in &record.objects {
+        // What was left out of a batch was denied, and the rest was permitted without it.
+        for recorded in record.objects.iter().filter(|recorded| recorded.left_out_by.is_none()) {
             let object = ObjectRef::written(&recorded.object)?;
             for (name, value) in &recorded.attributes {
                 attributes.insert(object.clone(), name, value.clone());

@@ -15,6 +15,7 @@ use crate::body::{self, BodyRule, MAX_JUDGED_BODY_BYTES};
 use crate::filter::each;
 use crate::map::{Claim, Route, Source};
 use crate::object::{AttributeType, AttributeValue, Attributes, ObjectRef};
+use crate::plan::Id;
 use crate::record::cut;
 use crate::template::{Place, first_part};
 
@@ -273,16 +274,34 @@ impl Mapped {
                 },
             };
             for at in 0..count {
-                let value = |place| match self.value(place)? {
-                    AttributeValue::Set(values) => values.get(at).map(plain_text),
-                    one => Some(plain_text(one)),
-                };
-                let object = ObjectRef::shared(Arc::clone(&route.kind), id.fill(value).ok_or_else(nameless)?);
+                let id_of_object = self.id_of(id, at).ok_or_else(nameless)?;
+                let object = ObjectRef::shared(Arc::clone(&route.kind), id_of_object);
                 named.add(object, id.list.map(|_| at));
             }
         }
         (self.objects, self.elements) = (named.objects, named.elements);
         Ok(())
+    }
+
+    /// The id of the object that the `at`-th elements name.
+    fn id_of(&self, id: &Id, at: usize) -> Option<SmolStr> {
+        id.fill(|place| match self.value(place)? {
+            AttributeValue::Set(values) => values.get(at).map(plain_text),
+            one => Some(plain_text(one)),
+        })
+    }
+
+    /// The id that each element of the request's list names, one after the other.
+    pub(crate) fn listed(&self) -> impl Iterator<Item = Option<SmolStr>> {
+        let listed = self.route.plan.ids.iter().find_map(|id| Some((id, self.value(id.list?.place)?)));
+        listed.into_iter().flat_map(move |(id, list)| (0..each(list).len()).map(move |at| self.id_of(id, at)))
+    }
+
+    /// The request as if it were about its `at`-th object alone.
+    pub(crate) fn only(&self, at: usize) -> Self {
+        let object = self.objects.get(at).cloned().into_iter().collect();
+        let element = self.elements.get(at).copied().into_iter().collect();
+        Self { objects: object, elements: element, ..self.clone() }
     }
 
     /// What the request says at one of the places that its route looks at.

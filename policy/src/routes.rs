@@ -369,6 +369,7 @@ mod tests {
             members: BTreeMap::new(),
             relations: Default::default(),
             list: None,
+            filters: false,
         }
     }
 

@@ -80,7 +80,8 @@ pub enum Verdict {
 /// Leave to pass a request on.
 ///
 /// INVARIANT: made by [`ServicePolicy::decide`], [`ServicePolicy::decide_object`], [`ServicePolicy::decide_connect`]
-/// and [`ServicePolicy::decide_kafka_connection`] when a policy permits, and by [`Denial::audited`] for a service in audit mode. Nothing else makes one.
+/// and [`ServicePolicy::decide_kafka_connection`] when a policy permits, by [`ServicePolicy::keep`] from one of them, and by
+/// [`Denial::audited`] for a service in audit mode. Nothing else makes one.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Permit(Leave);
@@ -91,6 +92,8 @@ enum Leave {
     Granted { by: ServicePolicy, entry: usize, receipt: Receipt },
     /// By audit mode, in spite of this.
     Audited(Box<DecisionRecord>),
+    /// Without what was left out, as this says.
+    Filtered(Box<DecisionRecord>),
 }
 
 impl Permit {
@@ -99,11 +102,16 @@ impl Permit {
         Self(Leave::Granted { by: by.clone(), entry, receipt })
     }
 
+    /// INVARIANT: for what is left of a batch, once it was permitted.
+    pub(crate) fn filtered(record: DecisionRecord) -> Self {
+        Self(Leave::Filtered(Box::new(record)))
+    }
+
     /// The decision's id.
     pub fn receipt(&self) -> &Receipt {
         match &self.0 {
             Leave::Granted { receipt, .. } => receipt,
-            Leave::Audited(record) => &record.receipt,
+            Leave::Audited(record) | Leave::Filtered(record) => &record.receipt,
         }
     }
 
@@ -111,7 +119,7 @@ impl Permit {
     pub fn rule(&self) -> &Rule {
         match &self.0 {
             Leave::Granted { by, entry, .. } => by.rule(*entry),
-            Leave::Audited(record) => &record.rule,
+            Leave::Audited(record) | Leave::Filtered(record) => &record.rule,
         }
     }
 
@@ -119,6 +127,14 @@ impl Permit {
     /// to be recorded always: that is what the mode is for.
     pub fn is_audited(&self) -> bool {
         matches!(self.0, Leave::Audited(_))
+    }
+
+    /// How many objects were left out, in words, if any were. Such a permit is to be recorded always too.
+    pub fn left_out(&self) -> Option<&str> {
+        match &self.0 {
+            Leave::Filtered(record) => Some(&record.reason),
+            Leave::Granted { .. } | Leave::Audited(_) => None,
+        }
     }
 
     /// What to write down, for those permits that are: the arguments are those of
@@ -134,7 +150,7 @@ impl Permit {
             Leave::Granted { by, .. } => {
                 self.complete(by.record_mapped(caller, mapped, attributes, occasion))
             }
-            Leave::Audited(record) => record.as_ref().clone(),
+            Leave::Audited(record) | Leave::Filtered(record) => record.as_ref().clone(),
         }
     }
 
@@ -151,7 +167,7 @@ impl Permit {
             Leave::Granted { by, .. } => {
                 self.complete(by.record_named(caller, action, object, attributes, occasion))
             }
-            Leave::Audited(record) => record.as_ref().clone(),
+            Leave::Audited(record) | Leave::Filtered(record) => record.as_ref().clone(),
         }
     }
 
@@ -161,7 +177,7 @@ impl Permit {
             Leave::Granted { by, .. } => {
                 self.record_object(caller, CONNECT_ACTION, &by.port(port), &Attributes::none(), occasion)
             }
-            Leave::Audited(record) => record.as_ref().clone(),
+            Leave::Audited(record) | Leave::Filtered(record) => record.as_ref().clone(),
         }
     }
 
@@ -173,7 +189,7 @@ impl Permit {
                 record.action = Some(CONNECT_ACTION.to_owned());
                 self.complete(record)
             }
-            Leave::Audited(record) => record.as_ref().clone(),
+            Leave::Audited(record) | Leave::Filtered(record) => record.as_ref().clone(),
         }
     }
 

@@ -85,7 +85,7 @@ fn the_tests_beside_the_policies_pass() {
 #[test]
 fn the_messages_judged_are_those_that_the_store_reads() {
     for (copy, of) in [
-        ("store/policies/services/store/store.proto", "store/client/proto/store.proto"),
+        ("../policy/src/shipped/store.proto", "store/client/proto/store.proto"),
         ("store/policies/mesh.cedarschema", "bank/policies/mesh.cedarschema"),
     ] {
         let text = |name: &str| fs::read_to_string(examples().join(name)).unwrap();

@@ -64,3 +64,52 @@ impl Authorizer for CedarAuthorizer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use identity::{SpiffeId, TrustDomain};
+    use policy::{MemoryRecorder, Policies};
+
+    use super::*;
+    use crate::authorize::{Action, Target};
+    use crate::path::SecretPath;
+
+    /// What the vault asks is what `mapping = "vault"` brings: an action that the schema does not have would deny.
+    #[test]
+    fn every_action_of_the_vault_is_one_that_policies_can_be_about() {
+        let text = |text: &str| text.as_bytes().to_vec();
+        let permit =
+            "@id(\"all\")\npermit (principal is Mesh::Workload, action, resource is Vault::Secret);\n";
+        let files = BTreeMap::from([
+            ("mesh.cedarschema".to_owned(), text(include_str!("../tests/policies/mesh.cedarschema"))),
+            ("services/vault/map.toml".to_owned(), text("mapping = \"vault\"")),
+            ("services/vault/vault.cedar".to_owned(), text(permit)),
+        ]);
+        let trust_domain = TrustDomain::new("bank.example").unwrap();
+        let policies = Policies::from_files(&files, Path::new("policies"), None, &trust_domain).unwrap();
+        let recorder = Arc::new(MemoryRecorder::default());
+        let random = Arc::new(ring::rand::SystemRandom::new());
+        let judge = CedarAuthorizer::new(policies.service("vault").unwrap().into(), recorder, random);
+        let caller = SpiffeId::new("spiffe://bank.example/service/accounts").unwrap();
+        for action in [Action::Read, Action::Write, Action::Delete, Action::List] {
+            let target = match action {
+                Action::List => Target::Folder(None),
+                _ => Target::Secret(SecretPath::new("accounts/db-key").unwrap()),
+            };
+            let asked = AccessRequest {
+                caller: &caller,
+                address: "127.0.0.1:1".parse().unwrap(),
+                action,
+                target: &target,
+                method: "GET",
+                uri: "/v1/secret/data/accounts/db-key",
+                now: std::time::Duration::from_secs(1_795_305_600),
+                trace_id: None,
+            };
+            assert!(judge.may(&asked).is_ok_and(|grant| grant.rule.contains("all")), "{}", action.name());
+        }
+    }
+}

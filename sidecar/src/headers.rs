@@ -102,6 +102,19 @@ pub fn strip_identity(headers: &mut HeaderMap) {
     }
 }
 
+/// What a sender says of a body as it was.
+const OF_THE_BODY: [&str; 4] = ["content-md5", "digest", "content-digest", "repr-digest"];
+
+/// The request's body is another now, of so many bytes: what was said of the one before is not true of it.
+pub(crate) fn body_changed(headers: &mut HeaderMap, bytes: usize) {
+    if headers.contains_key(CONTENT_LENGTH) {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes));
+    }
+    for name in OF_THE_BODY {
+        headers.remove(name);
+    }
+}
+
 /// Drops what belongs to one connection only (RFC 9110 §7.6.1), including whatever `Connection` names.
 ///
 /// Call it before identity headers are *set*, so that `Connection: x-forwarded-user` cannot take one away.

@@ -22,8 +22,8 @@ use identity::clock::SharedClock;
 use identity::txn::{Chain, Verifier};
 use identity::{IdentitySource, Peer, Scope, SpiffeId};
 use policy::{
-    AttributeSource, Attributes, BodyRule, Caller, Denial, Layer, Mapped, Mode, ObjectRef, Occasion, Permit,
-    Principal, Receipts, Recorder, Refusal, ServicePolicy, Verdict,
+    AttributeSource, Attributes, BodyRule, Caller, Denial, Kept, Layer, Mapped, Mode, ObjectRef, Occasion,
+    Permit, Principal, Receipts, Recorder, Refusal, ServicePolicy, Verdict,
 };
 
 use tokio_rustls::server::TlsStream;
@@ -112,6 +112,24 @@ enum Carried {
     },
     /// A call whose first message was read.
     Begun(Box<Begun>),
+}
+
+impl Carried {
+    /// The same request with another body, or another first message.
+    fn shortened(self, said: &Bytes) -> Self {
+        match self {
+            Self::Begun(begun) => Self::Begun(Box::new(Begun { first: Message::of(said), ..*begun })),
+            Self::Body(_) | Self::Call { .. } => Self::Body(full(said.clone())),
+        }
+    }
+
+    /// The length of what is here.
+    fn len(&self) -> usize {
+        match self {
+            Self::Begun(begun) => begun.first.len(),
+            Self::Body(body) | Self::Call { body, .. } => body.whole().map_or(0, <[u8]>::len),
+        }
+    }
 }
 
 /// A call as far as it is known before it is decided about.
@@ -369,22 +387,26 @@ impl Inbound {
             return Ok((held.release(&permit), permit));
         }
         match mapped.attributes_from() {
-            AttributeSource::Known => {
-                let attributes = known;
-                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                let (body, faults) =
-                    self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
-                understood.attributes = attributes;
-                let request = Request::from_parts(parts, body);
-                let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
-                let response = self.released(response, remembered, connection, &policy, understood);
-                Ok((response, permit))
-            }
-            AttributeSource::Entities => {
-                let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
+            from @ (AttributeSource::Known | AttributeSource::Entities) => {
                 let mut attributes = known;
-                attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
-                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
+                if from == AttributeSource::Entities {
+                    let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
+                    attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
+                }
+                let (permit, mapped, body) =
+                    match permitted(policy.decide(caller, mapped, &attributes, occasion)) {
+                        Ok(permit) => (permit, mapped, body),
+                        // Of a batch, what they may have.
+                        Err(denial) => {
+                            let said = &mut understood.said;
+                            let Kept { permit, mapped, body: left } =
+                                policy.keep(denial, &said.bytes, caller, mapped, &attributes, occasion)?;
+                            said.bytes = left.into();
+                            let body = body.shortened(&said.bytes);
+                            headers::body_changed(&mut parts.headers, body.len());
+                            (permit, &*understood.mapped.insert(mapped), body)
+                        }
+                    };
                 let (body, faults) =
                     self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
                 understood.attributes = attributes;
@@ -706,13 +728,15 @@ impl Inbound {
         };
         match outcome {
             Ok((response, permit)) => {
-                let sampled = permit.is_audited() || self.sampler.take(understood.occasion.now);
+                let note = permit.left_out().map(str::to_owned);
+                let sampled =
+                    permit.is_audited() || note.is_some() || self.sampler.take(understood.occasion.now);
                 if let (true, Some(caller), Some(mapped)) = (sampled, &understood.caller, &understood.mapped)
                 {
                     let (attributes, occasion) = (&understood.attributes, &understood.occasion);
                     self.recorder.record(permit.record(caller, mapped, attributes, occasion));
                 }
-                Ended { response, verdict: "allow", by: By::Permit(permit), note: None }
+                Ended { response, verdict: "allow", by: By::Permit(permit), note }
             }
             Err(Stop::Denied(denial)) => {
                 self.metrics.denied(denial.rule().name().to_owned());

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use http::StatusCode;
 use http_body::{Body as _, Frame};
 use policy::{Denial, Refusal};
@@ -117,6 +117,20 @@ impl MessageBound {
 pub(crate) struct Message(Bytes);
 
 impl Message {
+    /// A message of this payload, which is within the bound of one that was read.
+    pub(crate) fn of(payload: &[u8]) -> Self {
+        let mut bytes = BytesMut::with_capacity(PREFIX_BYTES + payload.len());
+        bytes.put_u8(0);
+        bytes.put_u32(u32::try_from(payload.len()).unwrap_or(u32::MAX));
+        bytes.extend_from_slice(payload);
+        Self(bytes.freeze())
+    }
+
+    /// With what stands before it.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Without what stands before it.
     pub(crate) fn payload(&self) -> Bytes {
         self.0.slice(PREFIX_BYTES.min(self.0.len())..)

@@ -88,6 +88,23 @@ body = { accounts = "[id]" }
 attributes = { owner = "entities" }
 
 [[route]]
+match = "POST /batches/get"
+action = "ReadAccount"
+object = 'Account::"{body:/ids}"'
+body = { ids = "[id]", view = "text?" }
+attributes = { owner = "entities" }
+batch = "filter"
+
+[[route]]
+match = "POST /bank.Accounts/BatchGet"
+action = "ReadAccount"
+object = 'Account::"{body:/ids}"'
+body_type = "grpc"
+body = { ids = "[id]" }
+attributes = { owner = "entities" }
+batch = "filter"
+
+[[route]]
 match = "GET /accounts"
 action = "ListAccounts"
 object = 'Book::"all"'
@@ -100,6 +117,13 @@ attributes = { owner = "/owner" }
 counts = ["total"]
 cursors = ["next"]
 keeps = ["currency"]
+"#;
+
+const ACCOUNTS_PROTO: &str = r#"
+syntax = "proto3";
+package bank;
+message Ask { string view = 1; repeated string ids = 2; }
+service Accounts { rpc BatchGet(Ask) returns (Ask); }
 "#;
 
 const ACCOUNTS_POLICIES: &str = r#"
@@ -242,6 +266,7 @@ impl World {
             ("mesh.cedarschema", SCHEMA),
             ("services/accounts/accounts.cedarschema", ACCOUNTS_SCHEMA),
             ("services/accounts/map.toml", ACCOUNTS_MAP),
+            ("services/accounts/accounts.proto", ACCOUNTS_PROTO),
             ("services/accounts/accounts.cedar", ACCOUNTS_POLICIES),
         ]);
         let (scope, clock) = (Scope::new(), SystemClock::shared());
@@ -1099,6 +1124,93 @@ async fn policy_33_of_a_batch_every_object_is_judged_and_one_foreign_one_refuses
         2,
         "nothing else passed"
     );
+    world.end().await;
+}
+
+#[tokio::test]
+async fn policy_33_of_a_filtered_batch_the_app_sees_what_is_permitted_and_nothing_else() {
+    let world = World::new().await;
+    let post = async |body: &str, headers: &[(&str, &str)]| {
+        world.call("alice", "POST", "/batches/get", body, headers).await
+    };
+    let reached = || {
+        let seen = world.seen();
+        let batches = seen.into_iter().filter(|seen| seen.target == "/batches/get");
+        batches.collect::<Vec<_>>()
+    };
+    // What is wholly theirs is not touched, byte for byte.
+    let own = "{ \"view\": \"full\",  \"ids\": [\"17\", \"18\"] }";
+    assert_eq!(post(own, &[]).await.0, StatusCode::CREATED);
+    assert_eq!(reached().last().unwrap().body, own);
+    // One foreign id among fifty, at any place; one that the app does not know.
+    let ids: Vec<String> = (1000..1049).map(|id| id.to_string()).collect();
+    for (place, foreign) in [(0, "42"), (25, "42"), (49, "42"), (10, "77")] {
+        let mut asked = ids.clone();
+        asked.insert(place, foreign.to_owned());
+        let body = serde_json::json!({ "ids": asked, "view": "full" }).to_string();
+        let digest = [("content-digest", "sha-256=:AAAA:"), ("x-other", "stays")];
+        assert_eq!(post(&body, &digest).await.0, StatusCode::CREATED, "{foreign} at {place}");
+        let seen = reached().pop().unwrap();
+        let left: serde_json::Value = serde_json::from_str(&seen.body).unwrap();
+        assert_eq!(left, serde_json::json!({ "ids": ids, "view": "full" }));
+        assert_eq!(seen.headers["content-length"], seen.body.len().to_string());
+        assert!(!seen.headers.contains_key("content-digest"), "it is not true of what is left");
+        assert_eq!(seen.headers["x-other"], "stays");
+        let filtered = |record: &DecisionRecord| record.objects.iter().any(|o| o.left_out_by.is_some());
+        let record = world.records.records().into_iter().rfind(filtered).unwrap();
+        assert_eq!(record.rule.name(), "web-for-owner");
+        assert_eq!(record.reason, "permitted, but for 1 of 50 objects");
+        let left_out: Vec<_> = record.objects.iter().filter(|object| object.left_out_by.is_some()).collect();
+        assert_eq!(left_out.len(), 1);
+        assert_eq!(left_out[0].object, format!("Accounts::Account::\"{foreign}\""));
+        let by = if foreign == "42" { "none" } else { "attributes.missing" };
+        assert_eq!(left_out[0].left_out_by.as_ref().unwrap().name(), by);
+    }
+    let before = reached().len();
+    // None is left: the denial, with its receipt.
+    let (status, answer) = post(r#"{"ids":["42","42"]}"#, &[]).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert!(answer.contains(world.last().receipt.as_str()), "{answer}");
+    assert_eq!(world.last_rule(), "none");
+    // Empty, nested, of another type: no list, and nothing is repaired.
+    for bad in ["[]", "[[\"17\"]]", "[17]", "[null]", "[\"17\",[\"42\"]]", "\"17\""] {
+        assert_eq!(post(&format!("{{\"ids\":{bad}}}"), &[]).await.0, StatusCode::BAD_REQUEST, "{bad}");
+    }
+    assert_eq!(reached().len(), before, "nothing else passed");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn policy_33_of_a_filtered_message_the_elements_go_and_every_other_byte_stays() {
+    let world = World::new().await;
+    let grpc = [("content-type", "application/grpc")];
+    // Each shorter than 128 bytes, so that lengths are one byte.
+    let field = |number: u8, text: &str| {
+        format!("{}{}{text}", char::from(number << 3 | 2), char::from(text.len() as u8))
+    };
+    let call = |fields: &[String]| {
+        let message = fields.concat();
+        format!("\0\0\0\0{}{message}", char::from(message.len() as u8))
+    };
+    let asked = [field(2, "42"), field(2, "17"), field(1, "full"), field(2, "77"), field(2, "18")];
+    let target = "/bank.Accounts/BatchGet";
+    world.call("alice", "POST", target, &call(&asked), &grpc).await;
+    let seen = world.seen().pop().unwrap();
+    assert_eq!(
+        (seen.target.as_str(), seen.body),
+        (target, call(&[field(2, "17"), field(1, "full"), field(2, "18")]))
+    );
+    let left = |record: &DecisionRecord| record.reason == "permitted, but for 2 of 4 objects";
+    assert!(world.records.records().iter().any(left));
+    // None is left; none was asked for; a second message.
+    let before = world.seen().iter().filter(|seen| seen.target == target).count();
+    for bad in [call(&[field(2, "42")]), call(&[field(1, "full")]), call(&asked) + &call(&asked)] {
+        let answer = world.call("alice", "POST", target, &bad, &grpc).await;
+        let whole = |seen: &Seen| seen.target == target && seen.body.contains("42");
+        assert!(!world.seen().iter().any(whole), "{answer:?}");
+    }
+    let after = world.seen().iter().filter(|seen| seen.target == target).count();
+    assert!(after <= before + 1, "the first of two messages may have begun a request");
     world.end().await;
 }
 

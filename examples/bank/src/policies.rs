@@ -32,7 +32,6 @@ pub const POLICIES: &[(&str, &str)] = &[
     ),
     ("services/vault/map.toml", include_str!("../policies/services/vault/map.toml")),
     ("services/vault/vault.cedar", include_str!("../policies/services/vault/vault.cedar")),
-    ("services/vault/vault.cedarschema", include_str!("../policies/services/vault/vault.cedarschema")),
     ("services/web/map.toml", include_str!("../policies/services/web/map.toml")),
     ("services/web/web.cedar", include_str!("../policies/services/web/web.cedar")),
     ("services/web/web.cedarschema", include_str!("../policies/services/web/web.cedarschema")),

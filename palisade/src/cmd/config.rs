@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use policy::Problem;
 use serde_json::{Value, json};
 
 use crate::Global;
@@ -82,10 +83,17 @@ pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exi
 
 /// Reads mesh.toml for a verb that needs it.
 pub(crate) fn load(file: &Path) -> Result<Mesh, Failure> {
-    Mesh::load(file, &hostname()).map_err(|problems| {
-        Failure::problems(&file.display().to_string(), problems)
-            .next(format!("mend it, then run `palisade config check {}`", file.display()))
-    })
+    Mesh::load(file, &hostname()).map_err(|problems| unusable(file, problems))
+}
+
+/// The same, for policies other than those that it names.
+pub(crate) fn load_with(file: &Path, policies: &Path) -> Result<Mesh, Failure> {
+    Mesh::load_with(file, &hostname(), policies).map_err(|problems| unusable(file, problems))
+}
+
+fn unusable(file: &Path, problems: Vec<Problem>) -> Failure {
+    Failure::problems(&file.display().to_string(), problems)
+        .next(format!("mend it, then run `palisade config check {}`", file.display()))
 }
 
 /// Reads sidecar.toml for a sidecar that runs alone.

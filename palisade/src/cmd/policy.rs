@@ -3,8 +3,10 @@
 mod diff;
 mod proofs;
 mod rollout;
+mod subject;
 mod suggest;
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +16,8 @@ use policy::{
     Attributes, Caller, Case, Layer, Mode, ObjectRef, Occasion, Policies, Principal, Problem, Reach, Receipt,
     ServicePolicy, UnmappedOperation, Verdict,
 };
+
+use subject::Subject;
 
 use crate::Global;
 use crate::cmd::config;
@@ -33,12 +37,16 @@ enum What {
     /// Say everything that is wrong with the policies, and prove their invariants (guard/invariants/*.cedar). Exit code
     /// 4 if something is wrong, 1 if an invariant does not hold or cannot be proved.
     Check {
+        /// The policies' directory; else the one that mesh.toml names.
+        dir: Option<PathBuf>,
         /// What was found good as JSON.
         #[arg(long)]
         json: bool,
     },
     /// Check the policies, and run the tests beside them: services/NAME/tests/*.toml. Exit code 1 if one fails.
     Test {
+        /// The policies' directory; else the one that mesh.toml names.
+        dir: Option<PathBuf>,
         /// Only the tests of this service's policies.
         #[arg(long, value_name = "NAME")]
         service: Option<String>,
@@ -48,6 +56,8 @@ enum What {
     },
     /// Write *.cedar files in the one form that reviews need not talk about.
     Fmt {
+        /// The policies' directory; else the one that mesh.toml names.
+        dir: Option<PathBuf>,
         /// Change nothing; exit code 1 if a file is not in that form.
         #[arg(long)]
         check: bool,
@@ -75,26 +85,35 @@ enum What {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
-    let mesh = config::load(&global.config)?;
+    let find = |dir: &Option<PathBuf>| Subject::find(dir.as_deref(), global, printer);
     match &args.what {
-        What::Check { json } => check(&mesh, *json, printer),
-        What::Diff(args) => diff::run(args, &mesh, global, printer),
-        What::Suggest(args) => suggest::run(args, &mesh, global, printer),
+        What::Check { dir, json } => check(&find(dir)?, *json, printer),
+        What::Diff(args) => diff::run(args, &find(&args.dir)?, global, printer),
+        What::Suggest(args) => suggest::run(args, &config::load(&global.config)?, global, printer),
         What::Wait(args) => rollout::wait(args, global, printer),
         What::RollBack(args) => rollout::roll_back(args, global, printer),
-        What::Test { service, json } => test(&mesh, service.as_deref(), *json, printer),
-        What::Fmt { check, json } => fmt(&mesh, *check, *json, printer),
-        What::Matrix { json } => matrix(&mesh, *json, printer),
+        What::Test { dir, service, json } => test(&find(dir)?, service.as_deref(), *json, printer),
+        What::Fmt { dir, check, json } => fmt(&find(dir)?, *check, *json, printer),
+        What::Matrix { json } => matrix(&config::load(&global.config)?, *json, printer),
     }
 }
 
-fn test(mesh: &Mesh, service: Option<&str>, json: bool, printer: &Printer) -> Result<Exit, Failure> {
-    let policies = workload::policies(mesh)?;
-    let directory = &mesh.mesh.policies;
+fn test(subject: &Subject, service: Option<&str>, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+    let policies = subject.policies()?;
+    let (mesh, directory) = (&subject.mesh, subject.directory());
     let registered = mesh.registrations();
-    let known = |name: &str| registered.iter().find(|known| known.name == name).map(|known| known.id.clone());
-    let cases = Case::load(directory, &policies, known)
-        .map_err(|problems| Failure::problems(&directory.display().to_string(), problems.0))?;
+    let named = Cell::new(false);
+    let known = |name: &str| {
+        named.set(true);
+        registered.iter().find(|known| known.name == name).map(|known| known.id.clone())
+    };
+    let cases = Case::load(directory, &policies, known).map_err(|problems| {
+        let failure = Failure::problems(&directory.display().to_string(), problems.0);
+        if subject.has_mesh || !named.get() {
+            return failure;
+        }
+        failure.hint("who is called so stands in mesh.toml: name it with --config FILE, or write SPIFFE IDs")
+    })?;
     let service = service.map(|name| mesh.policies_of(name));
     if let Some(name) = service.filter(|name| policies.service(name).is_none()) {
         return Err(workload::no_policy(directory, name));
@@ -139,11 +158,11 @@ fn test(mesh: &Mesh, service: Option<&str>, json: bool, printer: &Printer) -> Re
 const LINE_WIDTH: usize = 110;
 const INDENT_WIDTH: isize = 2;
 
-fn fmt(mesh: &Mesh, check: bool, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+fn fmt(subject: &Subject, check: bool, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     // What cannot be read cannot be written anew: mistakes are said first.
-    let _good = workload::policies(mesh)?;
+    let _good = subject.policies()?;
     let mut changed = Vec::new();
-    for path in cedar_files(&mesh.mesh.policies)? {
+    for path in cedar_files(subject.directory())? {
         let failed = |what: &str, cause: String| {
             let cause = std::io::Error::other(cause);
             Failure::new(format!("{} cannot be {what}", path.display())).because(&cause)
@@ -168,7 +187,7 @@ fn fmt(mesh: &Mesh, check: bool, json: bool, printer: &Printer) -> Result<Exit, 
             1 => "a file is not in the one form".to_owned(),
             count => format!("{count} files are not in the one form"),
         };
-        return Err(Failure::new(message).hint("palisade policy fmt writes them"));
+        return Err(Failure::new(message).hint("the same without --check writes them"));
     }
     Ok(Exit::Ok)
 }
@@ -229,8 +248,8 @@ fn matrix(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
-    let policies = workload::policies(mesh)?;
+fn check(subject: &Subject, json: bool, printer: &Printer) -> Result<Exit, Failure> {
+    let (mesh, policies) = (&subject.mesh, subject.policies()?);
     let own = [("gateway", mesh.gateway.is_some()), ("vault", mesh.vault.is_some())];
     let own = own.into_iter().filter(|(_, there)| *there).map(|(name, _)| name);
     let needed = mesh.service.values().map(|service| service.policies.as_str()).chain(own);
@@ -262,6 +281,7 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
                     "unmapped_methods": service.unmapped_methods(),
                     "unmapped_operations": service.unmapped_operations(),
                     "undescribed_routes": service.undescribed_routes(),
+                    "shipped_as": service.shipped_as(),
                 })
             })
             .collect();
@@ -285,6 +305,13 @@ fn check(mesh: &Mesh, json: bool, printer: &Printer) -> Result<Exit, Failure> {
     printer.data(&text)?;
     for service in policies.services() {
         unmapped(service, printer);
+        if let Some(mapping) = service.shipped_as() {
+            printer.warning(&format!(
+                "{}: its schema comes with palisade: once every host runs this version, write mapping = \"{mapping}\" in map.toml and \
+                 remove the copy",
+                service.name()
+            ));
+        }
     }
     Ok(Exit::Ok)
 }
@@ -362,7 +389,7 @@ mod tests {
 
     fn checked(reader: &str) -> Result<Exit, Failure> {
         let (_folder, mesh) = bank(reader);
-        check(&mesh, false, &Printer::plain())
+        check(&Subject::of(mesh), false, &Printer::plain())
     }
 
     /// The bank's policies, and a mesh of which one service reads a secret.
@@ -393,14 +420,15 @@ mod tests {
     #[test]
     fn the_bank_s_tests_pass_and_a_changed_policy_fails_them() {
         let (folder, mesh) = bank("accounts");
-        assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
-        assert_eq!(test(&mesh, Some("web"), true, &Printer::plain()).unwrap(), Exit::Ok);
-        assert!(test(&mesh, Some("wed"), false, &Printer::plain()).is_err());
+        let subject = Subject::of(mesh);
+        assert_eq!(test(&subject, None, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(test(&subject, Some("web"), true, &Printer::plain()).unwrap(), Exit::Ok);
+        assert!(test(&subject, Some("wed"), false, &Printer::plain()).is_err());
         let path = folder.path().join("policies/services/accounts/accounts.cedar");
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replace("context has user && resource.owner == context.user.id", "true"))
             .unwrap();
-        let failure = test(&mesh, None, false, &Printer::plain()).unwrap_err();
+        let failure = test(&subject, None, false, &Printer::plain()).unwrap_err();
         assert_eq!(failure.exit, Exit::Failed);
         let told = failure.problems.iter().map(ToString::to_string).collect::<String>();
         assert!(told.contains("expected denied by `none`, allowed by `web-reads-own-accounts`"), "{told}");
@@ -410,17 +438,18 @@ mod tests {
     #[test]
     fn formatted_files_stay_so_and_mean_the_same() {
         let (folder, mesh) = bank("accounts");
+        let subject = Subject::of(mesh);
         let path = folder.path().join("policies/services/accounts/accounts.cedar");
         let text = std::fs::read_to_string(&path).unwrap();
         // As it is committed.
-        assert_eq!(fmt(&mesh, true, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&subject, true, false, &Printer::plain()).unwrap(), Exit::Ok);
         std::fs::write(&path, text.replace("permit (\n  principal", "permit(principal")).unwrap();
-        let failure = fmt(&mesh, true, false, &Printer::plain()).unwrap_err();
+        let failure = fmt(&subject, true, false, &Printer::plain()).unwrap_err();
         assert_eq!(failure.exit, Exit::Failed);
-        assert_eq!(fmt(&mesh, false, false, &Printer::plain()).unwrap(), Exit::Ok);
-        assert_eq!(fmt(&mesh, true, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&subject, false, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(fmt(&subject, true, false, &Printer::plain()).unwrap(), Exit::Ok);
         assert!(std::fs::read_to_string(&path).unwrap().contains("// payments looks up whose account"));
-        assert_eq!(test(&mesh, None, false, &Printer::plain()).unwrap(), Exit::Ok);
+        assert_eq!(test(&subject, None, false, &Printer::plain()).unwrap(), Exit::Ok);
     }
 
     #[test]

@@ -29,15 +29,17 @@ const MAX_SVID_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest timeout of a request or a drain: past an hour it is no bound any more.
 pub(crate) const MAX_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 
-/// Turns the sections into a [`Mesh`], or says everything that is wrong with them.
+/// Turns the sections into a [`Mesh`], or says everything that is wrong with them. `policies` stands in place of the
+/// directory that they name.
 pub(crate) fn mesh(
     sections: Sections<MeshFile>,
     text: &str,
     file: &Path,
     hostname: &str,
+    policies: Option<&Path>,
 ) -> Result<Mesh, Vec<Problem>> {
     let mut check = Check::new(file, text, sections.declared, sections.problems);
-    let mesh = sections.file.and_then(|sections| check.mesh(sections, hostname));
+    let mesh = sections.file.and_then(|sections| check.mesh(sections, hostname, policies));
     check.outcome(mesh)
 }
 
@@ -53,7 +55,7 @@ pub(crate) fn own_id(trust_domain: &TrustDomain, own: Own) -> Option<SpiffeId> {
 }
 
 impl Check<'_> {
-    fn mesh(&mut self, sections: MeshFile, hostname: &str) -> Option<Mesh> {
+    fn mesh(&mut self, sections: MeshFile, hostname: &str, given: Option<&Path>) -> Option<Mesh> {
         let MeshFile {
             mesh,
             control,
@@ -79,8 +81,8 @@ impl Check<'_> {
                 None
             }
         };
-        let policies = self.path(&mesh.policies);
-        if policy.is_none() && !policies.is_dir() {
+        let policies = given.map_or_else(|| self.path(&mesh.policies), Path::to_owned);
+        if given.is_none() && policy.is_none() && !policies.is_dir() {
             let message = format!("there is no directory `{}`", mesh.policies.get_ref());
             let hint = "a relative path starts at mesh.toml's own directory; without policies every request is refused";
             self.report(&mesh.policies, message, Some(hint.into()));

@@ -520,7 +520,20 @@ impl Mesh {
     /// Checks `text`, which came from `file`; paths in it are relative to that.
     pub(crate) fn parse(text: &str, file: &Path, hostname: &str) -> Result<Self, Vec<Problem>> {
         let sections = load::sections(text, file);
-        check::mesh(sections, text, file, hostname)
+        check::mesh(sections, text, file, hostname, None)
+    }
+
+    /// [`Mesh::load`] with `policies` in place of the directory that the file names, which need not be there.
+    pub(crate) fn load_with(file: &Path, hostname: &str, policies: &Path) -> Result<Self, Vec<Problem>> {
+        let text = load::read::<file::MeshFile>(file).map_err(|problem| vec![problem])?;
+        check::mesh(load::sections(&text, file), &text, file, hostname, Some(policies))
+    }
+
+    /// A mesh of which nothing is known but its trust domain and its policies.
+    pub(crate) fn unknown(trust_domain: &TrustDomain, policies: &Path) -> Result<Self, Vec<Problem>> {
+        let text = format!("[mesh]\ntrust_domain = \"{trust_domain}\"\npolicies = \"policies\"\n");
+        let file = Path::new("mesh.toml");
+        check::mesh(load::sections(&text, file), &text, file, "localhost", Some(policies))
     }
 
     /// The SPIFFE ID of one of the mesh's own processes.

@@ -1,14 +1,12 @@
 //! Kafka's objects and the decisions about them, for services whose map says `mapping = "kafka"`.
 //!
-//! Such a service writes no schema: [`SCHEMA`] is the same for all of them, so that a rule means the same before every
-//! cluster. What bytes name which object is the sidecar's to know; what a name may be, and who may do what with it, is
+//! Such a service writes no schema ([`crate::shipped`]). What bytes name which object is the sidecar's to know; what a name may be, and who may do what with it, is
 //! said here.
 
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 
 use cedar_policy::ResourceConstraint;
-use toml::de::DeTable;
 
 use crate::decide::{PolicyEntry, ServicePolicy};
 use crate::judge::{Asked, bare_object};
@@ -18,13 +16,6 @@ use crate::record::{Outcome, PolicyEffect, RecordedObject, Rule};
 use crate::request::Refusal;
 use crate::schema;
 use crate::verdict::{Caller, Denial, Occasion, Permit, Principal, Understood, Verdict};
-
-/// The namespace of everything here, which no service may declare.
-pub(crate) const NAMESPACE: &str = "Kafka";
-/// What there is, as services write it for themselves elsewhere.
-pub(crate) const SCHEMA: &str = include_str!("kafka.cedarschema");
-/// What problems of [`SCHEMA`] name as its file.
-pub(crate) const SCHEMA_FILE: &str = "kafka.cedarschema (part of palisade)";
 
 /// The names of types, shared by all objects of theirs.
 static TOPIC: LazyLock<Arc<str>> = LazyLock::new(|| "Kafka::Topic".into());
@@ -331,14 +322,6 @@ impl Denial {
             self.0.objects.push(denied);
         }
     }
-}
-
-/// Whether a map says `mapping = "kafka"`, whatever else is in it.
-pub(crate) fn is_mapping(map: &str) -> bool {
-    let document = DeTable::parse(map).ok();
-    document.is_some_and(|document| {
-        document.get_ref().get("mapping").and_then(|value| value.get_ref().as_str()) == Some("kafka")
-    })
 }
 
 /// Why a permit is none that a Kafka service may have, and what to write instead: one for topics in general must not be

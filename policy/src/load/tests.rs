@@ -76,6 +76,24 @@ fn the_directory_of_these_tests_loads() {
 }
 
 #[test]
+fn the_trust_domain_is_that_of_most_workloads_that_are_named() {
+    let of = |policies: &str| {
+        let (_any, dir) = load(&[("services/shop/shop.cedar", Some(policies))]);
+        Policies::trust_domain_of(dir.path()).map(|named| named.to_string())
+    };
+    let permit = |domain: &str| {
+        format!("permit (principal == Mesh::Workload::\"spiffe://{domain}/service/web\", action, resource);")
+    };
+    assert_eq!(
+        of(&[permit("a.example"), permit("b.example"), permit("b.example")].concat()).unwrap(),
+        "b.example"
+    );
+    assert_eq!(of(POLICY), None);
+    assert_eq!(of("permit"), None);
+    assert_eq!(Policies::trust_domain_of(Path::new("nowhere")), None);
+}
+
+#[test]
 fn every_byte_counts_for_the_version() {
     let version = |changes: &[(&str, Option<&str>)]| load(changes).0.unwrap().version().clone();
     assert_eq!(version(&[]), version(&[]));
@@ -193,7 +211,7 @@ fn maps_with_mistakes_are_problems_with_a_place() {
         ("x = ".to_owned(), "1:", "string"),
         (String::new(), "1:1", "no [[route]]"),
         ("mode = \"warn\"\nmapping = \"none\"".into(), "1:8", "`mode` is"),
-        ("mapping = \"some\"".into(), "1:11", "is \"tcp\", \"kafka\" or \"none\""),
+        ("mapping = \"some\"".into(), "1:11", "is \"kafka\", \"store\", \"vault\", \"tcp\" or \"none\""),
         ("mapping = \"tcp\"".into(), "1:11", "no action `Connect` on Shop::Port"),
         (format!("mapping = \"tcp\"\n{MAP}"), "1:11", "has routes or is \"tcp\""),
         ("route = 3".into(), "1:9", "list of tables"),
@@ -836,7 +854,7 @@ fn what_a_list_lacks_is_said_where_it_stands() {
     }
 }
 
-fn web() -> crate::Caller {
+pub(crate) fn web() -> crate::Caller {
     crate::Caller {
         principal: crate::Principal::Workload(SpiffeId::new("spiffe://bank.example/service/web").unwrap()),
         user: None,
@@ -845,7 +863,7 @@ fn web() -> crate::Caller {
     }
 }
 
-fn occasion() -> crate::Occasion<'static> {
+pub(crate) fn occasion() -> crate::Occasion<'static> {
     crate::Occasion {
         receipt: crate::Receipt::generate(&*identity::random::system()).unwrap(),
         now: std::time::Duration::from_secs(1),

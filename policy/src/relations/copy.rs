@@ -113,17 +113,18 @@ impl RelationsCopy {
         let Some((_, revision)) = self.known else {
             return Attributes::unusable_relations(MISSING, "no relations have come yet");
         };
-        let mut attributes = Attributes::none();
+        let (mut attributes, mut absent) = (Attributes::none(), Vec::new());
         for object in mapped.objects() {
             let told = self.objects.get(object.base_kind()).and_then(|of_kind| of_kind.get(object.id()));
             let Some(told) = told else {
-                return Attributes::unusable_relations(MISSING, not_there(object, Some(revision)));
+                absent.push(object.clone());
+                continue;
             };
             for (name, value) in told {
                 attributes.insert(object.clone(), &**name, value.clone());
             }
         }
-        attributes.relations = Relations::Told(Some(revision));
+        attributes.relations = Relations::told(Some(revision), absent);
         attributes
     }
 }

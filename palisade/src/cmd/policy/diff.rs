@@ -14,15 +14,17 @@ use serde::Serialize;
 use tempfile::TempDir;
 
 use super::proofs;
+use super::subject::Subject;
 use crate::Global;
 use crate::cmd::admin;
 use crate::failure::{Exit, Failure};
 use crate::mesh::Mesh;
 use crate::printer::Printer;
-use crate::workload;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
+    /// The policies' directory; else the one that mesh.toml names.
+    pub(super) dir: Option<PathBuf>,
     /// The git revision to compare with, such as main or HEAD~1.
     #[arg(long, value_name = "REV")]
     against: String,
@@ -114,10 +116,15 @@ struct Turned {
     receipt: String,
 }
 
-pub(super) fn run(args: &Args, mesh: &Mesh, global: &Global, printer: &Printer) -> Result<Exit, Failure> {
-    let directory = &mesh.mesh.policies;
+pub(super) fn run(
+    args: &Args,
+    subject: &Subject,
+    global: &Global,
+    printer: &Printer,
+) -> Result<Exit, Failure> {
+    let (mesh, directory) = (&subject.mesh, subject.directory());
     let checkout = at_revision(directory, &args.against)?;
-    let after = workload::policies(mesh)?;
+    let after = subject.policies()?;
     let before = Policies::load(checkout.path(), &mesh.mesh.trust_domain).map_err(|problems| {
         Failure::problems(&format!("{} at {}", directory.display(), args.against), problems.0)
     })?;

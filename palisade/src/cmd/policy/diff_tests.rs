@@ -6,6 +6,7 @@ use policy::{AttributeValue, Layer, Mode, RecordedObject, RecordedUser};
 
 use super::super::tests::bank;
 use super::*;
+use crate::workload;
 
 fn git(directory: &Path, args: &[&str]) {
     let who = ["-c", "user.name=test", "-c", "user.email=test@bank.example", "-c", "commit.gpgsign=false"];
@@ -63,6 +64,7 @@ pub(in crate::cmd::policy) fn read_account(user: &str, verdict: Outcome) -> Deci
             object: "Accounts::Account::\"17\"".into(),
             attributes: [("owner".to_owned(), AttributeValue::Text("alice".into()))].into(),
             outcome: None,
+            left_out_by: None,
         }],
         policy_version: None,
         mode: Mode::Enforce,
@@ -227,4 +229,31 @@ fn an_invariant_that_does_not_hold_fails_the_check_where_it_stands() {
     assert!(problem.file.ends_with("guard/invariants/history.cedar") && problem.line == 2, "{problem}");
     let told = problem.to_string();
     assert!(told.contains("accounts allows spiffe://bank.example/service/payments, for the user"), "{told}");
+}
+
+#[test]
+fn a_directory_that_is_named_is_compared_in_place_of_the_mesh_s() {
+    let (folder, _mesh) = changed(OWNER, "context has user");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let decisions = elsewhere.path().join("decisions.json");
+    fs::write(&decisions, serde_json::to_string(&read_account("bob", Outcome::Deny)).unwrap()).unwrap();
+    let global = Global {
+        // It names another directory, which is not there.
+        config: elsewhere.path().join("mesh.toml"),
+        credentials: None,
+        log: None,
+        supervised_by: None,
+    };
+    let mesh = "[mesh]\ntrust_domain = \"bank.example\"\npolicies = \"policies\"\n";
+    fs::write(&global.config, mesh).unwrap();
+    let args = Args {
+        dir: Some(folder.path().join("policies")),
+        against: "HEAD".into(),
+        decisions: Some(decisions),
+        json: true,
+    };
+    let printer = Printer::plain();
+    let subject = Subject::find(args.dir.as_deref(), &global, &printer).unwrap();
+    assert_eq!(run(&args, &subject, &global, &printer).unwrap(), Exit::Ok);
+    assert!(Subject::find(None, &global, &printer).is_err());
 }
