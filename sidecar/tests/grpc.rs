@@ -128,6 +128,10 @@ async fn answer(
 }
 
 async fn world() -> World {
+    with_map(MAP).await
+}
+
+async fn with_map(map: &str) -> World {
     let (scope, seen) = (Scope::new(), Arc::new(Mutex::new(Vec::new())));
     let app = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = app.local_addr().unwrap();
@@ -135,7 +139,7 @@ async fn world() -> World {
     let files = [
         ACCOUNTS[0],
         ACCOUNTS[1],
-        ("services/accounts/map.toml", MAP),
+        ("services/accounts/map.toml", map),
         ("services/accounts/accounts.proto", PROTO),
         ACCOUNTS[3],
     ];
@@ -405,5 +409,91 @@ async fn policy_25_an_object_that_changes_in_a_later_message_never_reaches_the_a
     for seen in seen {
         assert!(seen.body == "asked" || seen.body.ends_with("alice"), "{seen:?}");
     }
+    world.end().await;
+}
+
+/// The owner of an account, as it is written to the relations.
+fn owned(id: &str, owner: &str) -> (String, String, Option<String>) {
+    ("Account".to_owned(), id.to_owned(), Some(format!("{{\"owner\":\"{owner}\"}}")))
+}
+
+#[tokio::test]
+async fn a_stream_is_judged_again_when_relations_change() {
+    let map = MAP.replace("owner = \"body:/account.id\"", "owner = \"relations\"");
+    let map =
+        format!("relations = \"store\"\n{}", map.replace("owner = \"body:/card\"", "owner = \"relations\""));
+    let world = with_map(&map).await;
+    let relations = world.sidecar.relations();
+    relations.take("e1", 1, None, [owned("17", "alice"), owned("18", "alice")]).unwrap();
+    relations.as_of(world.clock.now());
+
+    let begin = async |account: &str| {
+        let mut call = Call::to(&world, "/bank.Accounts/Follow").await;
+        call.say(&about(account));
+        let (sender, mut heard) = mpsc::unbounded_channel();
+        let ended = tokio::spawn(hears(call.answer, sender));
+        assert_eq!(heard.recv().await, Some(about(account)));
+        (call.send, heard, ended)
+    };
+    let (_silent, _, mut of_17) = begin("17").await;
+    let (mut talking, mut heard, _goes_on) = begin("18").await;
+
+    // What does not matter to a stream ends none, and what is said on is judged by what is true then.
+    relations.take("e1", 2, Some(1), [owned("42", "bob")]).unwrap();
+    talking.send_data(framed(&about("18")), false).unwrap();
+    assert_eq!(heard.recv().await, Some(about("18")));
+    assert!(!of_17.is_finished());
+
+    // Nobody says anything, and the policy stays the same.
+    relations.take("e1", 3, Some(2), [owned("17", "bob")]).unwrap();
+    match (&mut of_17).await.unwrap() {
+        Ended::Reset => {}
+        told => told.refused(DENIED),
+    }
+    let denial = world.last();
+    assert_eq!(
+        (denial.rule.name(), denial.objects[0].object.as_str()),
+        ("none", "Accounts::Account::\"17\"")
+    );
+    assert_eq!(denial.objects[0].told_by["owner"], "relations at revision 3");
+    talking.send_data(framed(&about("18")), false).unwrap();
+    assert_eq!(heard.recv().await, Some(about("18")));
+
+    // The message behind the change is not sent.
+    let before = world.seen().len();
+    relations.take("e1", 4, Some(3), [("Account".to_owned(), "18".to_owned(), None)]).unwrap();
+    let _gone = talking.send_data(framed(&about("18")), false);
+    assert_eq!(heard.recv().await, None);
+    assert_eq!(world.seen().len(), before, "{:?}", world.seen().last());
+    world.end().await;
+}
+
+#[tokio::test]
+async fn metrics_say_how_many_and_how_old_the_relations_are() {
+    let map = format!(
+        "relations = \"store\"\n{}",
+        MAP.replacen("owner = \"body:/account.id\"", "owner = \"relations\"", 1)
+    );
+    let world = with_map(&map).await;
+    let metrics = async || {
+        let mut stream = tokio::net::TcpStream::connect(world.admin).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut told = String::new();
+        stream.read_to_string(&mut told).await.unwrap();
+        told.lines()
+            .filter(|line| line.starts_with("palisade_relations_"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(metrics().await, Vec::<String>::new(), "none is not nothing");
+    let relations = world.sidecar.relations();
+    relations.take("e1", 1796131234567, None, [owned("17", "alice"), owned("18", "alice")]).unwrap();
+    let known = ["palisade_relations_objects 2", "palisade_relations_revision 1796131234567"];
+    assert_eq!(metrics().await, known, "of no known age");
+    relations.as_of(world.clock.now() - Duration::from_secs(3));
+    let told = metrics().await;
+    assert_eq!(told[..2], known);
+    let age: f64 = told[2].strip_prefix("palisade_relations_age_seconds ").unwrap().parse().unwrap();
+    assert!((3.0..30.0).contains(&age), "{age}");
     world.end().await;
 }

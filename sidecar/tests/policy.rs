@@ -529,3 +529,26 @@ async fn policy_37_a_missing_object_or_attribute_and_a_forbid_that_fails_deny() 
     assert_eq!(transfer(&world, "17").await, StatusCode::CREATED, "another action is not touched");
     world.end().await;
 }
+
+#[tokio::test]
+async fn policy_39_without_policies_or_with_old_ones_everything_is_denied_and_told_apart() {
+    let world = World::new().await;
+    let get = async || world.call("alice", "GET", "/owners/alice/accounts", "", &[]).await;
+    assert_eq!(get().await.0, StatusCode::CREATED);
+    let domain = identity::TrustDomain::new("bank.example").unwrap();
+    let (_folder, good) = policies(&ACCOUNTS);
+    let good = good.service("accounts").unwrap();
+    for (policy, rule) in [
+        (policy::ServicePolicy::not_received("accounts", &domain).unwrap(), "policy.not_received"),
+        (Arc::new(good.withhold(policy::Withheld::Expired)), "policy.expired"),
+    ] {
+        world.sidecar.replace_policy(policy);
+        let (status, body) = get().await;
+        assert_eq!((status, world.last_rule().as_str()), (StatusCode::FORBIDDEN, rule));
+        assert!(body.contains(world.last().receipt.as_str()), "{body}");
+    }
+    assert_eq!(world.seen().len(), 1, "{:?}", world.seen());
+    world.sidecar.replace_policy(good);
+    assert_eq!(get().await.0, StatusCode::CREATED);
+    world.end().await;
+}

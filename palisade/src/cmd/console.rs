@@ -1,7 +1,9 @@
 //! What the console shows, read from control.
 
+use std::fmt::Write as _;
+
 use ca::control::ControlHandle;
-use ca::model::{DecisionQuery, IssuedSvid, PoliciesStatus, StoredDecision};
+use ca::model::{DecisionQuery, IssuedSvid, PoliciesStatus, RelationsStatus, StoredDecision};
 use console::{
     DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, ReadModel, Verdict,
 };
@@ -65,6 +67,18 @@ impl ReadModel for Model {
                 allowed: (recent.len() - denied) as u64,
                 denied: denied as u64,
                 policies: status.policies.map(policies),
+            }
+        })
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async move {
+            match self.control.status().await {
+                Ok(status) => metrics(&status.relations),
+                Err(error) => {
+                    tracing::error!(%error, "the console cannot read control's status");
+                    metrics(&[])
+                }
             }
         })
     }
@@ -146,6 +160,39 @@ fn row(stored: &StoredDecision) -> Option<DecisionRow> {
         },
         reason: record.reason,
     })
+}
+
+/// What control counts of relations. Services' names are words of mesh.toml and need no escapes.
+fn metrics(relations: &[RelationsStatus]) -> String {
+    type Reading = fn(&RelationsStatus) -> Option<u64>;
+    let gauges: [(&str, &str, Reading); 5] = [
+        ("objects", "Objects with relations", |store| Some(store.objects)),
+        ("stored_bytes", "Bytes that they take", |store| Some(store.bytes)),
+        ("revision", "Revision that was written last", |store| Some(store.revision)),
+        ("readers", "Copies that are kept up to date", |store| Some(store.readers.len() as u64)),
+        (
+            "readers_oldest_timestamp_seconds",
+            "When the copy that has been silent the longest was heard of",
+            |store| store.readers.iter().map(|reader| reader.heard).min(),
+        ),
+    ];
+    let mut text = String::new();
+    for (name, help, reading) in gauges {
+        // Writing to a String cannot fail.
+        let _infallible = write!(
+            text,
+            "# HELP palisade_relations_{name} {help}.\n# TYPE palisade_relations_{name} gauge\n"
+        );
+        for store in relations {
+            if let Some(value) = reading(store) {
+                let service = &store.service;
+                let _infallible =
+                    writeln!(text, "palisade_relations_{name}{{service=\"{service}\"}} {value}");
+            }
+        }
+    }
+    text.push_str("# EOF\n");
+    text
 }
 
 #[cfg(test)]
