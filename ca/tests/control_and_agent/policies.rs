@@ -111,7 +111,7 @@ impl Replayer for Denies {
 
 fn config(world: &World, address: &str, replayer: Option<Arc<dyn Replayer>>) -> ControlConfig {
     let services = HashMap::from([(SpiffeId::new(WEB).unwrap(), "web".to_owned())]);
-    let policies = Some(PoliciesConfig { services, replayer });
+    let policies = Some(PoliciesConfig { services, replayer, schemas: None });
     ControlConfig { policies, ..world.control_config(address.parse().unwrap(), vec![web()]) }
 }
 

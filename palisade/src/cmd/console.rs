@@ -197,6 +197,8 @@ fn metrics(relations: &[RelationsStatus]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ca::model::RelationsReader;
+
     use super::*;
 
     #[test]
@@ -219,5 +221,40 @@ mod tests {
         ];
         let shown: Vec<_> = newest(all).into_iter().map(|row| row.serial).collect();
         assert_eq!(shown, ["a2", "a3", "b5"]);
+    }
+
+    #[test]
+    fn metrics_have_a_line_for_each_service() {
+        let reader = |heard| RelationsReader {
+            service: "accounts".into(),
+            spiffe_id: "spiffe://bank.example/service/accounts".into(),
+            host: "host-1".into(),
+            revision: 7,
+            heard,
+        };
+        let store = |service: &str, readers| RelationsStatus {
+            service: service.into(),
+            epoch: "e1".into(),
+            revision: 7,
+            objects: 2,
+            bytes: 90,
+            readers,
+        };
+        let text = metrics(&[
+            store("accounts", vec![reader(1_800_000_005), reader(1_800_000_001)]),
+            store("web", vec![]),
+        ]);
+        for line in [
+            "# TYPE palisade_relations_objects gauge",
+            "palisade_relations_objects{service=\"accounts\"} 2",
+            "palisade_relations_stored_bytes{service=\"web\"} 90",
+            "palisade_relations_revision{service=\"accounts\"} 7",
+            "palisade_relations_readers{service=\"accounts\"} 2",
+            "palisade_relations_readers_oldest_timestamp_seconds{service=\"accounts\"} 1800000001",
+        ] {
+            assert_eq!(text.lines().filter(|known| *known == line).count(), 1, "{line} in {text}");
+        }
+        assert!(!text.contains("oldest_timestamp_seconds{service=\"web\"}"), "{text}");
+        assert!(text.ends_with("# EOF\n"));
     }
 }
