@@ -175,8 +175,7 @@ fn topics_of_the_brokers_own_are_named_one_by_one_and_never_any_of_them() {
     assert!(!cedar.contains("is Kafka::InternalTopic") && !cedar.contains("resource in"), "{cedar}");
     // Both actions where both were asked, and no more than that.
     let both = "action in [Kafka::Action::\"Consume\", Kafka::Action::\"Describe\"],\n  resource ==";
-    assert_eq!(cedar.matches("@id(").count(), 10, "{cedar}");
-    assert!(!cedar.contains(both), "{cedar}");
+    assert_eq!((cedar.matches("@id(").count(), cedar.matches(both).count()), (8, 2), "{cedar}");
 }
 
 #[test]
