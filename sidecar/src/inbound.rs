@@ -556,10 +556,7 @@ impl Inbound {
                     let reason = "a later message is about another object than the first";
                     return Err(refuse(Refusal::denied("request.stream_object", reason)));
                 }
-                let attributes = known.again(|| match policy.relations_max_age() {
-                    Some(max_age) => relations.tell_now(max_age, mapped),
-                    None => Attributes::none(),
-                });
+                let attributes = known.under(&policy, mapped, |max_age| relations.tell_now(max_age, mapped));
                 permitted(policy.decide(&caller, mapped, &attributes, &occasion)).map(drop)
             };
             if !Arc::ptr_eq(&begun.0, &policy) {

@@ -6,6 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -54,11 +55,18 @@ impl Known {
         }
     }
 
-    /// The same with what the relations say now, by `ask`.
-    pub(crate) fn again(&self, ask: impl FnOnce() -> Attributes) -> Attributes {
-        match &self.told {
-            Some(told) => together(ask(), told.clone()),
-            None => self.all.clone(),
+    /// The same for a policy that may be another: with what the relations say now, by `ask`, which hears how old that may
+    /// be. Where it asks none, all is as it was.
+    pub(crate) fn under(
+        &self,
+        policy: &ServicePolicy,
+        mapped: &Mapped,
+        ask: impl FnOnce(Duration) -> Attributes,
+    ) -> Attributes {
+        let max_age = policy.relations_max_age().filter(|_| mapped.asks_relations());
+        match (max_age, &self.told) {
+            (Some(max_age), Some(told)) => together(ask(max_age), told.clone()),
+            _ => self.all.clone(),
         }
     }
 }
@@ -168,7 +176,7 @@ impl Question {
         // The new policy's own map says what it means.
         let mapped = map_again(policy, method, target, said.kind.as_ref()).map_err(refuse)?;
         let mapped = mapped.with_body(&said.bytes).map_err(refuse)?;
-        let attributes = known.again(|| self.relations.last_heard(&mapped));
+        let attributes = known.under(policy, &mapped, |_| self.relations.last_heard(&mapped));
         permitted(policy.decide(caller, &mapped, &attributes, occasion)).map(drop)
     }
 }

@@ -136,14 +136,17 @@ async fn with_map(map: &str) -> World {
     let app = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = app.local_addr().unwrap();
     scope.spawn("app", echo(app, Arc::clone(&seen), scope.clone()));
-    let files = [
+    World::before((address, AppProtocol::H2c), &files_with(map), seen, scope)
+}
+
+fn files_with(map: &str) -> [(&str, &str); 5] {
+    [
         ACCOUNTS[0],
         ACCOUNTS[1],
         ("services/accounts/map.toml", map),
         ("services/accounts/accounts.proto", PROTO),
         ACCOUNTS[3],
-    ];
-    World::before((address, AppProtocol::H2c), &files, seen, scope)
+    ]
 }
 
 /// How a call ended.
@@ -465,6 +468,36 @@ async fn a_stream_is_judged_again_when_relations_change() {
     let _gone = talking.send_data(framed(&about("18")), false);
     assert_eq!(heard.recv().await, None);
     assert_eq!(world.seen().len(), before, "{:?}", world.seen().last());
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_under_a_policy_that_asks_no_relations() {
+    let map = MAP.replace("owner = \"body:/account.id\"", "owner = \"relations\"");
+    let world = with_map(&format!("relations = \"store\"\n{map}")).await;
+    let relations = world.sidecar.relations();
+    relations.take("e1", 1, None, [owned("alice", "alice"), owned("17", "alice")]).unwrap();
+    relations.as_of(world.clock.now());
+    let begin = async |account: &str| {
+        let mut call = Call::to(&world, "/bank.Accounts/Follow").await;
+        call.say(&about(account));
+        let (sender, mut heard) = mpsc::unbounded_channel();
+        let ended = tokio::spawn(hears(call.answer, sender));
+        assert_eq!(heard.recv().await, Some(about(account)));
+        (call.send, heard, ended)
+    };
+    let (mut named, mut heard, _goes_on) = begin("alice").await;
+    let (_silent, _, other) = begin("17").await;
+    // Now an account is whose it is called after, and nobody keeps relations any more.
+    let (_folder, after) = policies(&files_with(MAP));
+    world.sidecar.replace_policy(after.service("accounts").unwrap());
+    match other.await.unwrap() {
+        Ended::Reset => {}
+        told => told.refused(DENIED),
+    }
+    named.send_data(framed(&about("alice")), true).unwrap();
+    assert_eq!(heard.recv().await, Some(about("alice")));
+    assert_eq!(heard.recv().await, None);
     world.end().await;
 }
 
