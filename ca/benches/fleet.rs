@@ -218,7 +218,7 @@ async fn control(directory: &Path, scope: &Scope) -> Control {
         passphrase: SecretString::from("not a secret"),
         decisions_kept: 1_000,
         relations: Default::default(),
-        policies: Some(PoliciesConfig { services, replayer: None }),
+        policies: Some(PoliciesConfig { services, replayer: None, schemas: None }),
     };
     Control::start(config, SystemClock::shared(), SystemRandom::shared(), scope).await.unwrap()
 }

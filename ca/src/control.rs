@@ -51,7 +51,7 @@ mod store;
 pub use crate::entry::{Entry, Selectors};
 pub(crate) use admin_api::{ErrorBody, JoinTokenRequest, RollBackRequest, RolledBack, WriteRelations};
 pub(crate) use limit::Limiter;
-pub use policies::{OfferError, PoliciesConfig, PolicyOffer, Replayed, Replayer};
+pub use policies::{OfferError, PoliciesConfig, PolicyOffer, Replayed, Replayer, Schema, Schemas};
 pub use relations::{RelationsConfig, RelationsError, RelationsOf};
 pub use rollout::{Ring, Rings};
 pub(crate) use service::{

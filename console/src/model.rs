@@ -14,6 +14,8 @@ pub trait ReadModel: Send + Sync + 'static {
     fn decisions(&self, limit: usize) -> BoxFuture<'_, Vec<DecisionRow>>;
     /// One decision with its explanation, if it is still kept.
     fn decision(&self, receipt: &str) -> BoxFuture<'_, Option<DecisionDetail>>;
+    /// What control counts, as Prometheus reads it (OpenMetrics 1.0).
+    fn metrics(&self) -> BoxFuture<'_, String>;
     /// A number that grows with every change worth showing; open pages re-render on it. A receiver
     /// that lags loses nothing: the next render shows the present.
     fn changes(&self) -> tokio::sync::broadcast::Receiver<u64>;

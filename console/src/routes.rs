@@ -5,10 +5,10 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
-    SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+    AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue,
+    REFERRER_POLICY, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{Method, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::get;
@@ -41,7 +41,8 @@ const ICON: &str = include_str!("../assets/icon.svg");
 /// The console, to be served on a loopback address: `http://ADDRESS/?token=TOKEN` opens it.
 ///
 /// Without the token or the cookie that it is exchanged for, every page answers 401; addressed by
-/// another than a loopback name, 421. A token of fewer than 22 bytes opens nothing.
+/// another than a loopback name, 421. A token of fewer than 22 bytes opens nothing. `/metrics` takes
+/// the token as `Authorization: Bearer`, as who collects metrics sends it.
 pub fn router(model: Arc<dyn ReadModel>, token: SecretString) -> Router {
     router_with_clock(model, token, SystemClock::shared())
 }
@@ -53,6 +54,7 @@ pub fn router_with_clock(model: Arc<dyn ReadModel>, token: SecretString, clock: 
         .route("/", get(overview))
         .route("/decisions", get(decisions))
         .route("/decisions/{receipt}", get(decision))
+        .route("/metrics", get(metrics))
         .route("/live/overview", get(live_overview))
         .route("/live/decisions", get(live_decisions))
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "There is no such page", "") })
@@ -139,7 +141,20 @@ async fn only_with_the_link(State(console): State<Console>, request: Request, ne
             _ => no_link(),
         };
     }
-    if console.access.has_cookie(request.headers()) { next.run(request).await } else { no_link() }
+    let collects = request.uri().path() == "/metrics"
+        && bearer(request.headers()).is_some_and(|token| console.access.is_token(token));
+    if collects || console.access.has_cookie(request.headers()) { next.run(request).await } else { no_link() }
+}
+
+/// The token of a request that is no browser's (RFC 6750 §2.1).
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token)
+}
+
+async fn metrics(State(console): State<Console>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(CONTENT_TYPE, kind)], console.model.metrics().await).into_response()
 }
 
 fn no_link() -> Response {

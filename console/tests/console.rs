@@ -106,6 +106,8 @@ async fn without_the_link_nothing_of_the_mesh_is_shown() {
         (format!("/decisions?token={TOKEN}"), String::new()),
         ("/decisions".to_owned(), String::new()),
         ("/decisions/r-2".to_owned(), String::new()),
+        ("/metrics".to_owned(), String::new()),
+        (format!("/metrics?token={TOKEN}"), String::new()),
         ("/live/overview".to_owned(), String::new()),
         ("/live/decisions".to_owned(), String::new()),
         ("/nowhere".to_owned(), String::new()),
@@ -115,6 +117,25 @@ async fn without_the_link_nothing_of_the_mesh_is_shown() {
         assert_eq!(page.header("set-cookie"), "", "{path}");
         assert!(page.text.contains("palisade demo"), "says where to find the link");
         assert!(!page.text.contains("bank.example") && !page.text.contains("alice"), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn who_collects_metrics_shows_the_token_and_gets_nothing_else_by_it() {
+    let console = Console::new();
+    let ask = async |path: &str, authorization: &str| {
+        let request = Request::get(path).header("host", "127.0.0.1:1").header("authorization", authorization);
+        let response = console.router.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+        let kind = response.headers().get("content-type").map(|kind| kind.to_str().unwrap().to_owned());
+        (response.status(), kind.unwrap_or_default())
+    };
+    let (status, kind) = ask("/metrics", &format!("Bearer {TOKEN}")).await;
+    assert_eq!((status, kind.split(';').next()), (StatusCode::OK, Some("application/openmetrics-text")));
+    assert_eq!(ask("/", &format!("Bearer {TOKEN}")).await.0, StatusCode::UNAUTHORIZED);
+    for wrong in
+        [TOKEN.to_owned(), format!("Basic {TOKEN}"), "Bearer ".to_owned(), format!("Bearer {TOKEN}x")]
+    {
+        assert_eq!(ask("/metrics", &wrong).await.0, StatusCode::UNAUTHORIZED, "{wrong}");
     }
 }
 

@@ -200,3 +200,90 @@ pub(crate) fn replace(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use identity::clock::SystemClock;
+    use identity::testing::TestAuthority;
+
+    use super::*;
+    use crate::readiness::{Awaited, Readiness};
+
+    const POLICY: &str = "@id(\"read\")\npermit (principal is Mesh::Workload, action, resource);\n";
+    const SCHEMA: &str = "namespace Shop {\n  entity Order;\n  action Read appliesTo { principal: [Mesh::Workload], \
+        resource: [Order], context: Mesh::Context };\n}\n";
+    const MAP: &str =
+        "[[route]]\nmatch = \"GET /orders/{id:int}\"\naction = \"Read\"\nobject = 'Order::\"{id}\"'\n";
+
+    fn domain() -> TrustDomain {
+        TrustDomain::new("bank.example").unwrap()
+    }
+
+    fn release() -> Release {
+        let (service, commit, manifest) = ("shop".to_owned(), "c1".to_owned(), String::new());
+        Release { service, epoch: 1, floor: 0, commit, signed: Duration::ZERO, manifest }
+    }
+
+    fn files(more: &[(&str, &str)]) -> Files {
+        let mesh = include_str!("../../examples/bank/policies/mesh.cedarschema");
+        let of_shop =
+            [("shop.cedarschema", SCHEMA), ("map.toml", MAP), ("shop.cedar", POLICY)].iter().chain(more);
+        let named = of_shop.map(|(name, text)| (format!("services/shop/{name}"), text.as_bytes().to_vec()));
+        let mut files: BTreeMap<_, _> = named.collect();
+        files.insert("mesh.cedarschema".to_owned(), mesh.as_bytes().to_vec());
+        files
+    }
+
+    fn decider() -> (Decider, Current) {
+        let nothing = ServicePolicy::not_received("shop", &domain()).unwrap();
+        let ((current, follower), (stale, _)) = (watch::channel(nothing), watch::channel(false));
+        let (service, app) = ("shop".to_owned(), None);
+        (Decider { service, trust_domain: domain(), audits: false, app, current, stale }, follower)
+    }
+
+    #[test]
+    fn policy_36_38_a_release_with_a_part_that_is_not_known_is_refused_and_says_which() {
+        let (decider, current) = decider();
+        let good = decider.read(&release(), &files(&[])).unwrap();
+        decider.put_in_force(&release(), good);
+        let version = current.borrow().version().to_string();
+        let key = format!("{MAP}upgrade_to_come = \"quic\"\n");
+        let template = "@id(\"t\")\npermit (principal == ?principal, action, resource in ?resource);\n";
+        for (part, why) in [
+            (("map.toml", &key[..]), "unknown key `upgrade_to_come`"),
+            (("map.toml", "mapping = \"quic\"\n"), "services/shop/map.toml:1:"),
+            (("quotas.toml", "[quota]\n"), "services/shop/quotas.toml"),
+            (
+                ("more.cedar", "@id(\"x\")\nallow (principal, action, resource);\n"),
+                "services/shop/more.cedar:2:",
+            ),
+            (("more.cedar", template), "a template"),
+        ] {
+            let refused = decider.read(&release(), &files(&[part])).unwrap_err();
+            assert!(refused.contains(why), "wanted {why}: {refused}");
+        }
+        assert_eq!(current.borrow().version().to_string(), version);
+    }
+
+    #[tokio::test]
+    async fn policy_39_without_policies_a_process_is_not_ready_and_says_so() {
+        let authority = TestAuthority::new("bank.example");
+        let (decider, current) = decider();
+        let readiness = Readiness::Identity(Awaited {
+            source: authority.source("/service/shop"),
+            id: None,
+            giver: "the agent".to_owned(),
+            clock: SystemClock::shared(),
+            policies: Some(current.clone()),
+        });
+        assert_eq!(readiness.missing().as_deref(), Some("no policies have come from the agent"));
+        let read = decider.read(&release(), &files(&[])).unwrap();
+        decider.put_in_force(&release(), read);
+        assert_eq!(readiness.missing(), None);
+        // Too old: it denies by that, and has been ready.
+        decider.expired();
+        assert_eq!((readiness.missing(), current.borrow().withheld()), (None, Some(Withheld::Expired)));
+    }
+}

@@ -124,6 +124,43 @@ fn what_is_broken_changes_nothing_and_policies_change_when_told() {
     assert_eq!(get(stage.client, "/").0, 403);
 }
 
+/// An older binary meets what a newer one was written for.
+#[test]
+fn policy_36_38_a_part_that_is_not_known_and_a_template_change_nothing_and_are_named() {
+    let stage = Stage::new();
+    let (server, _client) = (stage.start("server"), stage.start("client"));
+    let folder = stage.path("policies/services/backend");
+    let (rules, map) = (folder.join("backend.cedar"), folder.join("map.toml"));
+    let (before, mapped) = (fs::read_to_string(&rules).unwrap(), fs::read_to_string(&map).unwrap());
+    // Each closes what is open, and brings something that this one does not know.
+    let closed = format!("{before}\n@id(\"closed\")\nforbid (principal, action, resource);\n");
+    let template =
+        format!("{closed}@id(\"t\") permit (principal == ?principal, action, resource in ?resource);\n");
+    let newer = format!("{mapped}\nquota = 5\n");
+    for (rules_now, map_now, extra, why) in [
+        (&closed, &newer, None, "unknown key `quota`"),
+        (&template, &mapped, None, "a template"),
+        (&closed, &mapped, Some("quotas.toml"), "quotas.toml: not a file of a service"),
+    ] {
+        fs::write(&rules, rules_now).unwrap();
+        fs::write(&map, map_now).unwrap();
+        if let Some(extra) = extra {
+            fs::write(folder.join(extra), "").unwrap();
+        }
+        server.hang_up();
+        let said = server.hears("policies not reloaded");
+        assert!(said.contains(why), "{said}");
+        assert_eq!(get(stage.client, "/").0, 200, "what was in force stays");
+        if let Some(extra) = extra {
+            fs::remove_file(folder.join(extra)).unwrap();
+        }
+    }
+    fs::write(&map, &mapped).unwrap();
+    server.hang_up();
+    server.hears("policies reloaded");
+    assert_eq!(get(stage.client, "/").0, 403);
+}
+
 #[test]
 fn nothing_starts_without_an_identity_that_is_whole() {
     let stage = Stage::new();

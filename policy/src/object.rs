@@ -39,7 +39,7 @@ impl ObjectRef {
     }
 
     /// As [`fmt::Display`] writes it, and Cedar too; `None` if it is not.
-    pub(crate) fn written(text: &str) -> Option<Self> {
+    pub fn written(text: &str) -> Option<Self> {
         let uid: cedar_policy::EntityUid = text.parse().ok()?;
         Some(Self::new(&uid.type_name().to_string(), uid.id().unescaped()))
     }

@@ -6,9 +6,11 @@ mod token;
 
 use std::path::Path;
 
+use serde_json::{Map, Value as Json};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::decide::ServicePolicy;
 use crate::object::{AttributeValue, Attributes, MAX_EXACT_INTEGER, ObjectRef};
 use crate::problem::{Problem, Problems, suggest};
 use crate::schema::ServiceSchema;
@@ -39,6 +41,50 @@ pub(crate) fn parse(
         reader.kind(kind, objects, &mut attributes);
     }
     (problems.0.len() == before).then_some(attributes)
+}
+
+impl ServicePolicy {
+    /// Holds what is to be true of an object of `kind`, which is written without its namespace, against the service's
+    /// schema. That something is missing is no matter of this: it may come from elsewhere.
+    ///
+    /// # Errors
+    /// What the schema does not have, in one clause.
+    pub fn check_relation(&self, kind: &str, attributes: &Map<String, Json>) -> Result<(), String> {
+        let schema = &self.shared().schema;
+        let hinted = |message: String, hint: Option<String>| match hint {
+            Some(hint) => format!("{message}; {hint}"),
+            None => message,
+        };
+        let Some(of_kind) = schema.types.get(&schema.full_kind(kind)) else {
+            let prefix = format!("{}::", schema.namespace);
+            let known = schema.types.keys().filter_map(|known| known.strip_prefix(&prefix));
+            return Err(hinted(format!("the schema has no type `{kind}`"), suggest(kind, known)));
+        };
+        for (name, value) in attributes {
+            let Some(spec) = of_kind.attributes.get(name) else {
+                let known = of_kind.attributes.keys().map(String::as_str);
+                return Err(hinted(format!("{kind} has no attribute `{name}`"), suggest(name, known)));
+            };
+            if spec.kind.read(value).is_none() {
+                return Err(format!(
+                    "the attribute `{name}` is a {}, which {} is none of",
+                    spec.kind,
+                    shown(value)
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// As much of a value as an error should hold.
+fn shown(value: &Json) -> String {
+    const MAX_CHARS: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(MAX_CHARS) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
 }
 
 struct Reader<'a> {

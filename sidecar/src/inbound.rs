@@ -40,7 +40,7 @@ use crate::metrics::{Direction, Metrics, Observation};
 use crate::relations::Relations;
 use crate::sample::Sampler;
 use crate::server::{Connection, Handler, RefusedConnection};
-use crate::streams::{Asked, Said, Streams, map_again};
+use crate::streams::{Asked, Known, Said, Streams, map_again};
 use crate::tcp::TcpInbound;
 use crate::trace::{Place, Spans};
 use crate::traffic::ratelimit::{LocalLimit, Quota};
@@ -193,7 +193,7 @@ struct Understood<'a> {
     caller: Option<Caller>,
     mapped: Option<Mapped>,
     said: Said,
-    attributes: Attributes,
+    known: Known,
 }
 
 impl Handler for Inbound {
@@ -228,7 +228,7 @@ impl Handler for Inbound {
             caller: None,
             mapped: None,
             said: Said::default(),
-            attributes: Attributes::none(),
+            known: Known::default(),
         };
         let outcome = self.request(&connection, request, &mut understood).await;
         let ended = self.ended(outcome, &understood);
@@ -364,52 +364,53 @@ impl Inbound {
         self.dress(&mut parts, connection, peer, chain.as_ref(), span);
         headers::ask_upgrade(&mut parts.headers, upgrade.as_ref());
         let remembered = self.correlator.remember(span, chain);
-        let known = match policy.relations_max_age().filter(|_| mapped.asks_relations()) {
+        let relations = match policy.relations_max_age().filter(|_| mapped.asks_relations()) {
             Some(max_age) => {
-                Box::pin(self.relations.tell(max_age, mapped, &parts.headers)).await.map_err(refuse)?
+                let told = Box::pin(self.relations.tell(max_age, mapped, &parts.headers));
+                Some(told.await.map_err(refuse)?)
             }
-            None => Attributes::none(),
+            None => None,
         };
 
         // May they? Then forward. What few requests need is boxed: each holds room for the largest of all.
         if mapped.lists() {
-            let mut attributes = known;
+            let mut told = Attributes::none();
             if mapped.attributes_from() == AttributeSource::Entities {
                 let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
-                attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
+                told = Box::pin(asked).await?.map_err(refuse)?;
             }
-            let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-            let (body, _faults) =
-                self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
+            let known = Known::of(relations, told);
+            let permit = permitted(policy.decide(caller, mapped, &known.all, occasion))?;
+            let (body, _faults) = self.judged(body, connection, &policy, mapped, caller, &known, occasion);
             let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
             let held = held.filtered(&policy, caller, mapped, occasion).map_err(refuse)?;
-            understood.attributes = attributes;
+            understood.known = known;
             return Ok((held.release(&permit), permit));
         }
         match mapped.attributes_from() {
             from @ (AttributeSource::Known | AttributeSource::Entities) => {
-                let mut attributes = known;
+                let mut told = Attributes::none();
                 if from == AttributeSource::Entities {
                     let asked = entities::ask(&self.app, &self.service, mapped, span, &self.clock);
-                    attributes.extend(Box::pin(asked).await?.map_err(refuse)?);
+                    told = Box::pin(asked).await?.map_err(refuse)?;
                 }
+                let known = Known::of(relations, told);
                 let (permit, mapped, body) =
-                    match permitted(policy.decide(caller, mapped, &attributes, occasion)) {
+                    match permitted(policy.decide(caller, mapped, &known.all, occasion)) {
                         Ok(permit) => (permit, mapped, body),
                         // Of a batch, what they may have.
                         Err(denial) => {
                             let said = &mut understood.said;
                             let Kept { permit, mapped, body: left } =
-                                policy.keep(denial, &said.bytes, caller, mapped, &attributes, occasion)?;
+                                policy.keep(denial, &said.bytes, caller, mapped, &known.all, occasion)?;
                             said.bytes = left.into();
                             let body = body.shortened(&said.bytes);
                             headers::body_changed(&mut parts.headers, body.len());
                             (permit, &*understood.mapped.insert(mapped), body)
                         }
                     };
-                let (body, faults) =
-                    self.judged(body, connection, &policy, mapped, caller, &attributes, occasion);
-                understood.attributes = attributes;
+                let (body, faults) = self.judged(body, connection, &policy, mapped, caller, &known, occasion);
+                understood.known = known;
                 let request = Request::from_parts(parts, body);
                 let response = self.forward(&permit, request, upgrade.as_ref(), faults).await?;
                 let response = self.released(response, remembered, connection, &policy, understood);
@@ -418,12 +419,11 @@ impl Inbound {
             AttributeSource::Response => {
                 // What is safe to ask takes no body of messages.
                 let (body, _faults) =
-                    self.judged(body, connection, &policy, mapped, caller, &Attributes::none(), occasion);
+                    self.judged(body, connection, &policy, mapped, caller, &Known::default(), occasion);
                 let held = Box::pin(self.ask(Request::from_parts(parts, body), remembered)).await?;
-                let mut attributes = known;
-                attributes.extend(held.attributes(mapped).map_err(refuse)?);
-                let permit = permitted(policy.decide(caller, mapped, &attributes, occasion))?;
-                understood.attributes = attributes;
+                let known = Known::of(relations, held.attributes(mapped).map_err(refuse)?);
+                let permit = permitted(policy.decide(caller, mapped, &known.all, occasion))?;
+                understood.known = known;
                 Ok((held.release(&permit), permit))
             }
         }
@@ -509,7 +509,7 @@ impl Inbound {
         policy: &Arc<ServicePolicy>,
         mapped: &Mapped,
         caller: &Caller,
-        attributes: &Attributes,
+        known: &Known,
         occasion: &Occasion<'_>,
     ) -> (Body, Option<Faults>) {
         match carried {
@@ -519,39 +519,35 @@ impl Inbound {
                 // It may go on for long before there is an answer, and nothing that it says is judged.
                 let Some(peer) = &connection.peer else { return (body, Some(faults)) };
                 let facts = facts(peer, connection, occasion);
-                let asked = asked(occasion, caller, mapped, &Said::default(), attributes);
+                let asked = asked(occasion, caller, mapped, &Said::default(), known);
                 let word = Some(Arc::clone(&faults));
                 (self.streams.watch(body, facts, policy, asked, word), Some(faults))
             }
             Carried::Begun(begun) => {
                 let Begun { first, rest, unjudged } = *begun;
                 let faults = Faults::default();
-                let judge = self.judge_of_messages(
-                    (Arc::clone(policy), unjudged),
-                    mapped,
-                    caller,
-                    attributes,
-                    occasion,
-                );
+                let judge =
+                    self.judge_of_messages((Arc::clone(policy), unjudged), mapped, caller, known, occasion);
                 (Judged::body(first, rest, judge, Arc::clone(&faults)), Some(faults))
             }
         }
     }
 
-    /// Decides about each message of a call after its first, by the policy that is in force then; the call has `begun`
-    /// under one, which mapped it.
+    /// Decides about each message of a call after its first, by the policy that is in force then and what the relations
+    /// say then; the call has `begun` under one, which mapped it.
     fn judge_of_messages(
         &self,
         mut begun: (Arc<ServicePolicy>, Mapped),
         first: &Mapped,
         caller: &Caller,
-        attributes: &Attributes,
+        known: &Known,
         occasion: &Occasion<'_>,
     ) -> Judge {
         let (policy, receipts, clock) =
             (Arc::clone(&self.policy), Arc::clone(&self.receipts), self.clock.clone());
         let (recorder, metrics) = (Arc::clone(&self.recorder), Arc::clone(&self.metrics));
-        let (caller, attributes, trace_id) = (caller.clone(), attributes.clone(), occasion.trace_id);
+        let (caller, known, trace_id) = (caller.clone(), known.clone(), occasion.trace_id);
+        let relations = Arc::clone(&self.relations);
         let (method, target) = (occasion.method.to_owned(), occasion.target.to_owned());
         let transaction = occasion.transaction.clone();
         let kind = HeaderValue::from_static("application/grpc");
@@ -585,6 +581,7 @@ impl Inbound {
                     let reason = "a later message is about another object than the first";
                     return Err(refuse(Refusal::denied("request.stream_object", reason)));
                 }
+                let attributes = known.under(&policy, mapped, |max_age| relations.tell_now(max_age, mapped));
                 permitted(policy.decide(&caller, mapped, &attributes, &occasion)).map(drop)
             };
             if !Arc::ptr_eq(&begun.0, &policy) {
@@ -678,15 +675,14 @@ impl Inbound {
         policy: &Arc<ServicePolicy>,
         understood: &Understood<'_>,
     ) -> Response<Body> {
-        let Understood { occasion, caller: Some(caller), mapped: Some(mapped), said, attributes, .. } =
-            understood
+        let Understood { occasion, caller: Some(caller), mapped: Some(mapped), said, known, .. } = understood
         else {
             return response;
         };
         let Some(peer) = connection.peer.as_ref().filter(|_| response.body().whole().is_none()) else {
             return response;
         };
-        let asked = asked(occasion, caller, mapped, said, attributes);
+        let asked = asked(occasion, caller, mapped, said, known);
         let facts = facts(peer, connection, occasion);
         response.map(|body| {
             let body = Relay::body(body, Bound::Endless, remembered);
@@ -733,7 +729,7 @@ impl Inbound {
                     permit.is_audited() || note.is_some() || self.sampler.take(understood.occasion.now);
                 if let (true, Some(caller), Some(mapped)) = (sampled, &understood.caller, &understood.mapped)
                 {
-                    let (attributes, occasion) = (&understood.attributes, &understood.occasion);
+                    let (attributes, occasion) = (&understood.known.all, &understood.occasion);
                     self.recorder.record(permit.record(caller, mapped, attributes, occasion));
                 }
                 Ended { response, verdict: "allow", by: By::Permit(permit), note }
@@ -851,13 +847,7 @@ pub(crate) fn permitted(verdict: Verdict) -> Result<Permit, Denial> {
 }
 
 /// A decision, to be asked for again.
-fn asked(
-    occasion: &Occasion<'_>,
-    caller: &Caller,
-    mapped: &Mapped,
-    said: &Said,
-    attributes: &Attributes,
-) -> Asked {
+fn asked(occasion: &Occasion<'_>, caller: &Caller, mapped: &Mapped, said: &Said, known: &Known) -> Asked {
     Asked {
         method: occasion.method.to_owned(),
         target: occasion.target.to_owned(),
@@ -866,7 +856,7 @@ fn asked(
         caller: caller.clone(),
         said: said.clone(),
         mapped: mapped.clone(),
-        attributes: attributes.clone(),
+        known: known.clone(),
     }
 }
 

@@ -68,6 +68,11 @@ pub trait Judge: Send + Sync {
 
     /// What the connection is for, in a few words; shown to the operator.
     fn about(&self) -> String;
+
+    /// Whether what it is decided by is among the relations that are written by API.
+    fn asks_relations(&self) -> bool {
+        false
+    }
 }
 
 /// Why a connection must end.
@@ -168,7 +173,18 @@ impl Registry {
     /// Judges all that is open by `policy`, which must be the one in force already, and closes what it denies.
     /// Lets other tasks run in between.
     pub async fn reevaluate_all(&self, policy: &ServicePolicy) {
-        for some in self.entries().chunks(JUDGED_AT_ONCE) {
+        Self::reevaluate(&self.entries(), policy).await;
+    }
+
+    /// The same of what asks the relations, which must have changed already.
+    pub async fn reevaluate_related(&self, policy: &ServicePolicy) {
+        let mut related = self.entries();
+        related.retain(|(_, entry)| entry.judge.asks_relations());
+        Self::reevaluate(&related, policy).await;
+    }
+
+    async fn reevaluate(entries: &[(u64, Arc<Entry>)], policy: &ServicePolicy) {
+        for some in entries.chunks(JUDGED_AT_ONCE) {
             for (_, entry) in some {
                 if let Err(closed) = entry.judge.judge(policy) {
                     entry.close(closed);

@@ -3,18 +3,21 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
 use indexmap::{Equivalent, IndexMap};
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, text};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::relations::{Reading, Relations};
 use crate::tcp::TcpStats;
 
 /// Peers told apart in metrics; the rest are counted together as `other`.
@@ -113,6 +116,28 @@ pub struct Observation<'a> {
     pub status: StatusCode,
     /// From the head of the request to the head of the answer.
     pub took: Duration,
+}
+
+/// The copy of the relations, read when metrics are: its age is of that moment.
+#[derive(Debug)]
+struct RelationsNow(Arc<Relations>);
+
+impl Collector for RelationsNow {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        // Nothing where there is no copy: none of no objects is another matter.
+        let Some(Reading { objects, revision, age }) = self.0.reading() else { return Ok(()) };
+        let objects = ConstGauge::new(i64::try_from(objects).unwrap_or(i64::MAX));
+        let revision = ConstGauge::new(i64::try_from(revision).unwrap_or(i64::MAX));
+        let age = age.map(|age| ConstGauge::new(age.as_secs_f64()));
+        let mut show = |name, help, gauge: &dyn EncodeMetric| {
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
+        };
+        show("relations_objects", "Objects in the copy of the relations", &objects)?;
+        show("relations_revision", "Revision of the copy of the relations", &revision)?;
+        age.map_or(Ok(()), |age| {
+            show("relations_age_seconds", "Time since control was asked whether the copy is the newest", &age)
+        })
+    }
 }
 
 /// The sidecar's metrics.
@@ -228,6 +253,11 @@ impl Metrics {
     /// Counts a connection that never became one.
     pub fn refused_connection(&self, rule: &str) {
         self.refused_connections.get_or_create(&RuleLabels { rule: rule.to_owned() }).inc();
+    }
+
+    /// Says of the relations how many and how old they are, where there are any.
+    pub(crate) fn show_relations(&mut self, relations: Arc<Relations>) {
+        self.registry.register_collector(Box::new(RelationsNow(relations)));
     }
 
     /// Notes whether policies may be old.

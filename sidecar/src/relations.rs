@@ -40,6 +40,15 @@ struct State {
     as_of: Option<Duration>,
 }
 
+/// A copy as it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reading {
+    pub(crate) objects: usize,
+    pub(crate) revision: u64,
+    /// `None` where it is not known.
+    pub(crate) age: Option<Duration>,
+}
+
 /// Where a copy is beside a token.
 enum Place {
     Reached,
@@ -109,10 +118,13 @@ impl Relations {
         {
             return Ok(Attributes::unusable_relations(BEHIND, behind));
         }
+        Ok(self.tell_now(max_age, mapped))
+    }
+
+    /// What is true of these objects, no older than `max_age`.
+    pub(crate) fn tell_now(&self, max_age: Duration, mapped: &Mapped) -> Attributes {
         let state = self.read();
-        let now = self.clock.now();
-        // A clock that was set back tells no age: until the next answer the copy is too old.
-        let age = state.as_of.and_then(|as_of| now.checked_sub(as_of));
+        let age = self.age_of(&state);
         if age.is_none_or(|age| age > max_age) {
             let known = match age {
                 Some(age) => format!("are {:.1} s old", age.as_secs_f64()),
@@ -122,9 +134,31 @@ impl Relations {
                 "control has not been heard, and the relations {known}; relations_max_age is {}",
                 humantime::format_duration(max_age)
             );
-            return Ok(Attributes::unusable_relations(STALE, reason));
+            return Attributes::unusable_relations(STALE, reason);
         }
-        Ok(state.copy.tell(mapped))
+        state.copy.tell(mapped)
+    }
+
+    /// What was last heard of these objects, however long ago: that control is away ends nothing that has begun.
+    pub(crate) fn last_heard(&self, mapped: &Mapped) -> Attributes {
+        self.read().copy.tell(mapped)
+    }
+
+    /// Changes with every update.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// What metrics say of the copy; nothing before it has come.
+    pub(crate) fn reading(&self) -> Option<Reading> {
+        let state = self.read();
+        let (_, revision) = state.copy.known()?;
+        Some(Reading { objects: state.copy.len(), revision, age: self.age_of(&state) })
+    }
+
+    /// A clock that was set back tells no age: until the next answer the copy is too old.
+    fn age_of(&self, state: &State) -> Option<Duration> {
+        state.as_of.and_then(|as_of| self.clock.now().checked_sub(as_of))
     }
 
     /// Waits until the copy has come to the token's revision; says where it is if it does not.

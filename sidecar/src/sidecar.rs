@@ -228,6 +228,8 @@ impl Sidecar {
             }
             _ => None,
         };
+        let relations = Arc::new(Relations::new(clock.clone()));
+        metrics.show_relations(Arc::clone(&relations));
         let metrics = Arc::new(metrics);
         overload::watch(Arc::clone(&overload), config.budget, ProcReadings, clock.clone(), scope);
         let most = config.budget.connections(Limits::default().max_connections);
@@ -244,7 +246,6 @@ impl Sidecar {
             (None, Some(ext_authz)) => Some((&ext_authz.policy, &ext_authz.gateways)),
             (None, None) => None,
         };
-        let relations = Arc::new(Relations::new(clock.clone()));
         relations.want(begun.is_some_and(|(policy, _)| policy.relations_max_age().is_some()));
         let shared = begun.map(|(policy, gateways)| Shared {
             policy: Arc::new(ArcSwap::from(Arc::clone(policy))),
@@ -293,6 +294,7 @@ impl Sidecar {
                 receipts: Arc::clone(&receipts),
                 recorder: Arc::clone(&recorder),
                 metrics: Arc::clone(&metrics),
+                relations: Arc::clone(&relations),
                 clock: clock.clone(),
             };
             let inbound = Inbound {
@@ -411,6 +413,9 @@ impl Sidecar {
             capture::serve::serve_outbound(listener, destinations, names, Arc::clone(&metrics), accepting);
         }
 
+        if let Some(policy) = &policy {
+            watch_relations(&relations, Arc::clone(policy), Arc::clone(&live), scope);
+        }
         watch_rotations(source.clone(), Arc::clone(&metrics), scope);
         watch_trust(source.clone(), Arc::clone(&live), clock.clone(), scope);
         if let Some(listener) = config.admin {
@@ -499,6 +504,29 @@ pub fn drain_in_order<const PARTS: usize>(parts: [Scope; PARTS], scope: &Scope) 
 fn tokio_listener(listener: TcpListener) -> io::Result<tokio::net::TcpListener> {
     listener.set_nonblocking(true)?;
     tokio::net::TcpListener::from_std(listener)
+}
+
+/// Has what is open judged again when what it was decided by has changed.
+fn watch_relations(
+    relations: &Relations,
+    policy: Arc<ArcSwap<ServicePolicy>>,
+    live: Arc<Registry>,
+    scope: &Scope,
+) {
+    let (draining, mut changes) = (scope.clone(), relations.changes());
+    scope.spawn_critical("relations change", async move {
+        loop {
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() {
+                    draining.draining().await;
+                    return;
+                },
+                () = draining.draining() => return,
+            }
+            let policy = policy.load_full();
+            live.reevaluate_related(&policy).await;
+        }
+    });
 }
 
 fn watch_rotations(mut source: IdentitySource, metrics: Arc<Metrics>, scope: &Scope) {

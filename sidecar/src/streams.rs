@@ -1,11 +1,12 @@
 //! What goes on after its decision: answers that stream, calls that say more, and upgraded connections.
 //!
-//! The decision was about a moment. [`Streams::watch`] keeps what it was taken from beside the stream, so that a policy
-//! that comes later judges it again, and ends the stream of whoever may have it no longer.
+//! The decision was about a moment. [`Streams::watch`] keeps what it was taken from beside the stream, so that a policy or
+//! a relation that comes later has it judged again, and ends the stream of whoever may have it no longer.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -22,6 +23,7 @@ use crate::inbound::permitted;
 use crate::live::{Closed, Facts, Judge, Registry};
 use crate::messages::{Fault, Faults};
 use crate::metrics::Metrics;
+use crate::relations::Relations;
 use crate::{Body, BoxError};
 
 /// What the streams of one listener need.
@@ -31,7 +33,47 @@ pub(crate) struct Streams {
     pub(crate) receipts: Arc<Receipts>,
     pub(crate) recorder: Arc<dyn Recorder>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) relations: Arc<Relations>,
     pub(crate) clock: SharedClock,
+}
+
+/// What is known of a request's objects beside what the request says.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Known {
+    /// All of it.
+    pub(crate) all: Attributes,
+    /// What others than the relations told, where the relations were asked: they are asked again.
+    pub(crate) told: Option<Attributes>,
+}
+
+impl Known {
+    /// What the relations said, if they were asked, and what the app told.
+    pub(crate) fn of(relations: Option<Attributes>, told: Attributes) -> Self {
+        match relations {
+            None => Self { all: told, told: None },
+            Some(relations) => Self { all: together(relations, told.clone()), told: Some(told) },
+        }
+    }
+
+    /// The same for a policy that may be another: with what the relations say now, by `ask`, which hears how old that may
+    /// be. Where it asks none, all is as it was.
+    pub(crate) fn under(
+        &self,
+        policy: &ServicePolicy,
+        mapped: &Mapped,
+        ask: impl FnOnce(Duration) -> Attributes,
+    ) -> Attributes {
+        let max_age = policy.relations_max_age().filter(|_| mapped.asks_relations());
+        match (max_age, &self.told) {
+            (Some(max_age), Some(told)) => together(ask(max_age), told.clone()),
+            _ => self.all.clone(),
+        }
+    }
+}
+
+fn together(mut relations: Attributes, told: Attributes) -> Attributes {
+    relations.extend(told);
+    relations
 }
 
 /// A decision, as it was asked for.
@@ -44,8 +86,8 @@ pub(crate) struct Asked {
     /// The body that named the objects, or the first message of a call, and its type.
     pub(crate) said: Said,
     pub(crate) mapped: Mapped,
-    /// As they were: an object that has changed hands meanwhile is not asked for again.
-    pub(crate) attributes: Attributes,
+    /// What the app told stays as it was: it is not asked again whether an object has changed hands.
+    pub(crate) known: Known,
 }
 
 /// What of a request's body had a part in its meaning.
@@ -81,12 +123,17 @@ impl Streams {
         asked: Asked,
         faults: Option<Faults>,
     ) -> Body {
-        let question =
-            Arc::new(Question { asked, receipts: Arc::clone(&self.receipts), clock: self.clock.clone() });
+        let question = Arc::new(Question {
+            asked,
+            receipts: Arc::clone(&self.receipts),
+            relations: Arc::clone(&self.relations),
+            clock: self.clock.clone(),
+        });
         let live = self.registry.register(facts, Arc::clone(&question) as Arc<dyn Judge>);
-        // One that came in between has not found it.
+        // What came in between has not found it.
         let now = self.policy.load_full();
-        let overtaken = if Arc::ptr_eq(&now, decided) { Ok(()) } else { question.judge(&now) };
+        let as_decided = Arc::ptr_eq(&now, decided) && !question.asks_relations();
+        let overtaken = if as_decided { Ok(()) } else { question.judge(&now) };
         let streams = Arc::clone(self);
         let ended = Box::pin(async move {
             let closed = match &overtaken {
@@ -118,17 +165,19 @@ impl Streams {
 struct Question {
     asked: Asked,
     receipts: Arc<Receipts>,
+    relations: Arc<Relations>,
     clock: SharedClock,
 }
 
 impl Question {
     fn decide(&self, policy: &ServicePolicy, occasion: &Occasion<'_>) -> Result<(), Denial> {
-        let Asked { method, target, caller, said, attributes, .. } = &self.asked;
+        let Asked { method, target, caller, said, known, .. } = &self.asked;
         let refuse = |refusal| policy.refuse(Some(caller), refusal, occasion);
         // The new policy's own map says what it means.
         let mapped = map_again(policy, method, target, said.kind.as_ref()).map_err(refuse)?;
         let mapped = mapped.with_body(&said.bytes).map_err(refuse)?;
-        permitted(policy.decide(caller, &mapped, attributes, occasion)).map(drop)
+        let attributes = known.under(policy, &mapped, |_| self.relations.last_heard(&mapped));
+        permitted(policy.decide(caller, &mapped, &attributes, occasion)).map(drop)
     }
 }
 
@@ -150,6 +199,10 @@ impl Judge for Question {
 
     fn about(&self) -> String {
         self.asked.mapped.route().to_owned()
+    }
+
+    fn asks_relations(&self) -> bool {
+        self.asked.known.told.is_some()
     }
 }
 

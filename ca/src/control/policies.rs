@@ -19,6 +19,7 @@ use identity::{SpiffeId, X509Svid};
 use super::rollout::{
     Counts, Epoch, EpochState, Instance, MIN_DECISIONS, Order, Replay, Rings, Rollout, Step,
 };
+use super::store::Store;
 use super::{ControlHandle, Inner, MAX_NAP, NODE_SVID_TTL, OwnIdentityError, StoreError};
 use crate::hex;
 use crate::model::{
@@ -26,6 +27,7 @@ use crate::model::{
     StoredDecision,
 };
 use crate::pb::control as pb;
+use crate::relations::{Attributes, Object};
 use crate::release::{self, Files, Manifest, Release};
 
 /// The pause between two messages to the agents: a thousand acknowledgements are one change.
@@ -46,7 +48,30 @@ pub struct PoliciesConfig {
     pub services: HashMap<SpiffeId, String>,
     /// Decides recorded requests again, for a ring in the shadow. Without, such a ring asks for acknowledgements only.
     pub replayer: Option<Arc<dyn Replayer>>,
+    /// Reads services' schemas, which relations are held against when they are written. Without, they are not.
+    pub schemas: Option<Arc<dyn Schemas>>,
 }
+
+/// Reads services' schemas.
+pub trait Schemas: fmt::Debug + Send + Sync {
+    /// The schema of `service` among its policies. Blocks.
+    ///
+    /// # Errors
+    /// Policies that cannot be read, in words.
+    fn read(&self, service: &str, files: &Files) -> Result<Arc<dyn Schema>, String>;
+}
+
+/// What may be true of a service's objects.
+pub trait Schema: fmt::Debug + Send + Sync {
+    /// Whether it has the object's type, and these attributes.
+    ///
+    /// # Errors
+    /// What it does not have, in one clause.
+    fn check(&self, object: &Object, attributes: &Attributes) -> Result<(), String>;
+}
+
+/// A service's schemas by the digests of the manifests that they were read from.
+type SchemasOf = Vec<(String, Arc<dyn Schema>)>;
 
 /// Decides recorded requests again.
 pub trait Replayer: fmt::Debug + Send + Sync {
@@ -120,6 +145,9 @@ pub enum OfferError {
 pub(super) struct Policies {
     services: HashMap<SpiffeId, String>,
     replayer: Option<Arc<dyn Replayer>>,
+    schemas: Option<Arc<dyn Schemas>>,
+    /// Those in force and on their way, by service, as far as anybody has asked.
+    read: Mutex<HashMap<String, SchemasOf>>,
     rollout: Mutex<Rollout>,
     /// Held by whoever changes epochs and writes them down: no two take the same number, and none writes what another
     /// one has overtaken.
@@ -146,6 +174,8 @@ impl Policies {
         Self {
             services: config.services,
             replayer: config.replayer,
+            schemas: config.schemas,
+            read: Mutex::default(),
             rollout: Mutex::new(Rollout::restored(epochs, now)),
             writing: tokio::sync::Mutex::default(),
             streams: Mutex::default(),
@@ -157,6 +187,37 @@ impl Policies {
 
     fn rollout(&self) -> MutexGuard<'_, Rollout> {
         self.rollout.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What may be true of a service's objects by the policies that somebody decides by, or is to: those in force first.
+    /// None where control hands out none for it. Blocks.
+    pub(super) fn schemas_of(&self, store: &Store, service: &str) -> Result<SchemasOf, StoreError> {
+        let Some(reader) = &self.schemas else { return Ok(Vec::new()) };
+        let digests: Vec<String> =
+            self.rollout().current().filter_map(|epoch| epoch.services.get(service)).cloned().collect();
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = read.remove(service).unwrap_or_default();
+        let mut schemas = SchemasOf::new();
+        for digest in digests {
+            if schemas.iter().any(|(known, _)| *known == digest) {
+                continue;
+            }
+            if let Some((_, known)) = before.iter().find(|(known, _)| *known == digest) {
+                schemas.push((digest, Arc::clone(known)));
+                continue;
+            }
+            match reader.read(service, &files_of_one(store, &digest)?) {
+                Ok(schema) => schemas.push((digest, schema)),
+                // Not for whoever writes relations to hear: sidecars refuse such policies.
+                Err(error) => tracing::error!(
+                    service,
+                    error,
+                    "the schema of policies that were handed out cannot be read"
+                ),
+            }
+        }
+        read.insert(service.to_owned(), schemas.clone());
+        Ok(schemas)
     }
 
     /// For people.
@@ -456,19 +517,19 @@ async fn replay(
 }
 
 /// The files of all services of an epoch.
-fn files_of(store: &super::store::Store, epoch: &Epoch) -> Result<BTreeMap<String, Files>, StoreError> {
+fn files_of(store: &Store, epoch: &Epoch) -> Result<BTreeMap<String, Files>, StoreError> {
+    let one = |(service, digest): (&String, &String)| Ok((service.clone(), files_of_one(store, digest)?));
+    epoch.services.iter().map(one).collect()
+}
+
+/// The files of one service, by the digest of their manifest.
+fn files_of_one(store: &Store, manifest: &str) -> Result<Files, StoreError> {
     let one = |digest: &str| {
         let found = store.contents(&[digest.to_owned()])?.pop().map(|(_, bytes)| bytes);
         found.filter(|bytes| hex::sha256(bytes) == digest).ok_or(StoreError::Damaged)
     };
-    let mut services = BTreeMap::new();
-    for (service, digest) in &epoch.services {
-        let manifest = Manifest::parse(&one(digest)?).map_err(|_| StoreError::Damaged)?;
-        let files: Result<Files, StoreError> =
-            manifest.files().map(|(name, digest)| Ok((name.to_owned(), one(digest)?))).collect();
-        services.insert(service.clone(), files?);
-    }
-    Ok(services)
+    let manifest = Manifest::parse(&one(manifest)?).map_err(|_| StoreError::Damaged)?;
+    manifest.files().map(|(name, digest)| Ok((name.to_owned(), one(digest)?))).collect()
 }
 
 /// Signs what is not signed yet, or everything `anew`, and tells agents what has changed.

@@ -14,6 +14,7 @@ use tonic::{Status, Streaming};
 
 use identity::SpiffeId;
 
+use super::policies::Schema;
 use super::service::not_stored;
 use super::store::relations::{Batch, Head, NotWritten};
 use super::{ControlHandle, Inner, StoreError};
@@ -33,6 +34,8 @@ const QUEUE: usize = 4;
 const CHUNK_BYTES: u64 = 256 * 1024;
 /// Most objects of a page.
 pub(crate) const MAX_PAGE: usize = 1_000;
+/// What is to be true of an object is not what the service's schema has.
+const NOT_IN_SCHEMA: &str = "relations.schema";
 /// Random bytes of a store's name.
 const EPOCH_BYTES: usize = 8;
 
@@ -179,6 +182,21 @@ impl Relations {
     }
 }
 
+/// Whether a schema of the service has what is to be true of its objects: that in force, or one on its way, so that what
+/// comes with a change of policies can be written before it is everywhere. What is deleted may be of any.
+fn hold_against(schemas: &[(String, Arc<dyn Schema>)], changes: &[Change]) -> Result<(), RelationsError> {
+    for change in changes {
+        let Some(attributes) = &change.attributes else { continue };
+        let object = change.object()?;
+        let mut refusals = schemas.iter().map(|(_, schema)| schema.check(&object, attributes));
+        let Some(Err(first)) = refusals.next() else { continue };
+        if refusals.all(|refusal| refusal.is_err()) {
+            return Err(Malformed(format!("{NOT_IN_SCHEMA}: {object}: {first}")).into());
+        }
+    }
+    Ok(())
+}
+
 /// Of a name from outside as much as an error should hold.
 fn cut(name: &str) -> String {
     name.chars().take(64).collect()
@@ -205,6 +223,9 @@ impl Inner {
         // Once begun it is done whole, even if nobody waits for the answer: what is on disk has been told.
         let written = tokio::task::spawn_blocking(move || {
             let feed = inner.relations.feed(&service)?;
+            if let Some(policies) = &inner.policies {
+                hold_against(&policies.schemas_of(&inner.store, &service)?, &changes)?;
+            }
             let _turn = feed.turn.lock().unwrap_or_else(PoisonError::into_inner);
             let batch = inner.store.write_relations(&service, &changes, &by, now_ms, &fresh)?;
             let Head { epoch, revision, .. } = &batch.head;

@@ -111,7 +111,7 @@ impl Replayer for Denies {
 
 fn config(world: &World, address: &str, replayer: Option<Arc<dyn Replayer>>) -> ControlConfig {
     let services = HashMap::from([(SpiffeId::new(WEB).unwrap(), "web".to_owned())]);
-    let policies = Some(PoliciesConfig { services, replayer });
+    let policies = Some(PoliciesConfig { services, replayer, schemas: None });
     ControlConfig { policies, ..world.control_config(address.parse().unwrap(), vec![web()]) }
 }
 
@@ -150,7 +150,7 @@ fn in_force(commit: &'static str) -> impl Fn(&PoliciesStatus) -> bool {
 }
 
 #[tokio::test]
-async fn a_commit_reaches_whoever_decides_by_it_and_a_bad_one_is_taken_back() {
+async fn policy_36_a_commit_reaches_whoever_decides_by_it_and_one_that_is_refused_is_taken_back() {
     let world = World::new();
     let control = world.start(config(&world, "127.0.0.1:0", None)).await;
     let agent = world.agent(&control).await;

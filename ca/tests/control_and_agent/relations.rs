@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use ca::control::{RelationsConfig, RelationsOf};
+use ca::control::{PoliciesConfig, PolicyOffer, RelationsConfig, RelationsOf, Rings, Schema, Schemas};
+use ca::policies::Files;
 use ca::relations::{Attributes, Change, Object, Replica, Update, WriteError, Writer, follow};
 
 use super::*;
@@ -183,5 +184,67 @@ async fn whoever_watches_hears_of_every_batch() {
     let first: usize = seen[0].0.parse().unwrap();
     let wanted: Vec<_> = (first..first + 3).map(|n| (n.to_string(), n % 2 == 0)).collect();
     assert_eq!(seen, wanted);
+    control.stop().await;
+}
+
+/// A schema is a list of the attributes that there are.
+#[derive(Debug)]
+struct Words;
+
+#[derive(Debug)]
+struct Known(Vec<String>);
+
+impl Schemas for Words {
+    fn read(&self, service: &str, files: &Files) -> Result<Arc<dyn Schema>, String> {
+        assert_eq!(service, "web");
+        let text = String::from_utf8(files["web.cedarschema"].clone()).unwrap();
+        Ok(Arc::new(Known(text.split(' ').map(str::to_owned).collect())))
+    }
+}
+
+impl Schema for Known {
+    fn check(&self, object: &Object, attributes: &Attributes) -> Result<(), String> {
+        match attributes.as_map().keys().find(|name| !self.0.contains(name)) {
+            Some(unknown) => Err(format!("{} has no attribute `{unknown}`", object.kind())),
+            None => Ok(()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_the_schema_does_not_have_is_not_written_where_control_hands_out_policies() {
+    let world = World::new();
+    let id = SpiffeId::new(WEB).unwrap();
+    let services = [(id, "web".to_owned())].into();
+    let policies = Some(PoliciesConfig { services, replayer: None, schemas: Some(Arc::new(Words)) });
+    let control = world.start(ControlConfig { policies, ..config(&world, "127.0.0.1:0") }).await;
+    let agent = world.agent(&control).await;
+    within(workload_api::fetch_once(&world.socket())).await.unwrap();
+    let (handle, writer) = (control.it.handle(), Writer::new(&world.socket(), clock()));
+    let offer = async |commit: &str, words: &str, rings: Rings| {
+        let files = Files::from([("web.cedarschema".to_owned(), words.as_bytes().to_vec())]);
+        let services = [("web".to_owned(), files)].into();
+        handle.offer_policies(PolicyOffer { commit: commit.to_owned(), services, rings }).await.unwrap();
+    };
+    let painted = |id: &str| Change {
+        attributes: Some(Attributes::parse("{\"colour\":\"red\"}").unwrap()),
+        ..change(id, Some("alice"))
+    };
+    let refused = "relations.schema: Account::\"17\": Account has no attribute `colour`";
+    // Nothing is known of the schema yet.
+    within(writer.write("web", &[painted("17")])).await.unwrap();
+    offer("c1", "owner", Rings::default()).await;
+    let before = within(writer.write("web", &[change("17", Some("alice"))])).await.unwrap();
+    let error = within(writer.write("web", &[change("18", Some("alice")), painted("17")])).await.unwrap_err();
+    assert!(matches!(&error, WriteError::Malformed(why) if why.to_string() == refused), "{error}");
+    let error = within(world.admin().write_relations("web", vec![painted("17")])).await.unwrap_err();
+    assert!(error.to_string().contains(refused), "{error}");
+    let page = within(world.admin().read_relations("web", None, None)).await.unwrap();
+    assert_eq!((page.revision, page.relations.len()), (before.revision, 1), "all of a batch or nothing");
+    // What comes with a change of policies may be there before it is everywhere; what is deleted may be of any schema.
+    offer("c2", "owner colour", Rings { hold: Duration::from_secs(3600), ..Rings::default() }).await;
+    within(writer.write("web", &[painted("17"), change("18", Some("alice"))])).await.unwrap();
+    within(writer.write("web", &[change("17", None)])).await.unwrap();
+    agent.stop().await;
     control.stop().await;
 }

@@ -58,6 +58,10 @@ impl ReadModel for FakeModel {
         async { row.map(|row| DecisionDetail { text: explanation(&row), row }) }.boxed()
     }
 
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        async { "# EOF\n".to_owned() }.boxed()
+    }
+
     fn changes(&self) -> broadcast::Receiver<u64> {
         self.changes.subscribe()
     }

@@ -1,7 +1,9 @@
 //! What the console shows, read from control.
 
+use std::fmt::Write as _;
+
 use ca::control::ControlHandle;
-use ca::model::{DecisionQuery, IssuedSvid, PoliciesStatus, StoredDecision};
+use ca::model::{DecisionQuery, IssuedSvid, PoliciesStatus, RelationsStatus, StoredDecision};
 use console::{
     DecisionDetail, DecisionRow, HolderRow, IdentityRow, NodeRow, Overview, PoliciesRow, ReadModel, Verdict,
 };
@@ -65,6 +67,18 @@ impl ReadModel for Model {
                 allowed: (recent.len() - denied) as u64,
                 denied: denied as u64,
                 policies: status.policies.map(policies),
+            }
+        })
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async move {
+            match self.control.status().await {
+                Ok(status) => metrics(&status.relations),
+                Err(error) => {
+                    tracing::error!(%error, "the console cannot read control's status");
+                    metrics(&[])
+                }
             }
         })
     }
@@ -148,8 +162,43 @@ fn row(stored: &StoredDecision) -> Option<DecisionRow> {
     })
 }
 
+/// What control counts of relations. Services' names are words of mesh.toml and need no escapes.
+fn metrics(relations: &[RelationsStatus]) -> String {
+    type Reading = fn(&RelationsStatus) -> Option<u64>;
+    let gauges: [(&str, &str, Reading); 5] = [
+        ("objects", "Objects with relations", |store| Some(store.objects)),
+        ("stored_bytes", "Bytes that they take", |store| Some(store.bytes)),
+        ("revision", "Revision that was written last", |store| Some(store.revision)),
+        ("readers", "Copies that are kept up to date", |store| Some(store.readers.len() as u64)),
+        (
+            "readers_oldest_timestamp_seconds",
+            "When the copy that has been silent the longest was heard of",
+            |store| store.readers.iter().map(|reader| reader.heard).min(),
+        ),
+    ];
+    let mut text = String::new();
+    for (name, help, reading) in gauges {
+        // Writing to a String cannot fail.
+        let _infallible = write!(
+            text,
+            "# HELP palisade_relations_{name} {help}.\n# TYPE palisade_relations_{name} gauge\n"
+        );
+        for store in relations {
+            if let Some(value) = reading(store) {
+                let service = &store.service;
+                let _infallible =
+                    writeln!(text, "palisade_relations_{name}{{service=\"{service}\"}} {value}");
+            }
+        }
+    }
+    text.push_str("# EOF\n");
+    text
+}
+
 #[cfg(test)]
 mod tests {
+    use ca::model::RelationsReader;
+
     use super::*;
 
     #[test]
@@ -172,5 +221,40 @@ mod tests {
         ];
         let shown: Vec<_> = newest(all).into_iter().map(|row| row.serial).collect();
         assert_eq!(shown, ["a2", "a3", "b5"]);
+    }
+
+    #[test]
+    fn metrics_have_a_line_for_each_service() {
+        let reader = |heard| RelationsReader {
+            service: "accounts".into(),
+            spiffe_id: "spiffe://bank.example/service/accounts".into(),
+            host: "host-1".into(),
+            revision: 7,
+            heard,
+        };
+        let store = |service: &str, readers| RelationsStatus {
+            service: service.into(),
+            epoch: "e1".into(),
+            revision: 7,
+            objects: 2,
+            bytes: 90,
+            readers,
+        };
+        let text = metrics(&[
+            store("accounts", vec![reader(1_800_000_005), reader(1_800_000_001)]),
+            store("web", vec![]),
+        ]);
+        for line in [
+            "# TYPE palisade_relations_objects gauge",
+            "palisade_relations_objects{service=\"accounts\"} 2",
+            "palisade_relations_stored_bytes{service=\"web\"} 90",
+            "palisade_relations_revision{service=\"accounts\"} 7",
+            "palisade_relations_readers{service=\"accounts\"} 2",
+            "palisade_relations_readers_oldest_timestamp_seconds{service=\"accounts\"} 1800000001",
+        ] {
+            assert_eq!(text.lines().filter(|known| *known == line).count(), 1, "{line} in {text}");
+        }
+        assert!(!text.contains("oldest_timestamp_seconds{service=\"web\"}"), "{text}");
+        assert!(text.ends_with("# EOF\n"));
     }
 }

@@ -15,12 +15,14 @@ use gateway::idp::users::{self, User};
 use gateway::login::{self, Person};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret as _, SecretString};
 use store_client::{Client, Error, Kind, Moment, Range, Row};
 
 use crate::small::{Home, Process, free_addresses, until};
+
+#[path = "../trust/mod.rs"]
+mod trust;
 
 /// How long identities live, and how old they get: what is long-lived meets the end of several.
 pub(crate) const TTL: &str = "svid_ttl = \"20s\"\nrotate_after = \"6s\"\n";
@@ -204,19 +206,10 @@ impl Stage {
 
     /// A request of a person, by the gateway: what is said to the app of a service, and what comes back.
     pub(crate) async fn asks(&self, token: &str, service: &str, words: &str) -> (u16, String) {
-        let mut roots = rustls::RootCertStore::empty();
-        for der in CertificateDer::pem_file_iter(self.home.path("agent-credentials/trust-bundle")).unwrap() {
-            roots.add(der.unwrap()).unwrap();
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let tls = trust::authorities_of(self.home.path("agent-credentials/trust-bundle"));
         let gateway: SocketAddr = self.mesh["gateway"]["listen"].as_str().unwrap().parse().unwrap();
         let stream = tokio::net::TcpStream::connect(gateway).await.unwrap();
-        let connector = tokio_rustls::TlsConnector::from(Arc::new(tls));
+        let connector = tokio_rustls::TlsConnector::from(tls);
         let stream = connector.connect(ServerName::from(gateway.ip()), stream).await.unwrap();
         let request = hyper::Request::post(format!("/{service}"))
             .header("host", gateway.to_string())

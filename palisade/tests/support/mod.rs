@@ -13,9 +13,11 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::pki_types::ServerName;
 use serde_json::Value;
+
+#[path = "../trust/mod.rs"]
+mod trust;
 
 /// A busy machine and a debug build: generous, because it only bounds a hang.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -66,25 +68,9 @@ impl Demo {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let ready: Value = serde_json::from_slice(&std::fs::read(&ready_path).unwrap()).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        for der in CertificateDer::pem_file_iter(ready["ca_bundle"].as_str().unwrap()).unwrap() {
-            roots.add(der.unwrap()).unwrap();
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let tls = trust::authorities_of(ready["ca_bundle"].as_str().unwrap());
         let ready_path = ready_path.display().to_string();
-        Self {
-            child,
-            log: folder.join("demo.log"),
-            _folder: None,
-            ready_path,
-            tls: Arc::new(tls),
-            tokens: Mutex::default(),
-        }
+        Self { child, log: folder.join("demo.log"), _folder: None, ready_path, tls, tokens: Mutex::default() }
     }
 
     pub(crate) fn ready_path(&self) -> &str {

@@ -129,6 +129,39 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
+fn what_is_to_be_true_of_an_object_is_held_against_the_schema() {
+    let (loaded, _dir) = load(&[]);
+    let shop = loaded.unwrap_or_else(|problems| panic!("{problems}")).service("shop").unwrap();
+    let check = |kind: &str, json: serde_json::Value| shop.check_relation(kind, json.as_object().unwrap());
+    assert_eq!(check("Order", serde_json::json!({ "owner": "x", "tags": ["a"] })), Ok(()));
+    // What is missing may come from elsewhere.
+    assert_eq!(check("Order", serde_json::json!({})), Ok(()));
+    for (kind, attributes, why) in [
+        ("Ordr", serde_json::json!({}), "the schema has no type `Ordr`; did you mean `Order`?"),
+        ("Order", serde_json::json!({ "ownr": "x" }), "Order has no attribute `ownr`; did you mean `owner`?"),
+        ("Order", serde_json::json!({ "owner": 3 }), "the attribute `owner` is a String, which 3 is none of"),
+        (
+            "Order",
+            serde_json::json!({ "owner": ["x"] }),
+            "the attribute `owner` is a String, which [\"x\"] is none of",
+        ),
+        (
+            "Order",
+            serde_json::json!({ "tags": "a" }),
+            "the attribute `tags` is a Set<String>, which \"a\" is none of",
+        ),
+        (
+            "Order",
+            serde_json::json!({ "tags": [1] }),
+            "the attribute `tags` is a Set<String>, which [1] is none of",
+        ),
+    ] {
+        assert_eq!(check(kind, attributes).unwrap_err(), why);
+    }
+    assert!(check("Order", serde_json::json!({ "owner": ["x".repeat(500)] })).unwrap_err().len() < 200);
+}
+
+#[test]
 fn policy_36_a_part_that_is_not_known_is_not_ignored() {
     assert!(
         problems(&[("gaurd/x.cedar", Some(""))]).starts_with("gaurd: not a part of a policies directory")

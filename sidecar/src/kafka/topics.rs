@@ -295,59 +295,36 @@ fn unconfigured(kind: i8, refused: Refused) -> i16 {
     if kind == RESOURCE_TOPIC { refused.of_topic() } else { ResponseError::ClusterAuthorizationFailed.code() }
 }
 
-pub(super) fn describe_configs(asked: &Asked<'_>) -> Result<Step, Stop> {
-    let each = Each {
-        action: KafkaAction::DescribeConfigs,
-        items: |request: &mut DescribeConfigsRequest| &mut request.resources,
-        object: |item| configured(item.resource_type, item.resource_name.as_str()),
-        denied: |item, refused| {
-            let mut denied = DescribeConfigsResult::default();
-            denied.error_code = unconfigured(item.resource_type, refused);
-            denied.error_message = None;
-            denied.resource_type = item.resource_type;
-            denied.resource_name = item.resource_name;
-            denied
-        },
-        answers: |answer| &mut answer.results,
+/// What is asked of configurations has one form in three APIs, and a type of its own in each.
+macro_rules! of_configurations {
+    ($name:ident: $action:ident, $request:ty, $answers:ident: $answer:ty) => {
+        pub(super) fn $name(asked: &Asked<'_>) -> Result<Step, Stop> {
+            let each = Each {
+                action: KafkaAction::$action,
+                items: |request: &mut $request| &mut request.resources,
+                object: |item| configured(item.resource_type, item.resource_name.as_str()),
+                denied: |item, refused| {
+                    let mut denied = <$answer>::default();
+                    denied.error_code = unconfigured(item.resource_type, refused);
+                    denied.error_message = None;
+                    denied.resource_type = item.resource_type;
+                    denied.resource_name = item.resource_name;
+                    denied
+                },
+                answers: |answer| &mut answer.$answers,
+            };
+            each.step(asked, asked.request()?)
+        }
     };
-    each.step(asked, asked.request()?)
 }
 
-pub(super) fn alter_configs(asked: &Asked<'_>) -> Result<Step, Stop> {
-    let each = Each {
-        action: KafkaAction::AlterConfigs,
-        items: |request: &mut AlterConfigsRequest| &mut request.resources,
-        object: |item| configured(item.resource_type, item.resource_name.as_str()),
-        denied: |item, refused| {
-            let mut denied = Altered::default();
-            denied.error_code = unconfigured(item.resource_type, refused);
-            denied.error_message = None;
-            denied.resource_type = item.resource_type;
-            denied.resource_name = item.resource_name;
-            denied
-        },
-        answers: |answer| &mut answer.responses,
-    };
-    each.step(asked, asked.request()?)
-}
-
-pub(super) fn incremental_alter_configs(asked: &Asked<'_>) -> Result<Step, Stop> {
-    let each = Each {
-        action: KafkaAction::AlterConfigs,
-        items: |request: &mut IncrementalAlterConfigsRequest| &mut request.resources,
-        object: |item| configured(item.resource_type, item.resource_name.as_str()),
-        denied: |item, refused| {
-            let mut denied = AlterConfigsResourceResponse::default();
-            denied.error_code = unconfigured(item.resource_type, refused);
-            denied.error_message = None;
-            denied.resource_type = item.resource_type;
-            denied.resource_name = item.resource_name;
-            denied
-        },
-        answers: |answer| &mut answer.responses,
-    };
-    each.step(asked, asked.request()?)
-}
+of_configurations!(describe_configs: DescribeConfigs, DescribeConfigsRequest, results: DescribeConfigsResult);
+of_configurations!(alter_configs: AlterConfigs, AlterConfigsRequest, responses: Altered);
+of_configurations!(
+    incremental_alter_configs: AlterConfigs,
+    IncrementalAlterConfigsRequest,
+    responses: AlterConfigsResourceResponse
+);
 
 pub(super) fn describe_cluster(asked: &Asked<'_>) -> Result<Step, Stop> {
     let mut request: DescribeClusterRequest = asked.request()?;

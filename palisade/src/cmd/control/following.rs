@@ -1,15 +1,19 @@
 //! Control follows the repository of policies, and offers what is committed there.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use ca::control::{ControlHandle, PoliciesConfig, PolicyOffer, Replayed, Replayer, Ring, Rings};
+use ca::control::{
+    ControlHandle, PoliciesConfig, PolicyOffer, Replayed, Replayer, Ring, Rings, Schema, Schemas,
+};
 use ca::model::StoredDecision;
 use ca::policies::Files;
+use ca::relations::{Attributes, Object};
 use identity::clock::SharedClock;
 use identity::{Scope, TrustDomain};
-use policy::{DecisionRecord, Outcome, Policies};
+use policy::{DecisionRecord, Outcome, Policies, ServicePolicy};
 
 use crate::mesh::{Mesh, Own, PolicySource};
 use crate::repository::Repository;
@@ -21,8 +25,9 @@ pub(super) fn config(mesh: &Mesh) -> Option<PoliciesConfig> {
         mesh.service.values().map(|service| (service.id.clone(), service.policies.to_string())).collect();
     let own = [(Own::Gateway, gateway::gateway::SERVICE), (Own::Vault, secrets::POLICY_SERVICE)];
     services.extend(own.into_iter().filter_map(|(own, name)| Some((mesh.own_id(own)?, name.to_owned()))));
-    let replayer = Replay { trust_domain: mesh.mesh.trust_domain.clone() };
-    Some(PoliciesConfig { services, replayer: Some(Arc::new(replayer)) })
+    let trust_domain = mesh.mesh.trust_domain.clone();
+    let reader = Arc::new(Reader { trust_domain });
+    Some(PoliciesConfig { services, replayer: Some(Arc::clone(&reader) as _), schemas: Some(reader) })
 }
 
 /// Offers every new commit, until `scope` drains.
@@ -142,22 +147,49 @@ fn rings(written: &policy::Rings) -> Rings {
     }
 }
 
-/// Decides recorded requests again, for a ring in the shadow.
+/// Reads policies for control: to decide recorded requests again, for a ring in the shadow, and to hold relations against
+/// the schema.
 #[derive(Debug)]
-struct Replay {
+struct Reader {
     trust_domain: TrustDomain,
 }
 
-impl Replay {
+impl Reader {
     fn policies(&self, services: &BTreeMap<String, Files>) -> Result<Arc<Policies>, String> {
         let all: Files =
             services.values().flatten().map(|(name, file)| (name.clone(), file.clone())).collect();
-        let read = Policies::from_files(&all, Path::new("policies"), None, &self.trust_domain);
+        self.read(&all)
+    }
+
+    fn read(&self, files: &Files) -> Result<Arc<Policies>, String> {
+        let read = Policies::from_files(files, Path::new("policies"), None, &self.trust_domain);
         read.map_err(|problems| said(&problems.0))
     }
 }
 
-impl Replayer for Replay {
+impl Schemas for Reader {
+    fn read(&self, service: &str, files: &Files) -> Result<Arc<dyn Schema>, String> {
+        let policies = self.read(files)?;
+        let policy = policies.service(service).ok_or("there are none for this service")?;
+        Ok(Arc::new(OfPolicy(policy)))
+    }
+}
+
+struct OfPolicy(Arc<ServicePolicy>);
+
+impl fmt::Debug for OfPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the schema of {}", self.0.version())
+    }
+}
+
+impl Schema for OfPolicy {
+    fn check(&self, object: &Object, attributes: &Attributes) -> Result<(), String> {
+        self.0.check_relation(object.kind(), attributes.as_map())
+    }
+}
+
+impl Replayer for Reader {
     fn replay(
         &self,
         decisions: &[StoredDecision],

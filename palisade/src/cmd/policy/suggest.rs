@@ -8,7 +8,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use policy::{AttributeSource, AttributeValue, Case, DecisionRecord, Layer, Mode, Outcome, Policies, Rule};
+use policy::{
+    AttributeSource, AttributeValue, Case, DecisionRecord, KafkaObject, Layer, Mapping, Mode, ObjectRef,
+    Outcome, Policies, Question, Rule, ServicePolicy,
+};
 use tempfile::TempDir;
 
 use super::diff::{asked, recorded};
@@ -20,6 +23,8 @@ use crate::workload;
 
 /// Objects that a policy names one by one; with more it takes any of their kind, and says so.
 const MAX_LISTED: usize = 5;
+/// Topics of this kind are the brokers' own, or are named like them: policies name each (`policy/README.md`, "Kafka").
+const INTERNAL_TOPIC: &str = "Kafka::InternalTopic";
 /// What a suggestion's files are called, below services/NAME/ and its tests/.
 const FILE: &str = "suggested";
 
@@ -47,6 +52,8 @@ struct Kind {
     principal: String,
     object: String,
     condition: Condition,
+    /// The only objects that it is about; any of their kind where there are none.
+    listed: BTreeSet<String>,
 }
 
 /// What all of them have in common.
@@ -117,27 +124,48 @@ fn suggestions<'a>(records: &[&'a DecisionRecord], policies: &Policies) -> Vec<S
         let (Some(principal), Some(action)) = (&record.principal, &record.action) else { continue };
         let kinds: BTreeSet<&str> =
             record.objects.iter().filter_map(|object| kind_of(&object.object)).collect();
-        let [object] = kinds.into_iter().collect::<Vec<_>>()[..] else { continue };
         // What it is made of becomes text of a policy, and a workload has reported it: only what can be read back as a
         // principal, an action and objects of this very service, and decided, is taken.
-        let service = policies.service(&record.service);
-        let is_read_back = service.is_some_and(|service| service.replay(record).is_some());
-        if principal.starts_with("spiffe://") && is_name(action) && is_read_back {
-            let key = (record.service.clone(), principal.clone(), object.to_owned(), action.clone());
+        let Some(service) = policies.service(&record.service) else { continue };
+        // One request of Kafka's may ask for topics of two kinds; another is about objects of one.
+        let is_one = kinds.len() == 1 || is_kafka(&service);
+        if !(is_one
+            && principal.starts_with("spiffe://")
+            && is_name(action)
+            && service.replay(record).is_some())
+        {
+            continue;
+        }
+        for kind in kinds {
+            let key = (record.service.clone(), principal.clone(), kind.to_owned(), action.clone());
             asked.entry(key).or_default().push(record);
         }
     }
     let mut grouped: BTreeMap<Kind, Suggestion<'a>> = BTreeMap::new();
     for ((service, principal, object, action), records) in asked {
-        let kind = Kind { service, principal, object, condition: condition(&records) };
-        let suggestion = grouped.entry(kind.clone()).or_insert_with(|| Suggestion {
-            id: String::new(),
-            kind,
-            actions: BTreeSet::new(),
-            records: Vec::new(),
-        });
-        suggestion.actions.insert(action);
-        suggestion.records.extend(records);
+        let condition = condition(&records);
+        for listed in listed(&object, &condition, &records) {
+            let kind = Kind {
+                service: service.clone(),
+                principal: principal.clone(),
+                object: object.clone(),
+                condition: condition.clone(),
+                listed,
+            };
+            let suggestion = grouped.entry(kind.clone()).or_insert_with(|| Suggestion {
+                id: String::new(),
+                kind,
+                actions: BTreeSet::new(),
+                records: Vec::new(),
+            });
+            let about = |record: &&DecisionRecord| {
+                let is_about = |object: &&str| suggestion.kind.is_about(object);
+                record.objects.iter().map(|object| object.object.as_str()).any(|object| is_about(&object))
+            };
+            let about: Vec<_> = records.iter().copied().filter(about).collect();
+            suggestion.actions.insert(action.clone());
+            suggestion.records.extend(about);
+        }
     }
     let mut taken: BTreeSet<String> = policies
         .services()
@@ -152,6 +180,27 @@ fn suggestions<'a>(records: &[&'a DecisionRecord], policies: &Policies) -> Vec<S
         suggestion.id = free.into_iter().find(|id| taken.insert(id.clone())).unwrap_or(base);
     }
     suggestions
+}
+
+impl Kind {
+    fn is_about(&self, object: &str) -> bool {
+        kind_of(object) == Some(&self.object) && (self.listed.is_empty() || self.listed.contains(object))
+    }
+}
+
+fn is_kafka(service: &ServicePolicy) -> bool {
+    service.mapping() == Mapping::Kafka
+}
+
+/// The objects that policies are to name, a policy each: none where one policy is about any of their kind.
+fn listed(kind: &str, condition: &Condition, records: &[&DecisionRecord]) -> Vec<BTreeSet<String>> {
+    let objects = records.iter().flat_map(|record| &record.objects).map(|object| object.object.clone());
+    let objects: BTreeSet<String> = objects.filter(|object| kind_of(object) == Some(kind)).collect();
+    if kind == INTERNAL_TOPIC {
+        return objects.into_iter().map(|object| BTreeSet::from([object])).collect();
+    }
+    let any = matches!(condition, Condition::Own(_)) || objects.len() > MAX_LISTED;
+    vec![if any { BTreeSet::new() } else { objects }]
 }
 
 /// The type of an object as it is written, `Accounts::Account::"17"`.
@@ -243,12 +292,10 @@ fn cedar_of(Suggestion { id, kind, actions, records }: &Suggestion<'_>) -> Strin
         [one] => format!("action == {one}"),
         several => format!("action in [{}]", several.join(", ")),
     };
-    let objects: BTreeSet<&str> =
-        records.iter().flat_map(|record| &record.objects).map(|object| object.object.as_str()).collect();
-    let listed = kind.condition == Condition::None || kind.condition == Condition::User;
     let mut text = format!("// {} recorded requests.\n", records.len());
-    let resource = match objects.iter().collect::<Vec<_>>().as_slice() {
-        [one] if listed => format!("resource == {one}"),
+    let listed: Vec<&str> = kind.listed.iter().map(String::as_str).collect();
+    let resource = match listed.as_slice() {
+        [one] => format!("resource == {one}"),
         _ => format!("resource is {}", kind.object),
     };
     let mut conditions = Vec::new();
@@ -260,14 +307,19 @@ fn cedar_of(Suggestion { id, kind, actions, records }: &Suggestion<'_>) -> Strin
         Condition::User => conditions.push("context has user".to_owned()),
         Condition::None => {}
     }
-    if listed && objects.len() > 1 && objects.len() <= MAX_LISTED {
-        let objects: Vec<&str> = objects.iter().copied().collect();
-        conditions.push(format!("resource in [{}]", objects.join(", ")));
-    } else if listed && objects.len() > MAX_LISTED {
+    if listed.len() > 1 {
+        conditions.push(format!("resource in [{}]", listed.join(", ")));
+    } else if listed.is_empty() && !matches!(kind.condition, Condition::Own(_)) {
+        let objects = records.iter().flat_map(|record| &record.objects).map(|object| &object.object);
+        let objects: BTreeSet<_> = objects.filter(|object| kind.is_about(object)).collect();
+        let common = match kind.condition {
+            Condition::User => ", which have nothing in common with the user",
+            Condition::Own(_) | Condition::None => "",
+        };
         // Writing to a String cannot fail.
         let _infallible = writeln!(
             text,
-            "// They were about {} objects, which have nothing in common with the user: any is allowed here. Narrow it.",
+            "// They were about {} objects{common}: any is allowed here. Narrow it.",
             objects.len()
         );
     }
@@ -289,6 +341,10 @@ fn tests_of(suggestion: &Suggestion<'_>, policies: &Policies, mesh: &Mesh) -> St
     let Suggestion { id, kind, actions, records } = suggestion;
     let caller = mesh.registrations().into_iter().find(|known| known.id.as_str() == kind.principal);
     let caller = caller.map_or_else(|| kind.principal.clone(), |known| known.name);
+    let kafka = policies.service(&kind.service).filter(|service| is_kafka(service));
+    if let Some(policy) = kafka {
+        return tests_of_kafka(suggestion, &caller, &policy);
+    }
     let routes = policies.service(&kind.service).map(|service| service.routes()).unwrap_or_default();
     let by_app = |record: &DecisionRecord| {
         let of = |(template, source): &(String, AttributeSource)| {
@@ -346,6 +402,82 @@ fn tests_of(suggestion: &Suggestion<'_>, policies: &Policies, mesh: &Mesh) -> St
     text
 }
 
+/// The same of a service that serves Kafka: of each action one object that it is for, and one that it is not.
+fn tests_of_kafka(suggestion: &Suggestion<'_>, caller: &str, policy: &ServicePolicy) -> String {
+    let Suggestion { id, kind, actions, records } = suggestion;
+    let mut text = String::new();
+    for action in actions {
+        let asked = records.iter().filter(|record| record.action.as_ref() == Some(action));
+        let objects = asked.flat_map(|record| &record.objects).map(|object| object.object.as_str());
+        let named = objects.into_iter().find(|object| kind.is_about(object)).and_then(ObjectRef::written);
+        let Some(object) = named else { continue };
+        let Some((key, value)) = kafka_key(&object) else { continue };
+        let mut test = |may: &str, value: &str, decision: &str, by: &str| {
+            let gap = if text.is_empty() { "" } else { "\n" };
+            let name = format!("{caller} {may} {action} {key} {value}");
+            let value = if key == "cluster" { "true".to_owned() } else { quoted(value) };
+            let _infallible = write!(
+                text,
+                "{gap}[[test]]\nname = {}\nas = {}\nkafka = {{ action = \"{action}\", {key} = {value} }}\n\
+                 decision = \"{decision}\"\npolicy = \"{by}\"\n",
+                quoted(name.trim_end()),
+                quoted(caller),
+            );
+        };
+        test("may", value, "allow", id);
+        let other = match key {
+            "cluster" => continue,
+            // Any topic, which the brokers' own are none of.
+            "topic" if kind.listed.is_empty() => "__consumer_offsets".to_owned(),
+            _ if kind.listed.is_empty() => continue,
+            _ => format!("{value}-other"),
+        };
+        if denies_now(policy, &kind.principal, action, key, &other) && !is_asked(records, &other) {
+            test("may not", &other, "deny", "none");
+        }
+    }
+    text
+}
+
+/// How a test names an object of Kafka's.
+fn kafka_key(object: &ObjectRef) -> Option<(&'static str, &str)> {
+    Some(match object.base_kind() {
+        "Topic" | "InternalTopic" => ("topic", object.id()),
+        "Group" => ("group", object.id()),
+        "TransactionalId" => ("transactional_id", object.id()),
+        "Cluster" => ("cluster", ""),
+        _ => return None,
+    })
+}
+
+/// Whether nothing that there is says anything of that object: what is suggested does not either.
+fn denies_now(policy: &ServicePolicy, principal: &str, action: &str, key: &str, id: &str) -> bool {
+    let object = match key {
+        "topic" => KafkaObject::Topic(id),
+        "group" => KafkaObject::Group(id),
+        _ => KafkaObject::TransactionalId(id),
+    };
+    let Ok(caller) = identity::SpiffeId::new(principal) else { return false };
+    let question = Question {
+        caller,
+        user: None,
+        method: action.to_owned(),
+        target: object.to_string(),
+        headers: BTreeMap::new(),
+        body: None,
+        attributes: BTreeMap::new(),
+        objects: BTreeMap::new(),
+        now: std::time::Duration::ZERO,
+    };
+    question.ask(policy).is_ok_and(|record| record.rule == Rule::Absent)
+}
+
+/// Whether an object of that id was asked for, and is allowed by what is suggested.
+fn is_asked(records: &[&DecisionRecord], id: &str) -> bool {
+    let mut objects = records.iter().flat_map(|record| &record.objects);
+    objects.any(|object| ObjectRef::written(&object.object).is_some_and(|object| object.id() == id))
+}
+
 /// The policies with these files beside them, in force and tested.
 fn tried(written: &BTreeMap<String, String>, mesh: &Mesh) -> Result<std::sync::Arc<Policies>, Failure> {
     let unusable =
@@ -386,12 +518,15 @@ fn copied(from: &Path, to: &Path) -> std::io::Result<()> {
 
 /// How many of the requests would be allowed, and of how many.
 fn replayed(suggestions: &[Suggestion<'_>], policies: &Policies) -> (usize, usize) {
+    // One request may be what several suggestions were made from.
     let records = suggestions.iter().flat_map(|suggestion| &suggestion.records);
+    let records: BTreeMap<*const DecisionRecord, &DecisionRecord> =
+        records.map(|record| (std::ptr::from_ref(*record), *record)).collect();
     let allows = |record: &&&DecisionRecord| {
         let replayed = policies.service(&record.service).and_then(|service| service.replay(record));
         replayed.is_some_and(|replayed| replayed.outcome == Outcome::Permit)
     };
-    (records.clone().filter(allows).count(), records.count())
+    (records.values().filter(allows).count(), records.len())
 }
 
 /// Writes a file that must not be there yet: what somebody wrote is not written over.

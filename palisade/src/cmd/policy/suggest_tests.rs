@@ -125,3 +125,97 @@ fn ids_that_are_taken_are_not_taken_again_and_files_not_written_over() {
     assert!(write_new(&file, "two").is_err());
     assert_eq!(fs::read_to_string(&file).unwrap(), "one");
 }
+
+/// The bank with brokers that nobody but the auditors may ask.
+fn with_kafka() -> (TempDir, Mesh) {
+    let (folder, mesh) = bank("accounts");
+    let events = folder.path().join("policies/services/events");
+    fs::create_dir_all(&events).unwrap();
+    fs::write(events.join("map.toml"), "mapping = \"kafka\"\nmode = \"audit\"\n").unwrap();
+    let policy = "@id(\"audit-reads\")\npermit (\n  principal == Mesh::Workload::\"spiffe://bank.example/service/audit\",\n  \
+                  action in Kafka::Action::\"Read\",\n  resource is Kafka::Topic\n);\n";
+    fs::write(events.join("events.cedar"), policy).unwrap();
+    (folder, mesh)
+}
+
+/// payments asked the brokers for these objects in one request.
+fn asked_kafka(action: &str, objects: &[&str]) -> DecisionRecord {
+    let mut record = read_account("alice", Outcome::Deny);
+    (record.mode, record.user, record.route) = (Mode::Audit, None, None);
+    (record.service, record.method, record.target) = ("events".into(), "Fetch".into(), String::new());
+    record.principal = Some("spiffe://bank.example/service/payments".into());
+    record.action = Some(action.into());
+    let first = record.objects[0].clone();
+    let object = |object: &&str| policy::RecordedObject {
+        object: (*object).to_owned(),
+        attributes: BTreeMap::new(),
+        ..first.clone()
+    };
+    record.objects = objects.iter().map(object).collect();
+    record
+}
+
+#[test]
+fn topics_of_the_brokers_own_are_named_one_by_one_and_never_any_of_them() {
+    let (_folder, mesh) = with_kafka();
+    let internal: Vec<String> = (0..7).map(|n| format!("Kafka::InternalTopic::\"__own_{n}\"")).collect();
+    let internal: Vec<&str> = internal.iter().map(String::as_str).collect();
+    let records = [
+        asked_kafka("Consume", &internal[..2]),
+        // Of both kinds at once.
+        asked_kafka("Describe", &[internal[2], "Kafka::Topic::\"orders\"", internal[0]]),
+        asked_kafka("Consume", &internal[2..]),
+    ];
+    let (files, replayed) = suggested(&records, &mesh);
+    assert_eq!(replayed, (3, 3));
+    let cedar = &files["services/events/suggested.cedar"];
+    for topic in internal {
+        assert_eq!(cedar.matches(&format!("resource == {topic}\n")).count(), 1, "{topic} in {cedar}");
+    }
+    assert!(!cedar.contains("is Kafka::InternalTopic") && !cedar.contains("resource in"), "{cedar}");
+    // Both actions where both were asked, and no more than that.
+    let both = "action in [Kafka::Action::\"Consume\", Kafka::Action::\"Describe\"],\n  resource ==";
+    assert_eq!((cedar.matches("@id(").count(), cedar.matches(both).count()), (8, 2), "{cedar}");
+}
+
+#[test]
+fn what_kafka_was_asked_is_suggested_per_set_of_objects_and_tested() {
+    let (_folder, mesh) = with_kafka();
+    let many: Vec<String> = (0..9).map(|n| format!("Kafka::Topic::\"t{n}\"")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let records = [
+        asked_kafka("Consume", &["Kafka::Topic::\"orders\""]),
+        asked_kafka("Produce", &["Kafka::Topic::\"payments\""]),
+        asked_kafka("Join", &["Kafka::Group::\"payments\""]),
+        asked_kafka("Commit", &["Kafka::Group::\"payments\""]),
+        asked_kafka("IdempotentWrite", &["Kafka::Cluster::\"kafka-cluster\""]),
+        asked_kafka("Transact", &["Kafka::TransactionalId::\"pay \\\"1\\\"\""]),
+        asked_kafka("Describe", &many),
+    ];
+    let (files, replayed) = suggested(&records, &mesh);
+    assert_eq!(replayed, (7, 7));
+    let (cedar, tests) =
+        (&files["services/events/suggested.cedar"], &files["services/events/tests/suggested.toml"]);
+    // What is read may not be written, nor the other way round.
+    for part in [
+        "action == Kafka::Action::\"Consume\",\n  resource == Kafka::Topic::\"orders\"\n);",
+        "action == Kafka::Action::\"Produce\",\n  resource == Kafka::Topic::\"payments\"\n);",
+        "action in [Kafka::Action::\"Commit\", Kafka::Action::\"Join\"],\n  resource == Kafka::Group::\"payments\"\n);",
+        "about 9 objects: any is allowed here. Narrow it.",
+    ] {
+        assert!(cedar.contains(part), "{part} in {cedar}");
+    }
+    for test in [
+        "name = \"payments may Consume topic orders\"\nas = \"payments\"\n\
+         kafka = { action = \"Consume\", topic = \"orders\" }\ndecision = \"allow\"\npolicy = \"payments-consume\"\n",
+        "kafka = { action = \"Consume\", topic = \"orders-other\" }\ndecision = \"deny\"\npolicy = \"none\"\n",
+        "kafka = { action = \"Join\", group = \"payments\" }\ndecision = \"allow\"",
+        "kafka = { action = \"IdempotentWrite\", cluster = true }\ndecision = \"allow\"",
+        "kafka = { action = \"Transact\", transactional_id = \"pay \\\"1\\\"\" }\ndecision = \"allow\"",
+        "kafka = { action = \"Describe\", topic = \"__consumer_offsets\" }\ndecision = \"deny\"\npolicy = \"none\"",
+    ] {
+        assert!(tests.contains(test), "{test} in {tests}");
+    }
+    assert_eq!(tests.matches("decision = \"allow\"").count(), 7, "{tests}");
+    assert_eq!(tests.matches("decision = \"deny\"").count(), 6, "{tests}");
+}
