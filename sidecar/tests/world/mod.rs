@@ -141,8 +141,8 @@ pub(crate) const ACCOUNTS: [(&str, &str); 5] = [
     ("mesh.cedarschema", SCHEMA),
     ("services/accounts/accounts.cedarschema", ACCOUNTS_SCHEMA),
     ("services/accounts/map.toml", ACCOUNTS_MAP),
-    ("services/accounts/accounts.proto", ACCOUNTS_PROTO),
     ("services/accounts/accounts.cedar", ACCOUNTS_POLICIES),
+    ("services/accounts/accounts.proto", ACCOUNTS_PROTO),
 ];
 
 /// What the backend saw.
