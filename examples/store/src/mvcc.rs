@@ -230,9 +230,6 @@ impl Mvcc {
         horizon: Timestamp,
         stretch: &Stretch,
     ) -> Result<(), MvccError> {
-        if horizon < self.kept_since {
-            return Ok(());
-        }
         let mut gone = Vec::new();
         // The row that `horizon` shows a version of, newer than those that come now.
         let mut shown = self.row_at(stretch.from.as_ref().filter(|place| place.is_behind(horizon)));
@@ -261,7 +258,9 @@ impl Mvcc {
         for key in gone {
             batch.delete(key);
         }
-        self.kept_since = horizon;
+        // One that is earlier than what is kept forgets less and never shows more. A replay of the log meets such, and must
+        // do them again: it has written again what they forgot.
+        self.kept_since = self.kept_since.max(horizon);
         Ok(())
     }
 
@@ -792,6 +791,25 @@ mod tests {
             mvcc.get(&key(0), Timestamp(1)),
             Err(MvccError::Collected { asked: Timestamp(1), kept_since: Timestamp(2) })
         );
+    }
+
+    /// After a crash the engine may have collected more than the log has by then.
+    #[test]
+    fn a_collection_is_done_again_where_a_later_one_was_done_already() {
+        let commits = [(0, Some(1)), (0, Some(2)), (4, Some(3)), (4, Some(4))];
+        let between = Place { row: key(2), behind: None };
+        let left = Stretch { from: None, to: Some(between.clone()) };
+        let right = Stretch { from: Some(between), to: None };
+        let mut mvcc = filled(&commits);
+        collect_stretch(&mut mvcc, 2, &left);
+        collect_stretch(&mut mvcc, 4, &right);
+        let before = versions(&mvcc);
+        assert_eq!(before.len(), 2);
+        let mut again = Mvcc::new(Arc::clone(&mvcc.engine), HOME, mvcc.kept_since());
+        fill(&again, &commits);
+        collect_stretch(&mut again, 2, &left);
+        collect_stretch(&mut again, 4, &right);
+        assert_eq!((versions(&again), again.kept_since()), (before, Timestamp(4)));
     }
 
     #[test]
