@@ -530,9 +530,32 @@ fn a_clock_that_jumps_on_the_leader_within_its_bound_changes_nothing() {
         let at = cluster.write(number, "a", &number.to_string());
         assert!(at > last, "{at} after {last}");
         let other = (leader + 1) % 3;
-        assert_eq!(cluster.snapshot(other, "a", Moment::Now), Ok(Some(number.to_string())));
+        let now = cluster.machines[other].clock.now().unwrap().latest;
+        assert_eq!(cluster.snapshot(other, "a", Moment::Exactly(now)), Ok(Some(number.to_string())));
         last = at;
     }
+}
+
+/// Whoever went on asking another node cost a write of each log for each read.
+#[test]
+fn what_is_committed_up_to_now_is_the_leaders_to_show() {
+    let mut cluster = Cluster::start();
+    cluster.write(1, "a", "1");
+    let leader = cluster.leading("a").unwrap();
+    let others = (0..3).filter(|other| *other != leader).collect::<Vec<_>>();
+    for other in others {
+        let refused = Refused::NotLeader { leader: Some(NodeId(leader as u64 + 1)) };
+        assert_eq!(cluster.snapshot(other, "a", Moment::Now), Err(refused));
+    }
+    assert_eq!(cluster.snapshot(leader, "a", Moment::Now), Ok(Some("1".into())));
+    // Who leads one of the splits shows all of them.
+    cluster.cut("m");
+    let shown = |cluster: &mut Cluster, at: usize| {
+        let keys = vec![key("a"), key("z")];
+        cluster.asked(at, Request::SnapshotRead { keys, moment: Moment::Now }).is_ok()
+    };
+    let (left, right) = (cluster.leading("a").unwrap(), cluster.leading("z").unwrap());
+    assert!(shown(&mut cluster, left) && shown(&mut cluster, right));
 }
 
 #[test]

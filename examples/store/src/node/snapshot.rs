@@ -70,6 +70,12 @@ impl<D: Disk> Node<D> {
         if at > now.latest.plus(AHEAD) {
             return self.answer(token, Err(Refused::Future { asked: at, latest: now.latest }));
         }
+        if matches!(moment, Moment::Now)
+            && let Some(split) = self.led_elsewhere(spans)
+        {
+            let refused = self.not_leader(split);
+            return self.answer(token, Err(refused));
+        }
         for span in spans {
             if let Some(split) = self.routes.at(span.start()).map(|route| route.split) {
                 self.count(split, Some(span));
@@ -79,6 +85,21 @@ impl<D: Disk> Node<D> {
         if !self.try_snapshot(&mut pending, now) {
             self.snapshots.push(pending);
         }
+    }
+
+    /// One of the splits of `spans`, where others lead all of them, as far as is known. Here what was committed up to now
+    /// could be shown too, but only after their logs have closed this very moment: a write of three logs for each read of
+    /// somebody who would not hear that there is a better node to ask.
+    fn led_elsewhere(&self, spans: &[Range]) -> Option<SplitId> {
+        let mut elsewhere = None;
+        for span in spans {
+            let split = self.routes.at(span.start())?.split;
+            if self.leader_of(split)? == self.config.me {
+                return None;
+            }
+            elsewhere.get_or_insert(split);
+        }
+        elsewhere
     }
 
     /// The latest moment that the replicas here can show of all `spans`.
