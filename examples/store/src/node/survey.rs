@@ -122,17 +122,21 @@ impl<D: Disk> Node<D> {
         let last = |split: SplitId, group: &Group| {
             self.surveys.done.get(&split).filter(|done| done.term == group.term())
         };
-        let needed = led
-            .filter(|(split, group)| {
-                last(*split, group).is_none_or(|done| self.is_outdated(*split, group.replica(), done))
-            })
-            .min_by_key(|(split, group)| last(*split, group).map(|done| done.at));
-        let (split, term) = needed.map(|(split, group)| (split, group.term()))?;
+        let needed = led.filter(|(split, group)| {
+            last(*split, group).is_none_or(|done| self.is_outdated(*split, group.replica(), done))
+        });
+        let mut needed: Vec<_> = needed
+            .map(|(split, group)| (last(split, group).map(|done| done.at), split, group.term()))
+            .collect();
+        needed.sort_unstable();
         let keep = self.config.keep;
-        let (leader, replica) = self.led(split)?;
-        leader.check_serving(replica, now).ok()?;
-        let horizon = now.earliest.minus(keep).min(replica.safe_time().safe());
-        Some(UnderWay { split, term, newest: replica.newest(), survey: Survey::new(horizon) })
+        // One that serves nobody for now, such as one that waits to be part of another, holds up no other.
+        needed.into_iter().find_map(|(_, split, term)| {
+            let (leader, replica) = self.led(split)?;
+            leader.check_serving(replica, now).ok()?;
+            let horizon = now.earliest.minus(keep).min(replica.safe_time().safe());
+            Some(UnderWay { split, term, newest: replica.newest(), survey: Survey::new(horizon) })
+        })
     }
 
     /// Whether another survey would find something else than the last: there were commits since, or versions too new to be
